@@ -1,0 +1,39 @@
+"""The engine: given active positions, rewrite a decoder's graph and compute only those.
+
+    handle = regate_patch.patch(decoder, backend="eager")
+    with regate_patch.active(index):          # [B, K] int64, ascending
+        decoder(inputs_embeds=...)
+    handle.remove()
+
+Needs torch only, and knows nothing of scores, teachers or multimodal models: any rule may choose the positions.
+"""
+
+from regate_patch.capture import Backend, Handle, Statistics, patch
+from regate_patch.context import Active, active, current
+from regate_patch.errors import (
+    ActiveIndexError,
+    NoBlocksError,
+    NotElidedError,
+    PatchError,
+    RegateError,
+    UnsupportedGraphError,
+)
+from regate_patch.rewrite import Rewrite, rewrite
+
+__all__ = [
+    "Active",
+    "ActiveIndexError",
+    "Backend",
+    "Handle",
+    "NoBlocksError",
+    "NotElidedError",
+    "PatchError",
+    "RegateError",
+    "Rewrite",
+    "Statistics",
+    "UnsupportedGraphError",
+    "active",
+    "current",
+    "patch",
+    "rewrite",
+]

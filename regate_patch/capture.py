@@ -1,0 +1,208 @@
+"""Capture a decoder with Dynamo, rewrite what it captured, and stand in for `decoder.forward`.
+
+Outside `active(...)` the decoder's own forward runs, untouched. Inside, `torch.compile` calls it with a private
+backend: each captured graph is rewritten (`regate_patch.rewrite`) and run through the inner backend with the
+active positions of the moment. Sizes are symbols throughout, so one artefact serves every B, S and K.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.fx.experimental._config as shape_config
+from torch import fx, nn
+
+from regate_patch.context import Active, current
+from regate_patch.errors import ActiveIndexError, NoBlocksError, NotElidedError, PatchError
+from regate_patch.rewrite import Observer, Rewrite, rewrite
+
+Backend = str | Callable[..., Any]
+
+_DYNAMO = {
+    "specialize_float": True,  # eps and scales are numbers, not inputs
+    "capture_dynamic_output_shape_ops": True,  # x[mask]
+    "capture_scalar_outputs": True,
+    "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
+    "fail_on_recompile_limit_hit": True,  # never fall back to eager, where nothing would be elided
+    "recompile_limit": 64,
+}
+
+
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    """Settings under which a token axis stays a symbol of its own: equal sizes must not share one."""
+    with torch._dynamo.config.patch(**_DYNAMO), shape_config.patch(use_duck_shape=False):
+        yield
+
+
+@dataclass
+class Statistics:
+    """What a patched decoder did so far.
+
+    Attributes:
+        graphs: one `Rewrite` per captured graph that holds attention.
+        other_graphs: captured graphs without attention, which run as they are.
+        calls: calls under `active(...)`.
+        blocks: blocks (attention and MLP) that one call runs.
+    """
+
+    graphs: list[Rewrite] = field(default_factory=list)
+    other_graphs: int = 0
+    calls: int = 0
+    blocks: int = 0
+
+
+class GatedForward:
+    """The callable that replaces `decoder.forward`. Copying or pickling it gives the original forward."""
+
+    def __init__(self, decoder: nn.Module, backend: Backend, observe: Observer | None) -> None:
+        self.decoder, self.backend, self.observe = decoder, backend, observe
+        self.forward = decoder.forward
+        self.statistics = Statistics()
+        self.compiled = torch.compile(self.forward, backend=self._compile, dynamic=True)
+        functools.update_wrapper(self, self.forward, updated=())
+        self.__signature__ = inspect.signature(self.forward)
+
+    @torch.compiler.disable(recursive=False)  # a user's outer torch.compile must call this, not see through it
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        chosen = current()
+        if chosen is None:
+            return self.forward(*args, **kwargs)
+        _check_length(chosen, args, kwargs)
+        ran_before = sum(chosen.blocks_run)
+        with _tracing():
+            try:
+                output = self.compiled(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                if isinstance(error.__cause__, PatchError):
+                    raise error.__cause__ from None
+                raise
+        self._check_ran(sum(chosen.blocks_run) - ran_before)
+        return output
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """The private backend."""
+        rewritten = rewrite(gm, observe=self.observe)
+        if rewritten is None:
+            self.statistics.other_graphs += 1
+            return _inner(gm, self.backend)
+        self.statistics.graphs.append(rewritten)
+        run = _inner(rewritten.module, self.backend)
+        blocks = rewritten.attention + rewritten.mlp
+
+        def run_on_active_positions(*inputs: Any) -> Any:
+            chosen = current()
+            if chosen is None:
+                raise NotElidedError("a rewritten graph ran outside `active(...)`")
+            chosen.blocks_run.append(blocks)
+            return run(chosen.index, chosen.valid, *inputs)
+
+        return run_on_active_positions
+
+    def _check_ran(self, blocks: int) -> None:
+        statistics, name = self.statistics, type(self.decoder).__name__
+        statistics.calls += 1
+        if blocks == 0:
+            raise NoBlocksError(
+                f"{name} ran, but no attention block was found in the {statistics.other_graphs} graph(s) captured "
+                "from it (searched: scaled dot-product attention; softmax between matrix products). "
+                "Use attn_implementation='sdpa' or 'eager', and check that this module holds the decoder layers."
+            )
+        if blocks < statistics.blocks:
+            raise NotElidedError(
+                f"{name} ran {blocks} rewritten blocks where it has {statistics.blocks}: part of it fell back to "
+                "running every position. Run with TORCH_LOGS=graph_breaks,recompiles to see why."
+            )
+        statistics.blocks = blocks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._unpatched(memo.get(id(self.decoder), self.decoder))
+
+    def __reduce__(self) -> Any:
+        return _class_forward, (self.decoder,)
+
+    def _unpatched(self, decoder: nn.Module) -> Any:
+        return _class_forward(decoder)
+
+
+def _class_forward(decoder: nn.Module) -> types.MethodType:
+    return types.MethodType(type(decoder).forward, decoder)
+
+
+def _inner(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
+    if backend == "eager":
+        return gm.forward
+    return torch.compile(gm, backend=backend, dynamic=True)
+
+
+def _check_length(chosen: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The batch must have the index's rows; its positions are checked where that costs nothing (CPU)."""
+    for name in ("inputs_embeds", "input_ids", "hidden_states"):
+        x = kwargs.get(name)
+        if x is None and name == "hidden_states" and args and isinstance(args[0], torch.Tensor):
+            x = args[0]
+        if not isinstance(x, torch.Tensor) or x.dim() < 2:
+            continue
+        rows, length = x.shape[:2]
+        if rows != chosen.index.shape[0] or chosen.index.shape[1] > length:
+            raise ActiveIndexError(
+                f"active positions are {list(chosen.index.shape)} ([B, K]), but `{name}` is {list(x.shape)}"
+            )
+        if chosen.index.device.type == "cpu" and int(chosen.index.max()) >= length:
+            raise ActiveIndexError(
+                f"active position {int(chosen.index.max())} does not exist: `{name}` has {length} positions"
+            )
+        return
+
+
+class Handle:
+    """A patched decoder. `remove()` gives it back exactly as it was."""
+
+    def __init__(self, decoder: nn.Module, backend: Backend, observe: Observer | None) -> None:
+        self._decoder = decoder
+        self._own_forward = decoder.__dict__.get("forward")
+        self._gated = GatedForward(decoder, backend, observe)
+        decoder.forward = self._gated
+
+    @property
+    def statistics(self) -> Statistics:
+        return self._gated.statistics
+
+    def remove(self) -> None:
+        """Undo `patch`. A second call does nothing."""
+        if self._decoder.__dict__.get("forward") is not self._gated:
+            return
+        if self._own_forward is None:
+            del self._decoder.forward
+        else:
+            self._decoder.forward = self._own_forward
+
+
+def patch(decoder: nn.Module, *, backend: Backend = "inductor", observe: Observer | None = None) -> Handle:
+    """Let `decoder` compute only the active positions inside `with regate_patch.active(...)`.
+
+    Parameters, buffers, state dict and hooks stay as they are; outside `active` nothing changes. Patching a
+    decoder again replaces the first patch.
+
+    Args:
+        decoder: the module that owns the decoder layers, called with hidden states or embeddings [B, S, D].
+        backend: how the rewritten graph is run: "inductor", "eager" (no compiler needed), or anything that
+            `torch.compile(backend=...)` takes.
+        observe: called with (pass name, graph) after each pass, to look into the rewriter.
+
+    Raises (when the decoder is first called inside `active`):
+        NoBlocksError: no attention found.
+        UnsupportedGraphError: a value whose token axis cannot be followed; names the node and source line.
+    """
+    existing = decoder.__dict__.get("forward")
+    if isinstance(existing, GatedForward):
+        del decoder.forward
+    return Handle(decoder, backend, observe)

@@ -1,0 +1,48 @@
+"""How many floating-point operations the blocks of a captured graph cost, as an expression in B and S.
+
+Counted: matrix products and attention, forward (a multiply and an add are two). Causal attention is counted
+in full, as kernels that take an explicit mask compute it.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from regate_patch.blocks import SDPA, Block, Tokens
+from regate_patch.graph import argument, is_call, is_tensor, nodes_in, shape
+
+_LINEAR = (F.linear, torch._C._nn.linear)
+_PRODUCTS = (torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
+
+
+def count(block: Block) -> sympy.Expr:
+    """FLOPs of one block's forward."""
+    return sum((_count(node) for node in block.nodes), start=sympy.Integer(0))
+
+
+def _count(node: fx.Node) -> sympy.Expr:
+    if not is_tensor(node):
+        return sympy.Integer(0)
+    if is_call(node, *_LINEAR):
+        return 2 * sympy.prod(shape(node)) * shape(node.args[0])[-1]
+    if is_call(node, *SDPA):
+        q, k = shape(argument(node, 0, "query")), shape(argument(node, 1, "key"))
+        return 4 * sympy.prod(q) * k[-2]
+    if is_call(node, *_PRODUCTS) or "grouped_mm" in str(node.target):
+        left = next(n for n in nodes_in(node.args) if is_tensor(n))
+        return 2 * sympy.prod(shape(node)) * shape(left)[-1]
+    if is_call(node, torch.addmm, "addmm"):
+        return 2 * sympy.prod(shape(node)) * shape(node.args[1])[-1]
+    return sympy.Integer(0)
+
+
+def polynomial(blocks: list[Block], tokens: Tokens) -> tuple[int, int]:
+    """(linear, quadratic): a row that computes n positions costs `linear * n + quadratic * n**2` FLOPs."""
+    n = sympy.Symbol("n", positive=True)
+    total = sum((count(block) for block in blocks), start=sympy.Integer(0))
+    total = total.subs({tokens.length: n} | ({tokens.batch: 1} if tokens.batch.is_Symbol else {}))
+    terms = sympy.Poly(sympy.expand(total), n)
+    return int(terms.coeff_monomial(n)), int(terms.coeff_monomial(n**2))

@@ -1,0 +1,88 @@
+"""The operations that the rewriter inserts. Plain torch, differentiable, shape-polymorphic.
+
+Shapes: B batch, S all positions, K computed positions, D any other axis. `index` is [B, K] int64 and `valid`
+[B, K] bool as in `regate_patch.context.Active`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _along(index: Tensor, x: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """`index` as a `torch.gather` index for `x` along `dim`: an expanded view, nothing is copied."""
+    shape = [1] * x.dim()
+    shape[batch_dim], shape[dim] = index.shape
+    sizes = list(x.shape)
+    sizes[dim] = index.shape[1]
+    return _rows(index, dim, batch_dim).reshape(shape).expand(sizes)
+
+
+def _rows(per_row: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """[B, K] in the order in which `batch_dim` and `dim` stand."""
+    return per_row if batch_dim < dim else per_row.t()
+
+
+def gather_tokens(x: Tensor, index: Tensor, dims: tuple[int, ...], batch_dim: int, rank: int) -> Tensor:
+    """`x` restricted to the active positions along each axis of `dims`.
+
+    A value shared by all rows (size 1 on the batch axis, or fewer axes than `rank`) becomes one per row,
+    because every row computes positions of its own. `dims` and `batch_dim` count axes at `rank`.
+    """
+    while x.dim() < rank:
+        x = x.unsqueeze(0)
+    if x.shape[batch_dim] != index.shape[0]:
+        sizes = [-1] * x.dim()
+        sizes[batch_dim] = index.shape[0]
+        x = x.expand(sizes)
+    for dim in dims:
+        x = torch.gather(x, dim, _along(index, x, dim, batch_dim))
+    return x
+
+
+def scatter_tokens(
+    x: Tensor, index: Tensor, valid: Tensor, y: Tensor, x_at_index: Tensor, dim: int, batch_dim: int
+) -> Tensor:
+    """`x` with `y` at the active positions along `dim`; where not `valid`, `x` stays as it was."""
+    shape = [1] * y.dim()
+    shape[batch_dim], shape[dim] = valid.shape
+    mask = _rows(valid, dim, batch_dim).reshape(shape)
+    return torch.scatter(x, dim, _along(index, x, dim, batch_dim), torch.where(mask, y, x_at_index))
+
+
+def select_tokens(x: Tensor, mask: Tensor, index: Tensor, valid: Tensor, dim: int) -> Tensor:
+    """Rows of `x` along `dim`, one per True in `mask` [B, S], that belong to active positions.
+
+    For features that a model lays out by `mask` (such as deepstack features of visual tokens, [N, D]).
+    """
+    active = torch.zeros_like(mask).scatter(1, index, valid)
+    return x.index_select(dim, active[mask].nonzero().squeeze(1))
+
+
+def only_valid(mask: Tensor, valid: Tensor) -> Tensor:
+    """A gathered boolean [B, K, ...] token mask, False on the filling."""
+    return mask & valid.reshape(valid.shape + (1,) * (mask.dim() - 2))
+
+
+def hide_filling(mask: Tensor | None, valid: Tensor) -> Tensor:
+    """An attention mask (or scores) [B, ..., Q or 1, K] under which no query sees a key of the filling."""
+    if mask is None:
+        return valid[:, None, None, :]
+    seen = valid.reshape(valid.shape[:1] + (1,) * (mask.dim() - 2) + valid.shape[1:])
+    if mask.dtype == torch.bool:
+        return mask & seen
+    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def write(target: Tensor, key: Any, value: Any) -> Tensor:
+    """`target[key] = value`, as an expression whose value is the written tensor."""
+    target[key] = value
+    return target
+
+
+def after(value: Tensor, written: Tensor) -> Tensor:
+    """`value`, read after `written` (a view of it) has been written."""
+    return value

@@ -1,0 +1,119 @@
+"""The passes, in order, from a captured decoder graph to one that computes active positions only."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from regate_patch import flops, ops
+from regate_patch.blocks import find_blocks, find_cores, find_tokens
+from regate_patch.checkpointing import inline, outline
+from regate_patch.fuse import fuse
+from regate_patch.graph import erase_dead, expr, is_call, is_scalar, value
+from regate_patch.insert import insert
+from regate_patch.mutations import name_mutations
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What was found in one captured graph and what became of it.
+
+    Attributes:
+        module: takes `(active_index, active_valid, *inputs of the captured graph)`.
+        attention, mlp: number of blocks of each kind.
+        flops_linear, flops_quadratic: forward FLOPs of the blocks for a row that computes n positions are
+            `flops_linear * n + flops_quadratic * n**2`.
+        gathers, scatters: after insertion and after fusion.
+    """
+
+    module: fx.GraphModule
+    attention: int
+    mlp: int
+    flops_linear: int
+    flops_quadratic: int
+    gathers: tuple[int, int]
+    scatters: tuple[int, int]
+
+
+Observer = Callable[[str, fx.GraphModule], None]
+
+
+def rewrite(gm: fx.GraphModule, *, observe: Observer | None = None) -> Rewrite | None:
+    """Rewrite a graph that Dynamo captured; None if it holds no attention, and so nothing to elide.
+
+    Args:
+        gm: the captured graph, left as it was.
+        observe: called with each pass's name and the graph after it (for tests and debugging).
+
+    Raises:
+        UnsupportedGraphError: see `regate_patch.blocks` and `regate_patch.insert`.
+    """
+    see = observe or (lambda name, graph: None)
+    gm = _copy(gm)
+    see("captured", gm)
+    gm = inline(gm)
+    gm = drop_assertions(gm)
+    if not find_cores(gm):
+        return None
+    gm = name_mutations(gm)
+    erase_dead(gm.graph)
+    see("flat", gm)
+    cores = find_cores(gm)
+    tokens = find_tokens(cores)
+    blocks = find_blocks(gm, cores, tokens)
+    linear, quadratic = flops.polynomial(blocks, tokens)
+    gm = insert(gm, blocks, tokens)
+    see("inserted", gm)
+    before = count(gm)
+    gm = fuse(gm)
+    see("fused", gm)
+    after = count(gm)
+    gm = outline(gm)
+    gm.recompile()
+    see("outlined", gm)
+    kinds = [block.kind for block in blocks]
+    return Rewrite(
+        module=gm,
+        attention=kinds.count("attention"),
+        mlp=kinds.count("mlp"),
+        flops_linear=linear,
+        flops_quadratic=quadratic,
+        gathers=(before[0], after[0]),
+        scatters=(before[1], after[1]),
+    )
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph can be changed, sharing parameters and fake tensors with the original."""
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, copied := {})
+    graph.output(output)
+    for old, new in copied.items():
+        new.meta = dict(old.meta)
+    return fx.GraphModule(gm, graph)
+
+
+def drop_assertions(gm: fx.GraphModule) -> fx.GraphModule:
+    """Remove run-time assertions on sizes (they hold at full length only) and read sizes from the inputs."""
+    graph = gm.graph
+    known = {}
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and is_scalar(node):
+            known.setdefault(expr(value(node)), node)
+        elif is_call(node, operator.getitem) and is_call(node.args[0], "size") and is_scalar(node):
+            if (same := known.get(expr(value(node)))) is not None:
+                node.replace_all_uses_with(same)
+        elif is_call(node, torch.ops.aten._assert_scalar.default, torch._check, torch._assert):
+            graph.erase_node(node)
+    erase_dead(graph)
+    return gm
+
+
+def count(gm: fx.GraphModule) -> tuple[int, int]:
+    """(gathers, scatters) that the rewriter put into the graph."""
+    gathers = sum(is_call(n, ops.gather_tokens, ops.select_tokens) for n in gm.graph.nodes)
+    return gathers, sum(is_call(n, ops.scatter_tokens) for n in gm.graph.nodes)
