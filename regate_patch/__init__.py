@@ -8,7 +8,7 @@
 Needs torch only, and knows nothing of scores, teachers or multimodal models: any rule may choose the positions.
 """
 
-from regate_patch.capture import Backend, Handle, Statistics, patch
+from regate_patch.capture import Backend, Handle, OnUnsupported, Statistics, patch
 from regate_patch.context import Active, active, current
 from regate_patch.errors import (
     ActiveIndexError,
@@ -27,6 +27,7 @@ __all__ = [
     "Handle",
     "NoBlocksError",
     "NotElidedError",
+    "OnUnsupported",
     "PatchError",
     "RegateError",
     "Rewrite",

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch._dynamo
@@ -21,10 +22,18 @@ import torch.fx.experimental._config as shape_config
 from torch import fx, nn
 
 from regate_patch.context import Active, current
-from regate_patch.errors import ActiveIndexError, NoBlocksError, NotElidedError, PatchError
+from regate_patch.errors import (
+    ActiveIndexError,
+    NoBlocksError,
+    NotElidedError,
+    PatchError,
+    UnsupportedGraphError,
+)
 from regate_patch.rewrite import Observer, Rewrite, rewrite
 
+log = logging.getLogger("regate_patch")
 Backend = str | Callable[..., Any]
+OnUnsupported = Literal["raise", "warn"]
 
 _DYNAMO = {
     "specialize_float": True,  # eps and scales are numbers, not inputs
@@ -51,20 +60,39 @@ class Statistics:
         graphs: one `Rewrite` per captured graph that holds attention.
         other_graphs: captured graphs without attention, which run as they are.
         calls: calls under `active(...)`.
-        blocks: blocks (attention and MLP) that one call runs.
+        last: the rewrites that the last such call ran, in order (one graph may run once per layer).
+        failed: why the decoder runs dense since (`on_unsupported="warn"`), or None.
     """
 
     graphs: list[Rewrite] = field(default_factory=list)
     other_graphs: int = 0
     calls: int = 0
-    blocks: int = 0
+    last: tuple[Rewrite, ...] = ()
+    failed: str | None = None
+
+    @property
+    def attention(self) -> int:
+        """Attention blocks that one call runs."""
+        return sum(rewritten.attention for rewritten in self.last)
+
+    @property
+    def mlp(self) -> int:
+        """MLP blocks that one call runs."""
+        return sum(rewritten.mlp for rewritten in self.last)
+
+    def flops(self, positions: int) -> int:
+        """Forward FLOPs of all blocks for one row that computes this many positions."""
+        return sum(r.flops_linear * positions + r.flops_quadratic * positions**2 for r in self.last)
 
 
 class GatedForward:
     """The callable that replaces `decoder.forward`. Copying or pickling it gives the original forward."""
 
-    def __init__(self, decoder: nn.Module, backend: Backend, observe: Observer | None) -> None:
+    def __init__(
+        self, decoder: nn.Module, backend: Backend, on_unsupported: OnUnsupported, observe: Observer | None
+    ) -> None:
         self.decoder, self.backend, self.observe = decoder, backend, observe
+        self.on_unsupported = on_unsupported
         self.forward = decoder.forward
         self.statistics = Statistics()
         self.compiled = torch.compile(self.forward, backend=self._compile, dynamic=True)
@@ -74,19 +102,29 @@ class GatedForward:
     @torch.compiler.disable(recursive=False)  # a user's outer torch.compile must call this, not see through it
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         chosen = current()
-        if chosen is None:
+        if chosen is None or self.statistics.failed is not None:
             return self.forward(*args, **kwargs)
         _check_length(chosen, args, kwargs)
-        ran_before = sum(chosen.blocks_run)
+        ran_before = len(chosen.ran)
+        try:
+            output = self._run(*args, **kwargs)
+            self._check_ran(chosen.ran[ran_before:])
+        except (UnsupportedGraphError, NoBlocksError) as error:
+            if self.on_unsupported == "raise":
+                raise
+            self.statistics.failed = str(error)
+            log.warning("%s runs dense from now on: %s", type(self.decoder).__name__, error)
+            return self.forward(*args, **kwargs)
+        return output
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         with _tracing():
             try:
-                output = self.compiled(*args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                if isinstance(error.__cause__, PatchError):
-                    raise error.__cause__ from None
+                return self.compiled(*args, **kwargs)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                if isinstance(error.inner_exception, PatchError):
+                    raise error.inner_exception from None
                 raise
-        self._check_ran(sum(chosen.blocks_run) - ran_before)
-        return output
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """The private backend."""
@@ -96,32 +134,32 @@ class GatedForward:
             return _inner(gm, self.backend)
         self.statistics.graphs.append(rewritten)
         run = _inner(rewritten.module, self.backend)
-        blocks = rewritten.attention + rewritten.mlp
 
         def run_on_active_positions(*inputs: Any) -> Any:
             chosen = current()
             if chosen is None:
                 raise NotElidedError("a rewritten graph ran outside `active(...)`")
-            chosen.blocks_run.append(blocks)
+            chosen.ran.append(rewritten)
             return run(chosen.index, chosen.valid, *inputs)
 
         return run_on_active_positions
 
-    def _check_ran(self, blocks: int) -> None:
+    def _check_ran(self, ran: list[Rewrite]) -> None:
         statistics, name = self.statistics, type(self.decoder).__name__
-        statistics.calls += 1
+        blocks, expected = sum(r.attention + r.mlp for r in ran), statistics.attention + statistics.mlp
         if blocks == 0:
             raise NoBlocksError(
                 f"{name} ran, but no attention block was found in the {statistics.other_graphs} graph(s) captured "
                 "from it (searched: scaled dot-product attention; softmax between matrix products). "
                 "Use attn_implementation='sdpa' or 'eager', and check that this module holds the decoder layers."
             )
-        if blocks < statistics.blocks:
+        if blocks < expected:
             raise NotElidedError(
-                f"{name} ran {blocks} rewritten blocks where it has {statistics.blocks}: part of it fell back to "
+                f"{name} ran {blocks} rewritten blocks where it has {expected}: part of it fell back to "
                 "running every position. Run with TORCH_LOGS=graph_breaks,recompiles to see why."
             )
-        statistics.blocks = blocks
+        statistics.calls += 1
+        statistics.last = tuple(ran)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self._unpatched(memo.get(id(self.decoder), self.decoder))
@@ -166,11 +204,11 @@ def _check_length(chosen: Active, args: tuple[Any, ...], kwargs: dict[str, Any])
 class Handle:
     """A patched decoder. `remove()` gives it back exactly as it was."""
 
-    def __init__(self, decoder: nn.Module, backend: Backend, observe: Observer | None) -> None:
+    def __init__(self, decoder: nn.Module, gated: GatedForward) -> None:
         self._decoder = decoder
         self._own_forward = decoder.__dict__.get("forward")
-        self._gated = GatedForward(decoder, backend, observe)
-        decoder.forward = self._gated
+        self._gated = gated
+        decoder.forward = gated
 
     @property
     def statistics(self) -> Statistics:
@@ -186,7 +224,13 @@ class Handle:
             self._decoder.forward = self._own_forward
 
 
-def patch(decoder: nn.Module, *, backend: Backend = "inductor", observe: Observer | None = None) -> Handle:
+def patch(
+    decoder: nn.Module,
+    *,
+    backend: Backend = "inductor",
+    on_unsupported: OnUnsupported = "raise",
+    observe: Observer | None = None,
+) -> Handle:
     """Let `decoder` compute only the active positions inside `with regate_patch.active(...)`.
 
     Parameters, buffers, state dict and hooks stay as they are; outside `active` nothing changes. Patching a
@@ -196,6 +240,7 @@ def patch(decoder: nn.Module, *, backend: Backend = "inductor", observe: Observe
         decoder: the module that owns the decoder layers, called with hidden states or embeddings [B, S, D].
         backend: how the rewritten graph is run: "inductor", "eager" (no compiler needed), or anything that
             `torch.compile(backend=...)` takes.
+        on_unsupported: "raise" the errors below, or "warn" once and run every position from then on.
         observe: called with (pass name, graph) after each pass, to look into the rewriter.
 
     Raises (when the decoder is first called inside `active`):
@@ -205,4 +250,4 @@ def patch(decoder: nn.Module, *, backend: Backend = "inductor", observe: Observe
     existing = decoder.__dict__.get("forward")
     if isinstance(existing, GatedForward):
         del decoder.forward
-    return Handle(decoder, backend, observe)
+    return Handle(decoder, GatedForward(decoder, backend, on_unsupported, observe))

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,12 @@ class Active:
         index: [B, K] int64, distinct positions in each row, ascending where `valid`; a row with fewer than K
             active positions is filled at its end with inactive ones, so that K is one number for the batch.
         valid: [B, K] bool, False on that filling. What is computed there is never seen and never kept.
+        ran: the `Rewrite`s that ran on these positions, one entry per run.
     """
 
     index: Tensor
     valid: Tensor
-    blocks_run: list[int] = field(default_factory=list, compare=False)
+    ran: list[Any] = field(default_factory=list, compare=False)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Active:

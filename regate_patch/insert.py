@@ -85,8 +85,8 @@ class _Inserter:
         dim, batch_dim = entry_shape.index(self.tokens.length), self.batch_axis(block.entry, block.entry)[0]
         entry = self.made.get(("stream", block.entry), block.entry)
         for node in block.nodes:
-            self.check(node, inside)
             self.note_chosen(node)
+            self.check(node, inside)
             self.enter(node)
             if node in block.cores:
                 self.hide_filling(node)

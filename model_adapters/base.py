@@ -1,0 +1,74 @@
+"""What ReGATE must know about an architecture: a few pure functions, each with a default that serves
+conventional Hugging Face models. An adapter overrides the ones that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from model_adapters import conventional
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How the text-only teacher sees a visual position.
+
+    Attributes:
+        token_id: the placeholder; None takes the model's pad token (or its end-of-sequence token, or 0).
+        attend: may text attend to the placeholders? If not, they are left out of the teacher's compute.
+    """
+
+    token_id: int | None = None
+    attend: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One batch as the decoder sees it. All [B, S] (S decoder positions, after visual expansion).
+
+    Attributes:
+        input_ids: int64; at visual positions any id.
+        labels: int64, -100 where unsupervised; position j predicts `labels[:, j + 1]`.
+        valid: bool, False on padding.
+        visual: bool, True where an image, video or audio feature stands.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    valid: Tensor
+    visual: Tensor
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """How to serve one architecture.
+
+    Attributes:
+        serves: `config.model_type`s or class names of the models it serves.
+        causal_lm: the module whose call receives `labels` aligned with decoder positions.
+        decoder: the module that owns the decoder layers; what the engine captures.
+        embeddings, head: ids to embeddings, final hidden states to logits; what the teacher needs besides
+            the decoder.
+        layout: the batch (the keyword arguments of `causal_lm`'s call) as a `Layout`.
+        position_ids: what the decoder is given as `position_ids`, or None where it makes them itself.
+        padding: how the teacher sees visual positions.
+        visual_inputs: names of batch entries that hold pixels, for telling samples with equal text apart.
+    """
+
+    serves: tuple[str, ...]
+    causal_lm: Callable[[nn.Module], nn.Module] = conventional.causal_lm
+    decoder: Callable[[nn.Module], nn.Module] = conventional.decoder
+    embeddings: Callable[[nn.Module], nn.Module] = conventional.embeddings
+    head: Callable[[nn.Module], nn.Module] = conventional.head
+    layout: Callable[[nn.Module, Batch], Layout] = lambda model, batch: Layout(
+        **conventional.layout(model, batch)
+    )
+    position_ids: Callable[[nn.Module, Batch], Tensor | None] = conventional.position_ids
+    padding: Padding = Padding()
+    visual_inputs: tuple[str, ...] = ("pixel_values", "pixel_values_videos", "input_features")

@@ -1,0 +1,143 @@
+"""The defaults of `ModelAdapter`: what Hugging Face multimodal models agree on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model_adapters.errors import AdapterError
+
+_LAYER_LISTS = ("layers", "h", "blocks", "block")
+_VISUAL_IDS = (
+    "image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id",
+    "audio_token_index",
+)  # fmt: skip
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Inside `torch.compile`, DataParallel-like and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            model = model.module
+        else:
+            return model
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The model itself, unwrapped."""
+    return unwrap(model)
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """`get_decoder()`, then down to the module that owns the list of layers.
+
+    Raises:
+        AdapterError: no such module.
+    """
+    start = unwrap(model)
+    found = start.get_decoder() if hasattr(start, "get_decoder") else start
+    queue = [found]
+    while queue:
+        module = queue.pop(0)
+        if any(isinstance(getattr(module, name, None), nn.ModuleList) for name in _LAYER_LISTS):
+            return module
+        queue.extend(module.children())
+    raise AdapterError(
+        f"no module with a list of layers (searched {', '.join(_LAYER_LISTS)}) below {type(found).__name__} of "
+        f"{type(start).__name__}; register an adapter whose `decoder` returns it"
+    )
+
+
+def embeddings(model: nn.Module) -> nn.Module:
+    """`get_input_embeddings()`."""
+    return unwrap(model).get_input_embeddings()
+
+
+class CappedHead(nn.Module):
+    """An output projection with the logit scale or soft cap that the model applies outside it."""
+
+    def __init__(self, projection: nn.Module, *, scale: float = 1.0, cap: float | None = None) -> None:
+        super().__init__()
+        self.projection, self.scale, self.cap = projection, scale, cap
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        logits = self.projection(hidden_states) * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def head(model: nn.Module) -> nn.Module:
+    """`get_output_embeddings()`, with the soft cap and scale that the text config names."""
+    inner = unwrap(model)
+    projection = inner.get_output_embeddings()
+    if projection is None:
+        raise AdapterError(
+            f"{type(inner).__name__} has no output embeddings; register an adapter whose `head` returns the "
+            "module that maps hidden states to logits"
+        )
+    config = text_config(inner)
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if getattr(config, "logits_scaling", None):
+        scale = 1.0 / config.logits_scaling
+    return projection if cap is None and scale == 1.0 else CappedHead(projection, scale=scale, cap=cap)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the text model inside a composite config."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def visual_token_ids(model: nn.Module) -> tuple[int, ...]:
+    """Ids that stand for visual (or audio) features in `input_ids`."""
+    config = getattr(unwrap(model), "config", None)
+    return tuple({i for name in _VISUAL_IDS if isinstance(i := getattr(config, name, None), int)})
+
+
+def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """For models whose `input_ids` are already expanded: one id per decoder position.
+
+    Raises:
+        AdapterError: the batch has no `input_ids` or no `labels`.
+    """
+    input_ids, labels = batch.get("input_ids"), batch.get("labels")
+    if input_ids is None or labels is None:
+        missing = [name for name in ("input_ids", "labels") if batch.get(name) is None]
+        raise AdapterError(
+            f"{type(unwrap(model)).__name__} was called without {' and '.join(missing)}; register an adapter "
+            "whose `layout` reads this batch"
+        )
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        valid = mask.bool()
+    else:
+        valid = torch.ones_like(input_ids, dtype=torch.bool)
+    ids = visual_token_ids(model)
+    visual = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)) if ids else torch.zeros_like(valid)
+    return {"input_ids": input_ids, "labels": labels, "valid": valid, "visual": visual & valid}
+
+
+def position_ids(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """The positions the batch brings, or those of multimodal rotary embeddings, or None."""
+    if batch.get("position_ids") is not None:
+        return batch["position_ids"]
+    inner = getattr(unwrap(model), "model", None)
+    compute = getattr(inner, "compute_3d_position_ids", None)
+    if compute is None:
+        return None
+    names = inspect.signature(compute).parameters
+    arguments = {name: batch.get(name) for name in names if name in batch}
+    arguments.setdefault("inputs_embeds", None)
+    before = inner.rope_deltas
+    try:
+        return compute(**{name: arguments.get(name) for name in names if name in arguments})
+    finally:
+        inner.rope_deltas = before  # generation state of the model, not ours to change

@@ -1,0 +1,33 @@
+"""ReGATE: train a multimodal LLM on the tokens that need the image.
+
+    import regate
+    gate = regate.apply(model)        # then train exactly as before
+
+An implementation of Reference-Guided Adaptive Token Elision (arXiv 2507.21420).
+"""
+
+from model_adapters import Layout, ModelAdapter, Padding, register_adapter
+from regate.config import Config
+from regate.errors import RegateError
+from regate.gate import Decision, Gate, apply, remove
+from regate.report import Report
+from regate.store import Store
+from regate.version import __version__
+
+
+
+__all__ = [
+    "Config",
+    "Decision",
+    "Gate",
+    "Layout",
+    "ModelAdapter",
+    "Padding",
+    "RegateError",
+    "Report",
+    "Store",
+    "__version__",
+    "apply",
+    "register_adapter",
+    "remove",
+]

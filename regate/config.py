@@ -1,0 +1,74 @@
+"""The settings of the method, in one frozen dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from regate.errors import ConfigError
+
+Selection = Literal["score", "random"]
+Alignment = Literal["predictor", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How to gate. Defaults are the paper's (arXiv 2507.21420, section 3 and appendix).
+
+    Attributes:
+        cycle: optimizer steps in one cycle.
+        full_steps: the first steps of each cycle, which keep every label.
+        keep: share of a sample's labels kept on the other, sparse steps; 0 < keep <= 1.
+        warmup: full steps before the first cycle.
+        final_full_steps: full steps at the end of training; needs `total_steps`.
+        total_steps: optimizer steps of the whole run, or None.
+        ema_decay: beta of the difficulty's moving average, `m <- beta*m + (1-beta)*loss`.
+        student_weight, reference_weight: a label's score is `student_weight*m + reference_weight*ref`.
+        selection: "score" keeps the highest scores, "random" as many at random (a control).
+        alignment: which answer positions a kept label activates: its "predictor", or "both" the predictor and
+            the kept token itself.
+        seed: of the random selection.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    cycle: int = 128
+    full_steps: int = 16
+    keep: float = 0.5
+    warmup: int = 100
+    final_full_steps: int = 0
+    total_steps: int | None = None
+    ema_decay: float = 0.9
+    student_weight: float = 1.0
+    reference_weight: float = 0.5
+    selection: Selection = "score"
+    alignment: Alignment = "predictor"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._require("cycle", self.cycle >= 1, "at least 1")
+        self._require("full_steps", 0 <= self.full_steps <= self.cycle, f"in [0, cycle={self.cycle}]")
+        self._require("keep", 0 < self.keep <= 1, "in (0, 1]")
+        self._require("warmup", self.warmup >= 0, "at least 0")
+        self._require("final_full_steps", self.final_full_steps >= 0, "at least 0")
+        if self.final_full_steps:
+            self._require("total_steps", (self.total_steps or 0) >= self.final_full_steps, "given and not smaller "
+                          "than final_full_steps")  # fmt: skip
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        self._require("student_weight", self.student_weight >= 0, "at least 0")
+        self._require("reference_weight", self.reference_weight >= 0, "at least 0")
+        self._require("selection", self.selection in get_args(Selection), f"one of {get_args(Selection)}")
+        self._require("alignment", self.alignment in get_args(Alignment), f"one of {get_args(Alignment)}")
+
+    def _require(self, field: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ConfigError(f"Config.{field} must be {allowed}, got {getattr(self, field)!r}")
+
+    def is_full(self, step: int) -> bool:
+        """Does optimizer step `step` (from 0) keep every label?"""
+        if step < self.warmup:
+            return True
+        if self.total_steps is not None and step >= self.total_steps - self.final_full_steps:
+            return True
+        return (step - self.warmup) % self.cycle < self.full_steps

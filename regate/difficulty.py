@@ -1,0 +1,56 @@
+"""How hard each label still is for the student: a moving average of its own loss (paper, section 3.2).
+
+Before a sample was ever seen, its labels are judged by the vocabulary: a moving average of the student's loss on
+each token id. In one-epoch fine-tuning no sample is seen twice, and this prior decides everything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNSEEN = -1.0  # in place of a loss, which is never negative
+
+
+def update(m: Tensor, loss: Tensor, observed: Tensor, *, decay: float) -> Tensor:
+    """`decay*m + (1-decay)*loss` where `observed`; the first observation replaces `UNSEEN`.
+
+    Args:
+        m, loss: float, of one shape.
+        observed: bool of that shape; non-finite losses are never taken over.
+    """
+    first = m == UNSEEN
+    fresh = torch.where(first, loss, decay * m + (1 - decay) * loss)
+    return torch.where(observed & torch.isfinite(loss), fresh, m)
+
+
+class VocabularyPrior:
+    """Moving average of the student's loss per token id."""
+
+    def __init__(self, size: int, *, decay: float) -> None:
+        self.decay = decay
+        self.mean = torch.full((size,), UNSEEN)
+
+    def observe(self, ids: Tensor, losses: Tensor) -> None:
+        """Take over the losses of labels `ids` (both [N]); non-finite ones are left out."""
+        finite = torch.isfinite(losses)
+        ids, losses = ids[finite], losses[finite].float()
+        self.mean = self.mean.to(ids.device)
+        count = torch.zeros_like(self.mean).index_add_(0, ids, torch.ones_like(losses))
+        total = torch.zeros_like(self.mean).index_add_(0, ids, losses)
+        self.mean = update(self.mean, total / count.clamp(min=1), count > 0, decay=self.decay)
+
+    def expect(self, ids: Tensor) -> Tensor:
+        """Expected loss of labels `ids` (any shape); unseen ids get the mean over those seen, or 0."""
+        self.mean = self.mean.to(ids.device)
+        seen = self.mean != UNSEEN
+        overall = torch.where(seen, self.mean, 0.0).sum() / seen.sum().clamp(min=1)
+        return torch.where(seen, self.mean, overall)[ids.clamp(0, len(self.mean) - 1)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean = state["mean"].clone()

@@ -1,0 +1,55 @@
+"""Errors of the method. Each says what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+from regate_patch.errors import RegateError
+
+
+class ConfigError(RegateError, ValueError):
+    """A setting is out of its range."""
+
+
+class UnknownArchitectureError(RegateError):
+    """No adapter serves the model, or the adapter cannot read its batch."""
+
+
+class LabelsError(RegateError, ValueError):
+    """Labels do not fit the decoder's positions or the vocabulary."""
+
+
+class NonFiniteLossError(RegateError):
+    """The teacher's loss is NaN or infinite."""
+
+
+class GateNotAppliedError(RegateError):
+    """The model has no gate, or the gate lacks what the call needs."""
+
+
+class StoreError(RegateError):
+    """The store cannot be opened, or lacks what was asked of it."""
+
+
+class StoreMismatchError(StoreError):
+    """The stored reference losses were made by another teacher, tokenizer or padding rule."""
+
+
+class StoreCorruptError(StoreError):
+    """The files at the store's path are damaged or are not a store."""
+
+
+class StoreFullError(StoreError):
+    """The disk is full. What was stored before stays readable."""
+
+
+__all__ = [
+    "ConfigError",
+    "GateNotAppliedError",
+    "LabelsError",
+    "NonFiniteLossError",
+    "RegateError",
+    "StoreCorruptError",
+    "StoreError",
+    "StoreFullError",
+    "StoreMismatchError",
+    "UnknownArchitectureError",
+]

@@ -1,0 +1,69 @@
+"""What gating did: counters kept while training, and the report made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+
+Number = int | float
+
+
+@dataclass
+class Counters:
+    """Plain sums over the run. FLOPs are of decoder and output projection, forward and backward."""
+
+    steps_full: int = 0
+    steps_sparse: int = 0
+    forwards_ungated: int = 0
+    labels_seen: int = 0
+    labels_kept: int = 0
+    positions_seen: int = 0
+    positions_computed: int = 0
+    flops_dense: float = 0.0
+    flops_computed: float = 0.0
+    gate_seconds: float = 0.0
+    teacher_seconds: float = 0.0
+    teacher_samples: int = 0
+    nonfinite_losses: int = 0
+
+    def load(self, state: Mapping[str, Number]) -> None:
+        for field in fields(self):
+            setattr(self, field.name, state.get(field.name, getattr(self, field.name)))
+
+
+class Report(Mapping[str, Number]):
+    """A mapping of plain numbers; `str(report)` reads as text."""
+
+    def __init__(self, counters: Counters, found: Mapping[str, Number], notes: list[str]) -> None:
+        self._numbers: dict[str, Number] = {**found, **asdict(counters)}
+        self.notes = notes
+        seen = max(counters.flops_computed, 1.0)
+        self._numbers["speedup_possible"] = counters.flops_dense / seen if counters.flops_dense else 1.0
+
+    def __getitem__(self, name: str) -> Number:
+        return self._numbers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __str__(self) -> str:
+        n = self._numbers
+        lines = [
+            f"decoder    {n['attention_blocks']} attention and {n['mlp_blocks']} MLP blocks in {n['graphs']} "
+            f"graph(s)",
+            f"steps      {n['steps_full']} full, {n['steps_sparse']} sparse",
+            f"labels     {n['labels_kept']:,} of {n['labels_seen']:,} kept{_share(n['labels_kept'], n['labels_seen'])}",
+            f"positions  {n['positions_computed']:,} of {n['positions_seen']:,} computed"
+            f"{_share(n['positions_computed'], n['positions_seen'])}",
+            f"teacher    {n['teacher_samples']:,} samples in {n['teacher_seconds']:.1f} s",
+            f"gating     {n['gate_seconds']:.1f} s on the host",
+            f"FLOPs      {n['speedup_possible']:.2f}x fewer in decoder and head than the same steps dense",
+        ]
+        return "\n".join(lines + [f"note       {note}" for note in self.notes])
+
+
+def _share(part: Number, whole: Number) -> str:
+    return f" ({part / whole:.0%})" if whole else ""

@@ -1,0 +1,71 @@
+"""Which labels are kept, and which positions the decoder computes for them (paper, section 3.3).
+
+Shapes: B rows, S decoder positions; position j predicts the label at j + 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regate.config import Alignment
+
+IGNORED = -100
+
+
+def predicted(labels: Tensor) -> Tensor:
+    """[B, S] bool: labels that some position predicts: supervised and not the first of the row."""
+    labelled = labels != IGNORED
+    labelled[:, 0] = False
+    return labelled
+
+
+def keep_highest(scores: Tensor, candidates: Tensor, keep: float) -> Tensor:
+    """The `ceil(keep * n)` candidates of each row with the highest scores.
+
+    Args:
+        scores: [B, S] float; read at candidates only.
+        candidates: [B, S] bool.
+        keep: share, 0 < keep <= 1.
+
+    Returns:
+        [B, S] bool. Equal scores are kept from the left.
+
+    Example:
+        >>> keep_highest(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[True, True, True]]), 0.5).tolist()
+        [[False, True, True]]
+    """
+    k = torch.ceil(candidates.sum(1, keepdim=True) * keep - 1e-6)
+    order = scores.float().masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    )
+    return (rank < k) & candidates
+
+
+def active_positions(
+    labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: Alignment = "predictor"
+) -> Tensor:
+    """The positions that a decoder must compute for the kept labels.
+
+    Args:
+        labels: [B, S] int64, -100 where unsupervised.
+        kept: [B, S] bool, the labels kept.
+        valid: [B, S] bool, False on padding.
+        alignment: see `Config.alignment`.
+
+    Returns:
+        [B, S] bool. True where a position holds no answer token (image, instruction, template), where the label
+        it predicts is kept, or where an answer token ends a turn; never on padding, and never after the row's
+        last predictor of a kept label, where causal attention makes a position useless.
+    """
+    answer = labels != IGNORED
+    predicts = torch.zeros_like(answer)
+    predicts[:, :-1] = answer[:, 1:]
+    predicts_kept = torch.zeros_like(kept)
+    predicts_kept[:, :-1] = kept[:, 1:]
+    active = ~answer | predicts_kept | (answer & ~predicts)
+    if alignment == "both":
+        active |= kept
+    read_later = predicts_kept.flip(1).cummax(1).values.flip(1)
+    return active & valid & read_later

@@ -1,0 +1,98 @@
+"""Compare the engine with the per-layer masked reference on a whole multimodal model."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import regate_patch
+from model_adapters import conventional
+from regate_patch import reference
+
+
+@dataclass
+class Run:
+    """Decoder output at active positions, its input's gradient, and every parameter's gradient."""
+
+    output: Tensor
+    input_grad: Tensor
+    grads: dict[str, Tensor]
+
+
+def double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def random_active(batch: dict[str, Tensor], seed: int = 0, share: float = 0.6) -> Tensor:
+    """[B, S] bool: random valid positions, another number in each row."""
+    valid = batch["attention_mask"].bool()
+    noise = torch.rand(valid.shape, generator=torch.Generator().manual_seed(seed))
+    active = (noise < share) & valid
+    active |= valid & (valid.cumsum(1) == 1)  # at least the first
+    return active
+
+
+def layers_of(decoder: nn.Module) -> nn.ModuleList:
+    return next(m for name in ("layers", "h", "blocks") if (m := getattr(decoder, name, None)) is not None)
+
+
+def run(model: nn.Module, batch: dict[str, Tensor], scope: Any, active: Tensor) -> Run:
+    """One forward and backward under `scope`, of a random function of the decoder's active outputs."""
+    decoder = conventional.decoder(model)
+    seen: dict[str, Tensor] = {}
+
+    def keep_input(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen["input"] = kwargs["inputs_embeds"]
+        seen["input"].retain_grad()
+
+    def keep_output(module: nn.Module, args: Any, output: Any) -> None:
+        seen["output"] = output[0]
+
+    model.zero_grad(set_to_none=True)
+    hooks = [
+        decoder.register_forward_pre_hook(keep_input, with_kwargs=True),
+        decoder.register_forward_hook(keep_output),
+    ]
+    try:
+        with scope:
+            model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weight = torch.randn(seen["output"].shape, generator=torch.Generator().manual_seed(1)).to(seen["output"])
+    (seen["output"] * weight * active[..., None]).sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    grad = seen["input"].grad
+    assert grad is not None
+    return Run(seen["output"].detach() * active[..., None], grad, grads)
+
+
+def engine(model: nn.Module, batch: dict[str, Tensor], active: Tensor, *, backend: str = "eager") -> Run:
+    handle = regate_patch.patch(conventional.decoder(model), backend=backend)
+    try:
+        return run(model, batch, regate_patch.active(active), active)
+    finally:
+        handle.remove()
+
+
+def masked(model: nn.Module, batch: dict[str, Tensor], active: Tensor) -> Run:
+    layers = layers_of(conventional.decoder(model))
+    return run(model, batch, reference.masked(layers, active), active)
+
+
+def dense(model: nn.Module, batch: dict[str, Tensor], active: Tensor) -> Run:
+    return run(model, batch, contextlib.nullcontext(), active)
+
+
+def assert_same(a: Run, b: Run, *, tolerance: float = 1e-10) -> None:
+    """Equal up to `tolerance`, absolute and relative."""
+    close = {"atol": tolerance, "rtol": tolerance}
+    torch.testing.assert_close(a.output, b.output, **close)
+    torch.testing.assert_close(a.input_grad, b.input_grad, **close)
+    assert a.grads.keys() == b.grads.keys()
+    for name, grad in a.grads.items():
+        torch.testing.assert_close(grad, b.grads[name], **close, msg=lambda m, n=name: f"{n}: {m}")
