@@ -148,16 +148,7 @@ class Gate:
         self._advance()
         self.flush()
         full = self.config.is_full(self.step)
-        text = keys.text_keys(layout)
-        pixels = keys.pixel_fingerprints(batch, self.adapter.visual_inputs, len(text))
-        if pixels is None and bool(layout.visual.any()) and sample_ids is None:
-            self._note("visual input has no row per sample: equal texts share one difficulty; pass sample_ids")
-        samples = keys.sample_keys(text, pixels, sample_ids)
-        if full:
-            kept = candidates
-        else:
-            scores = self._scores(batch, layout, candidates, text, samples)
-            kept = keep_highest(scores, candidates, self.config.keep)
+        kept, samples = self._choose(batch, layout, candidates, full, sample_ids)
         active = active_positions(layout.labels, kept, layout.valid, alignment=self.config.alignment)
         self._active = regate_patch.Active.from_mask(active)
         self.last = Decision(full, layout.labels, kept, active)
@@ -235,6 +226,20 @@ class Gate:
                 f"from {int(layout.labels.min())} to {highest}"
             )
         return layout
+
+    def _choose(
+        self, batch: Batch, layout: Layout, candidates: Tensor, full: bool, sample_ids: Any
+    ) -> tuple[Tensor, list[bytes]]:
+        """(labels kept [B, S], the rows' keys)."""
+        text = keys.text_keys(layout)
+        pixels = keys.pixel_fingerprints(batch, self.adapter.visual_inputs, len(text))
+        if pixels is None and bool(layout.visual.any()) and sample_ids is None:
+            self._note("visual input has no row per sample: equal texts share one difficulty; pass sample_ids")
+        samples = keys.sample_keys(text, pixels, sample_ids)
+        if full:
+            return candidates, samples
+        scores = self._scores(batch, layout, candidates, text, samples)
+        return keep_highest(scores, candidates, self.config.keep), samples
 
     def _scores(
         self, batch: Batch, layout: Layout, candidates: Tensor, text: list[bytes], samples: list[bytes]
@@ -346,6 +351,12 @@ class Gate:
             layout = self._layout(batch)
             self._teach(batch, layout, keys.text_keys(layout))
         return self.report()
+
+    def choose(self, batch: Batch, *, full: bool = False) -> Tensor:
+        """The labels [B, S] bool that a sparse (or full) step would keep of this batch now; trains nothing."""
+        self.flush()
+        layout = self._layout(batch)
+        return self._choose(batch, layout, predicted(layout.labels), full, batch.get("sample_ids"))[0]
 
     def report(self) -> Report:
         """What was matched and what it gained; a mapping of plain numbers whose text is readable."""

@@ -1,10 +1,11 @@
 """Where per-label losses are kept: an embedded, memory-mapped, crash-safe table that processes share.
 
-LMDB, because it is one file that any number of processes of a node map at once, its copy-on-write pages make a
-killed writer harmless, reads copy nothing, and it needs no server. SQLite does the same at several times the cost
-per small record; plain files have no transactions.
+LMDB, because it is one file that any number of processes of a node map at once, its copy-on-write pages make
+a killed writer harmless, reads cost one page lookup, and it needs no server. SQLite does the same at several
+times the cost per small record; plain files have no transactions. Like every memory-mapped file it belongs on
+a local disk, not on a network share that several nodes write.
 
-Records (16-byte keys, values are float16 arrays, [n_labels]):
+Records (16-byte keys, values are little-endian float16 arrays, [n_labels]):
     reference    the teacher's losses. Written once; a key that exists is never overwritten.
     difficulty   the student's moving averages. Rewritten as training goes.
     meta         format version; the fingerprint of the teacher that made the references.
@@ -12,14 +13,16 @@ Records (16-byte keys, values are float16 arrays, [n_labels]):
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import lmdb
 import numpy as np
@@ -29,9 +32,18 @@ from regate.errors import StoreCorruptError, StoreError, StoreFullError, StoreMi
 Table = Literal["reference", "difficulty"]
 TABLES: tuple[Table, ...] = ("reference", "difficulty")
 FORMAT = b"regate-store-1"
-_MAGIC = 0xBEEFC0DE
+_HALF = np.dtype("<f2")
 _HALF_MAX = float(np.finfo(np.float16).max)
-_T = TypeVar("_T")
+_DAMAGED = (
+    lmdb.CorruptedError,
+    lmdb.IncompatibleError,
+    lmdb.InvalidError,
+    lmdb.NotFoundError,
+    lmdb.PageNotFoundError,
+    lmdb.VersionMismatchError,
+)
+# A write that the disk could only take in part is an I/O error to LMDB.
+_NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
 
 
 class Store:
@@ -40,12 +52,13 @@ class Store:
     Several processes may open one path; a store that crosses a fork or a pickle opens its files again.
 
     Args:
-        path: a directory, made if missing; None is a temporary store, deleted with this object.
+        path: a directory, made if missing; None is a temporary store, deleted when closed or at exit.
         max_bytes: largest size of the file. Address space, not disk: the file grows as records come.
 
     Raises:
         StoreCorruptError: the path holds something else, or damaged files. They are left untouched.
-        StoreError: the path cannot be created or opened.
+        StoreFullError: no room to make the files.
+        StoreError: the path cannot be created, opened or written.
 
     Example:
         >>> with Store() as store:
@@ -58,125 +71,72 @@ class Store:
         self.temporary = path is None
         self.max_bytes = max_bytes
         if path is None:
-            directory = tempfile.mkdtemp(prefix="regate-")
-            self._remove = weakref.finalize(self, _remove_own, directory, os.getpid())
-            path = directory
-        self.path = Path(path)
-        self._open()
+            path = tempfile.mkdtemp(prefix="regate-")
+            self._remove = weakref.finalize(self, _remove_own, path, os.getpid())
+        self.path = Path(path).absolute()
+        self._files: _Files | None = _Files.at(self.path, max_bytes)
 
-    def _open(self) -> None:
-        file = self.path / "data.mdb"
-        self._pid = os.getpid()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if file.exists() and file.stat().st_size:
-                _check_header(file)
-            # No fsync per commit: a killed process loses nothing (the page cache survives it), and copy-on-write
-            # with ordered writeback is left to `flush`, which is called at checkpoints, against power loss.
-            self._env = lmdb.open(
-                str(self.path), map_size=self.max_bytes, max_dbs=4, max_readers=1024, metasync=False, sync=False,
-                readahead=False,
-            )  # fmt: skip
-            self._meta = self._env.open_db(b"meta")
-            self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
-            with self._env.begin() as txn:
-                version = txn.get(b"format", db=self._meta)
-                entries = txn.stat(self._meta)["entries"]
-            if version is None and entries == 0:
-                with self._env.begin(write=True) as txn:
-                    txn.put(b"format", FORMAT, db=self._meta, overwrite=False)
-            elif version != FORMAT:
-                raise StoreCorruptError(
-                    f"{self.path} holds a store of format {version!r}, this version reads {FORMAT!r}; "
-                    "use another path, or the version of regate that wrote it"
-                )
-        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PageNotFoundError) as error:
-            raise StoreCorruptError(_corrupt(self.path, error)) from error
-        except lmdb.Error as error:
-            raise StoreError(f"cannot open a store at {self.path}: {error}") from error
-        except OSError as error:
-            raise StoreError(f"cannot open a store at {self.path}: {error}; give a writable directory") from error
-
-    def _environment(self) -> lmdb.Environment:
-        if self._pid != os.getpid():  # LMDB environments must not be used across a fork
-            self._open()
-        return self._env
-
-    def _write(self, change: Callable[[lmdb.Transaction], _T]) -> _T:
-        env = self._environment()
-        try:
-            with env.begin(write=True) as txn:
-                return change(txn)
-        except lmdb.MapFullError as error:
-            raise StoreFullError(
-                f"the store at {self.path} reached its max_bytes={self.max_bytes}; open it with a larger one"
-            ) from error
-        except lmdb.MapResizedError:
-            env.set_mapsize(0)  # another process opened it with a larger one
-            return self._write(change)
-        except (lmdb.CorruptedError, lmdb.PageNotFoundError) as error:
-            raise StoreCorruptError(_corrupt(self.path, error)) from error
-        except (lmdb.DiskError, lmdb.Error, OSError) as error:
-            free = shutil.disk_usage(self.path).free
-            if "No space left" in str(error) or "Input/output" in str(error) or "quota" in str(error):
-                raise StoreFullError(
-                    f"cannot write to the store at {self.path}: {error} ({free / 2**20:.0f} MiB free); make room and "
-                    "go on: what was stored before is intact"
-                ) from error
-            raise StoreError(f"cannot write to the store at {self.path}: {error}") from error
+    @contextmanager
+    def _transaction(self, *, write: bool = False) -> Iterator[tuple[lmdb.Transaction, _Files]]:
+        """All of the block's changes, or, if it raises or the process dies, none of them."""
+        if self._files is None:
+            raise StoreError(f"the store at {self.path} is closed; open it again with Store(path)")
+        if self._files.pid != os.getpid():  # LMDB environments must not be used across a fork
+            self._files = _Files.at(self.path, self.max_bytes)
+        with _explained(self.path, self.max_bytes), self._files.begin(write=write) as txn:
+            yield txn, self._files
 
     # -- records ----------------------------------------------------------------------------------------
 
     def get(self, table: Table, keys: Sequence[bytes]) -> list[np.ndarray | None]:
         """The records of `keys` as float32 copies [n_labels], None where there is none."""
-        with self._environment().begin(db=self._tables[table], buffers=True) as txn:
-            found = (txn.get(key) for key in keys)
-            return [None if v is None else np.frombuffer(v, np.float16).astype(np.float32) for v in found]
+        with self._transaction() as (txn, files):
+            found = (txn.get(key, db=files.tables[table]) for key in keys)
+            return [None if v is None else np.frombuffer(v, _HALF).astype(np.float32) for v in found]
 
     def missing(self, table: Table, keys: Sequence[bytes]) -> list[bytes]:
         """Those of `keys` that have no record, each once, in order."""
-        with self._environment().begin(db=self._tables[table], buffers=True) as txn:
-            return [key for key in dict.fromkeys(keys) if txn.get(key) is None]
+        with self._transaction() as (txn, files):
+            return [key for key in dict.fromkeys(keys) if txn.get(key, db=files.tables[table]) is None]
 
     def put(self, table: Table, records: Mapping[bytes, np.ndarray]) -> None:
         """Store records in one transaction: all of them, or, if it fails or is killed, none.
 
         Args:
             table: "reference" keeps what it has under a key, "difficulty" replaces it.
-            records: key to losses [n_labels], stored as float16.
+            records: key to finite losses [n_labels]; stored as float16, saturating at its largest value.
 
         Raises:
-            StoreError: a value is NaN or infinite.
-            StoreFullError: no room.
+            StoreError: a value is NaN or infinite; nothing is stored.
+            StoreFullError: no room; nothing is stored, and what was stored before stays readable.
         """
         encoded = []
-        for key, losses in records.items():
+        for key in sorted(records):  # in the order of the pages they go to
+            losses = records[key]
             if not np.isfinite(losses).all():
                 raise StoreError(f"losses of sample {key.hex()} are not finite; they are not stored")
-            encoded.append((key, np.clip(losses, -_HALF_MAX, _HALF_MAX).astype(np.float16).tobytes()))
-        db, replace = self._tables[table], table == "difficulty"
-
-        def change(txn: lmdb.Transaction) -> None:
+            encoded.append((key, np.clip(losses, -_HALF_MAX, _HALF_MAX).astype(_HALF).tobytes()))
+        with self._transaction(write=True) as (txn, files):
             for key, value in encoded:
-                txn.put(key, value, db=db, overwrite=replace)
-
-        self._write(change)
+                txn.put(key, value, db=files.tables[table], overwrite=table == "difficulty")
 
     def items(self, table: Table) -> Iterator[tuple[bytes, np.ndarray]]:
-        """Every (key, float32 losses) of a table."""
-        with self._environment().begin(db=self._tables[table]) as txn, txn.cursor() as cursor:
+        """Every (key, float32 losses [n_labels]) of a table, as it was when the iteration began."""
+        with self._transaction() as (txn, files), txn.cursor(db=files.tables[table]) as cursor:
             for key, value in cursor:
-                yield key, np.frombuffer(value, np.float16).astype(np.float32)
+                yield bytes(key), np.frombuffer(value, _HALF).astype(np.float32)
+
+    def count(self, table: Table) -> int:
+        """Number of records of a table."""
+        with self._transaction() as (txn, files):
+            return int(txn.stat(files.tables[table])["entries"])
 
     def clear(self, table: Table) -> None:
-        """Forget a table; with "reference" also whose it was."""
-
-        def change(txn: lmdb.Transaction) -> None:
-            txn.drop(self._tables[table], delete=False)
+        """Forget a table; with "reference" also whose it was. The file keeps its size and reuses the room."""
+        with self._transaction(write=True) as (txn, files):
+            txn.drop(files.tables[table], delete=False)
             if table == "reference":
-                txn.delete(b"fingerprint", db=self._meta)
-
-        self._write(change)
+                txn.delete(b"fingerprint", db=files.meta)
 
     # -- whose references -------------------------------------------------------------------------------
 
@@ -186,42 +146,38 @@ class Store:
         Raises:
             StoreMismatchError: another teacher, tokenizer or padding rule made the stored references.
         """
-        wanted = json.dumps(dict(fingerprint), sort_keys=True).encode()
-
-        def change(txn: lmdb.Transaction) -> bytes:
-            txn.put(b"fingerprint", wanted, db=self._meta, overwrite=False)
-            return bytes(txn.get(b"fingerprint", db=self._meta))
-
-        stored = self._write(change)
-        if stored == wanted:
-            return
-        theirs = json.loads(stored)
+        wanted = dict(fingerprint)
+        with self._transaction(write=True) as (txn, files):
+            record = json.dumps(wanted, sort_keys=True).encode()
+            txn.put(b"fingerprint", record, db=files.meta, overwrite=False)
+            stored = json.loads(bytes(txn.get(b"fingerprint", record, db=files.meta)))
         differences = [
-            f"{name}: stored {theirs.get(name)!r}, now {fingerprint.get(name)!r}"
-            for name in sorted({*theirs, *fingerprint})
-            if theirs.get(name) != fingerprint.get(name)
+            f"{name}: stored {stored.get(name)!r}, now {wanted.get(name)!r}"
+            for name in sorted({*stored, *wanted})
+            if stored.get(name) != wanted.get(name)
         ]
-        raise StoreMismatchError(
-            f"the reference losses at {self.path} were made by another teacher ({'; '.join(differences)}). "
-            "Use another path, or Store(path).clear('reference') to make them again."
-        )
+        if differences:
+            raise StoreMismatchError(
+                f"the reference losses at {self.path} were made by another teacher "
+                f"({'; '.join(differences)}). Use another path, or Store(path).clear('reference') to make "
+                "them again."
+            )
 
     # -- life -------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
-        """Records per table and bytes on disk."""
-        with self._environment().begin() as txn:
-            counts = {name: int(txn.stat(db)["entries"]) for name, db in self._tables.items()}
+        """Records per table ("reference", "difficulty") and "bytes" on disk."""
+        counts: dict[str, int] = {name: self.count(name) for name in TABLES}
         return {**counts, "bytes": (self.path / "data.mdb").stat().st_blocks * 512}
 
     def flush(self) -> None:
         """Bring everything to the disk itself, against power loss."""
-        self._environment().sync(True)
+        with self._transaction() as (_, files):
+            files.env.sync(True)
 
     def close(self) -> None:
-        """Close the files; delete them if the store is a temporary one."""
-        if self._pid == os.getpid():
-            self._env.close()
+        """Close the files, unless another store of this process has them too; delete them if temporary."""
+        self._files = None
         if self.temporary:
             self._remove()
 
@@ -236,7 +192,78 @@ class Store:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open()
+        self._files = _Files.at(self.path, self.max_bytes)
+
+
+class _Files:
+    """A process's open files of a path. LMDB allows it only one such, so stores of one path share it."""
+
+    @staticmethod
+    def at(path: Path, max_bytes: int) -> _Files:
+        """The open files of `path`: those the process has already, or new ones."""
+        data = path / "data.mdb"
+        with _explained(path, max_bytes):
+            path.mkdir(parents=True, exist_ok=True)
+            files = _OPEN.get(_identity(data)) if data.exists() else None
+            if files is not None and files.pid != os.getpid():  # inherited through a fork
+                files.env.close()
+                files = None
+            if files is None:
+                files = _Files(path, max_bytes)
+                _OPEN[_identity(data)] = files
+            elif files.env.info()["map_size"] < max_bytes:
+                files.env.set_mapsize(max_bytes)
+            return files
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self.pid = os.getpid()
+        # No fsync per commit. A killed process loses nothing by that: what it committed is in the page cache,
+        # and a commit it did not finish left the pages of the one before alone. Losing power is another
+        # matter: the file is then sure to be whole only as of a `flush` that nothing was written after.
+        self.env = lmdb.open(
+            str(path), map_size=max_bytes, max_dbs=3, max_readers=1024, sync=False, readahead=False
+        )
+        try:
+            self.env.reader_check()  # a reader killed while reading would keep old pages from being reused
+            self._check_length(path)
+            self._open_tables(path)
+        except BaseException:
+            self.env.close()
+            raise
+
+    def _check_length(self, path: Path) -> None:
+        """LMDB maps a file that was cut off without complaint, and reading past its end kills the process."""
+        needed = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
+        size = (path / "data.mdb").stat().st_size
+        if size < needed:
+            raise StoreCorruptError(_corrupt(path, f"the file is cut off at {size} of {needed} bytes"))
+
+    def _open_tables(self, path: Path) -> None:
+        """Open the tables, or make all of them if the file is new; in a file of someone else, make none."""
+        with self.begin(write=True) as txn:
+            new = txn.stat()["entries"] == 0
+            self.meta = self.env.open_db(b"meta", txn=txn, create=new)
+            if new:
+                txn.put(b"format", FORMAT, db=self.meta)
+            version = bytes(txn.get(b"format", b"", db=self.meta))
+            if version != FORMAT:
+                raise StoreCorruptError(_corrupt(path, f"its format is {version!r}, not {FORMAT!r}"))
+            self.tables = {name: self.env.open_db(name.encode(), txn=txn, create=new) for name in TABLES}
+
+    def begin(self, *, write: bool) -> lmdb.Transaction:
+        try:
+            return self.env.begin(write=write, buffers=True)
+        except lmdb.MapResizedError:  # another process opened the path with a larger max_bytes, and used it
+            self.env.set_mapsize(0)
+            return self.env.begin(write=write, buffers=True)
+
+
+_OPEN: weakref.WeakValueDictionary[tuple[int, int], _Files] = weakref.WeakValueDictionary()
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino
 
 
 def _remove_own(directory: str, pid: int) -> None:
@@ -246,27 +273,30 @@ def _remove_own(directory: str, pid: int) -> None:
 
 def _corrupt(path: Path, error: object) -> str:
     return (
-        f"{path} is not a readable store ({error}); nothing was changed. Move it away, or use another path; reference "
-        "losses can be computed again."
+        f"{path} is not a readable store ({error}); nothing was changed. Move it away, or use another path; "
+        "reference losses can be computed again."
     )
 
 
-def _check_header(file: Path) -> None:
-    """LMDB maps a truncated file without complaint and dies on reading it: look at its two meta pages first.
-
-    Offsets are those of `MDB_meta` after a 16-byte page header: magic 0, page size 24, last page 120, transaction 128.
-    """
-    with file.open("rb") as stream:
-        head = stream.read(1 << 17)
-
-    def field(page_start: int, offset: int, width: int) -> int:
-        at = page_start + 16 + offset
-        return int.from_bytes(head[at : at + width], "little")
-
-    page = field(0, 24, 4)
-    if field(0, 0, 4) != _MAGIC or field(page, 0, 4) != _MAGIC:
-        raise StoreCorruptError(_corrupt(file.parent, "the file header is not LMDB's"))
-    newest = max((0, page), key=lambda start: field(start, 128, 8))
-    size, needed = file.stat().st_size, (field(newest, 120, 8) + 1) * page
-    if size < needed:
-        raise StoreCorruptError(_corrupt(file.parent, f"the file is cut off at {size} of {needed} bytes"))
+@contextmanager
+def _explained(path: Path, max_bytes: int) -> Iterator[None]:
+    """Turn errors of LMDB and of the file system into the store's."""
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise StoreFullError(
+            f"the store at {path} reached its max_bytes={max_bytes}; open it with a larger one. "
+            "What was stored before is intact."
+        ) from error
+    except _DAMAGED as error:
+        raise StoreCorruptError(_corrupt(path, error)) from error
+    except (lmdb.Error, OSError) as error:
+        if isinstance(error, lmdb.DiskError) or any(reason in str(error) for reason in _NO_ROOM):
+            free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+            raise StoreFullError(
+                f"cannot write to the store at {path}: {error} ({free / 2**20:.0f} MiB free). Make room "
+                "on the disk or raise its limits and go on; what was stored before is intact."
+            ) from error
+        raise StoreError(
+            f"cannot use the store at {path}: {error}; give a directory that can be written to"
+        ) from error

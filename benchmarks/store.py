@@ -1,0 +1,137 @@
+"""What the store costs at scale: disk, memory, and time per batch.
+
+    python benchmarks/store.py --samples 1000000 --labels 100 --out benchmarks/results/store.json
+
+Fills both tables, then goes through the samples once in random order as training does: per batch, read the
+references and the difficulties, write the difficulties back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import lmdb
+import numpy as np
+from tqdm import tqdm
+
+from regate.store import TABLES, Store
+
+
+def key(sample: int) -> bytes:
+    return hashlib.blake2b(sample.to_bytes(8, "little"), digest_size=16).digest()
+
+
+def memory() -> dict[str, int]:
+    """Resident bytes of this process: anonymous, and file-backed, which the kernel may drop for others."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(status[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon", "RssFile")}
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=1_000_000)
+    parser.add_argument("--labels", type=int, default=100, help="labels per sample")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--path", help="where to make the store; default a temporary directory")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    before = memory()
+    peak = dict(before)
+
+    def watch() -> None:
+        for name, value in memory().items():
+            peak[name] = max(peak[name], value)
+
+    with tempfile.TemporaryDirectory() as scratch, Store(args.path or scratch) as store:
+        if any(store.count(table) for table in TABLES):
+            parser.error(f"{store.path} has records; give --path an empty directory")
+
+        start = time.perf_counter()
+        chunk = 10_000
+        for first in tqdm(range(0, args.samples, chunk), desc="fill", unit="transaction", disable=None):
+            samples = range(first, min(first + chunk, args.samples))
+            losses = rng.exponential(1.0, (len(samples), args.labels)).astype(np.float32)
+            records = {key(sample): row for sample, row in zip(samples, losses, strict=True)}
+            for table in TABLES:
+                store.put(table, records)
+            watch()
+        store.flush()
+        fill_seconds = time.perf_counter() - start
+
+        order = rng.permutation(args.samples)
+        get_seconds, put_seconds = [], []
+        for first in tqdm(range(0, args.samples, args.batch), desc="epoch", unit="batch", disable=None):
+            keys = [key(int(sample)) for sample in order[first : first + args.batch]]
+            t0 = time.perf_counter()
+            references, difficulties = store.get("reference", keys), store.get("difficulty", keys)
+            t1 = time.perf_counter()
+            new = {
+                k: np.float32(0.9) * old + np.float32(0.1) * loss
+                for k, old, loss in zip(keys, difficulties, references, strict=True)
+                if old is not None and loss is not None
+            }
+            t2 = time.perf_counter()
+            store.put("difficulty", new)
+            t3 = time.perf_counter()
+            get_seconds.append(t1 - t0)
+            put_seconds.append(t3 - t2)
+            if first // args.batch % 100 == 0:
+                watch()
+        watch()
+        start = time.perf_counter()
+        store.flush()
+        flush_seconds = time.perf_counter() - start
+        stats = store.stats()
+
+    def microseconds(seconds: list[float]) -> dict[str, float]:
+        quantiles = {"median": 0.5, "p99": 0.99}
+        found = {name: float(np.quantile(seconds, q)) for name, q in quantiles.items()}
+        return {name: round(s * 1e6, 1) for name, s in {"mean": float(np.mean(seconds)), **found}.items()}
+
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "lmdb": lmdb.__version__,
+        "liblmdb": ".".join(map(str, lmdb.version())),
+        "device": {"cpu": cpu(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
+        "samples": args.samples,
+        "labels": args.labels,
+        "batch": args.batch,
+        "records": {table: stats[table] for table in TABLES},
+        "disk_bytes": stats["bytes"],
+        "resident_bytes_at_start": before,
+        "resident_bytes_peak": peak,
+        "resident_bytes_added": {name: peak[name] - before[name] for name in peak},
+        "fill_seconds": round(fill_seconds, 1),
+        "flush_seconds_after_epoch": round(flush_seconds, 3),
+        "microseconds_per_batch": {
+            "get_both_tables": microseconds(get_seconds),
+            "put": microseconds(put_seconds),
+        },
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

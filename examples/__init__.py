@@ -1,0 +1,1 @@
+"""Examples. Start with `examples.demo.train`."""

@@ -1,0 +1,85 @@
+"""One caption per image of easy-VQA, built from its published questions (colour, shape) and its pixels (place, size).
+
+The images are drawings and the captions are ours. What is grounded in the image: size, colour, shape and place where
+they are first named. The rest a text-only model can learn to predict, later mentions of the same words included.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import easy_vqa
+import numpy as np
+from PIL import Image
+
+COLOURS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+PROMPT = "describe the picture"
+_TEMPLATES = (
+    "there is one {size} {colour} {shape} on a plain background , in the {row} {column} part of the picture . "
+    "nothing else can be seen besides this {colour_} {shape_} .",
+    "the picture shows one {size} {colour} {shape} that lies in the {row} {column} part of it . "
+    "the background of this {colour_} {shape_} is plain , and there is nothing else on it .",
+)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """An image and its caption: `words`, and for each whether only the image tells it."""
+
+    image: str
+    words: tuple[str, ...]
+    grounded: tuple[bool, ...]
+
+    def record(self) -> dict[str, Any]:
+        """As a conversation (see `examples.conversations`)."""
+        question = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+        answer = [{"type": "text", "text": " ".join(self.words)}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "images": [self.image]}
+
+
+def load(*, validation: int = 400, seed: int = 0) -> dict[str, list[Caption]]:
+    """Captions of "train", "validation" (carved out of train) and "test"."""
+    train = _captions(easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths())
+    test = _captions(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths())
+    random.Random(seed).shuffle(train)
+    return {"train": train[validation:], "validation": train[:validation], "test": test}
+
+
+def _captions(questions: tuple[list[str], list[str], list[int]], paths: dict[int, str]) -> list[Caption]:
+    known: dict[int, dict[str, str]] = defaultdict(dict)
+    for question, answer, image in zip(*questions, strict=True):
+        if not question.startswith("what"):
+            continue  # yes/no questions also name absent things
+        for word in [answer, *question.strip("?").split()]:
+            if word in COLOURS:
+                known[image]["colour"] = word
+            elif word in SHAPES:
+                known[image]["shape"] = word
+    return [_caption(paths[i], facts, i) for i, facts in sorted(known.items()) if len(facts) == 2]
+
+
+def _caption(path: str, facts: dict[str, str], number: int) -> Caption:
+    row, column, size = _place_and_size(path)
+    values = {**facts, "row": row, "column": column, "size": size}
+    words, grounded = [], []
+    for word in random.Random(number).choice(_TEMPLATES).split():
+        name = word.strip("{}")
+        is_slot = name != word
+        words.append(values[name.rstrip("_")] if is_slot else word)
+        grounded.append(is_slot and not name.endswith("_"))
+    return Caption(path, tuple(words), tuple(grounded))
+
+
+def _place_and_size(path: str) -> tuple[str, str, str]:
+    """Where the drawing's centre lies on a 3 x 3 grid, and whether it covers more than a tenth of the picture."""
+    pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
+    drawn = np.abs(pixels - pixels[0, 0]).sum(-1) > 60
+    rows, columns = np.nonzero(drawn)
+    third = [int(3 * axis.mean() / n) for axis, n in ((rows, drawn.shape[0]), (columns, drawn.shape[1]))]
+    row, column = ("upper", "middle", "lower")[third[0]], ("left", "center", "right")[third[1]]
+    return row, column, "large" if drawn.mean() > 0.1 else "small"
