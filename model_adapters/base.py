@@ -57,6 +57,8 @@ class ModelAdapter:
             the decoder.
         layout: the batch (the keyword arguments of `causal_lm`'s call) as a `Layout`.
         position_ids: what the decoder is given as `position_ids`, or None where it makes them itself.
+        run_decoder: `(decoder, embeddings [B, S, D], attention_mask [B, S], position_ids) -> hidden states` on text,
+            for the teacher.
         padding: how the teacher sees visual positions.
         visual_inputs: names of batch entries that hold pixels, for telling samples with equal text apart.
     """
@@ -70,5 +72,6 @@ class ModelAdapter:
         **conventional.layout(model, batch)
     )
     position_ids: Callable[[nn.Module, Batch], Tensor | None] = conventional.position_ids
+    run_decoder: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor] = conventional.run_decoder
     padding: Padding = Padding()
     visual_inputs: tuple[str, ...] = ("pixel_values", "pixel_values_videos", "input_features")

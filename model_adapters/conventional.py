@@ -121,7 +121,9 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     else:
         valid = torch.ones_like(input_ids, dtype=torch.bool)
     ids = visual_token_ids(model)
-    visual = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)) if ids else torch.zeros_like(valid)
+    visual = (
+        torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)) if ids else torch.zeros_like(valid)
+    )
     return {"input_ids": input_ids, "labels": labels, "valid": valid, "visual": visual & valid}
 
 
@@ -133,11 +135,19 @@ def position_ids(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     compute = getattr(inner, "compute_3d_position_ids", None)
     if compute is None:
         return None
-    names = inspect.signature(compute).parameters
-    arguments = {name: batch.get(name) for name in names if name in batch}
-    arguments.setdefault("inputs_embeds", None)
+    parameters = inspect.signature(compute).parameters.values()
+    arguments = {p.name: batch.get(p.name) for p in parameters if p.name in batch or p.default is p.empty}
     before = inner.rope_deltas
     try:
-        return compute(**{name: arguments.get(name) for name in names if name in arguments})
+        return compute(**arguments)
     finally:
         inner.rope_deltas = before  # generation state of the model, not ours to change
+
+
+def run_decoder(
+    decoder: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None
+) -> Tensor:
+    """Final hidden states [B, S, D] of a decoder that takes the usual keywords."""
+    return decoder(
+        inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    )[0]

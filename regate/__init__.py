@@ -14,8 +14,6 @@ from regate.report import Report
 from regate.store import Store
 from regate.version import __version__
 
-
-
 __all__ = [
     "Config",
     "Decision",

@@ -122,7 +122,9 @@ class Gate:
             model, adapter, source = teacher, find_adapter(teacher), "given"
         elif teacher == "precomputed" or reference.uses_peft(model):
             source = "live"
-        return reference.Teacher(model, adapter, backend=backend, source=source, on_unsupported=on_unsupported)
+        return reference.Teacher(
+            model, adapter, backend=backend, source=source, on_unsupported=on_unsupported
+        )
 
     # -- hooks ----------------------------------------------------------------------------------------
 
@@ -220,7 +222,9 @@ class Gate:
                 + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             )
         highest = int(layout.labels.max())
-        if highest >= self._vocabulary or bool((layout.labels < 0).logical_and(layout.labels != IGNORED).any()):
+        if highest >= self._vocabulary or bool(
+            (layout.labels < 0).logical_and(layout.labels != IGNORED).any()
+        ):
             raise LabelsError(
                 f"labels must be token ids below the vocabulary size {self._vocabulary}, or {IGNORED}; got values "
                 f"from {int(layout.labels.min())} to {highest}"
@@ -234,7 +238,9 @@ class Gate:
         text = keys.text_keys(layout)
         pixels = keys.pixel_fingerprints(batch, self.adapter.visual_inputs, len(text))
         if pixels is None and bool(layout.visual.any()) and sample_ids is None:
-            self._note("visual input has no row per sample: equal texts share one difficulty; pass sample_ids")
+            self._note(
+                "visual input has no row per sample: equal texts share one difficulty; pass sample_ids"
+            )
         samples = keys.sample_keys(text, pixels, sample_ids)
         if full:
             return candidates, samples
@@ -309,7 +315,9 @@ class Gate:
             m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay).cpu()
             counts = item.candidates.sum(1).tolist()
             rows = m[item.candidates.cpu()].split(counts)
-            self.store.put("difficulty", {k: r.numpy() for k, r in zip(item.keys, rows, strict=True) if len(r)})
+            self.store.put(
+                "difficulty", {k: r.numpy() for k, r in zip(item.keys, rows, strict=True) if len(r)}
+            )
 
     def _count(self, layout: Layout, decision: Decision) -> None:
         c = self.counters

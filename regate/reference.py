@@ -85,12 +85,7 @@ class Teacher:
         needed[:, -1] = False
         with self._switched():
             with regate_patch.active(seen & needed):
-                hidden = self.decoder(
-                    inputs_embeds=self.embeddings(ids),
-                    attention_mask=seen.long(),
-                    position_ids=positions,
-                    use_cache=False,
-                )[0]
+                hidden = self.adapter.run_decoder(self.decoder, self.embeddings(ids), seen.long(), positions)
             losses = label_losses(hidden, labels, wanted, head=self.head)
         if not bool(torch.isfinite(losses).all()):
             row = wanted.nonzero()[~torch.isfinite(losses)][0]
@@ -156,4 +151,3 @@ class Teacher:
 def uses_peft(model: nn.Module) -> bool:
     """Does the model carry switchable adapters over frozen base weights?"""
     return any("lora_" in name for name, _ in model.named_parameters()) and hasattr(model, "disable_adapter")
-

@@ -30,7 +30,16 @@ from regate_patch.graph import ancestors, argument, is_call, is_tensor, shape, v
 
 SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
 _SOFTMAX = (F.softmax, torch.softmax, "softmax", torch.special.softmax)
-_MATMUL = (torch.matmul, operator.matmul, torch.bmm, torch.baddbmm, torch.einsum, "matmul", "bmm", "__matmul__")
+_MATMUL = (
+    torch.matmul,
+    operator.matmul,
+    torch.bmm,
+    torch.baddbmm,
+    torch.einsum,
+    "matmul",
+    "bmm",
+    "__matmul__",
+)
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SAME_VALUE = (
     operator.mul, operator.truediv, operator.imul, torch.mul, F.dropout, "mul", "div", "to", "clone", "contiguous",
@@ -74,8 +83,8 @@ def find_tokens(cores: list[fx.Node]) -> Tokens:
         batch, *_, length, _ = shape(query(core))
         if not length.is_Symbol:
             raise UnsupportedGraphError(
-                f"the query of this attention has a fixed length {length}; the model's code made the sequence "
-                f"length a constant, so its token axis cannot be followed: {where(core)}"
+                f"the query of this attention has length {length}, a fixed or derived number where the sequence length "
+                f"itself was expected, so its token axis cannot be followed: {where(core)}"
             )
         found.add((batch, length))
     if len(found) > 1:
@@ -228,7 +237,6 @@ class _Search:
                     return Block("mlp", end, node, nodes)
         return None
 
-
     def adopt_strays(self, blocks: list[Block]) -> None:
         """Values computed from inside a block that do not lead to its exit (shared keys, router scores)."""
         owner = {n: b for b in blocks for n in b.nodes if n is not b.exit}
@@ -253,4 +261,3 @@ class _Search:
 def _has_weights(node: fx.Node) -> bool:
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target))
     return node.op in ("call_function", "call_method") and any(word in name for word in _HAS_WEIGHTS)
-

@@ -99,7 +99,9 @@ class GatedForward:
         functools.update_wrapper(self, self.forward, updated=())
         self.__signature__ = inspect.signature(self.forward)
 
-    @torch.compiler.disable(recursive=False)  # a user's outer torch.compile must call this, not see through it
+    @torch.compiler.disable(
+        recursive=False
+    )  # a user's outer torch.compile must call this, not see through it
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         chosen = current()
         if chosen is None or self.statistics.failed is not None:
@@ -178,7 +180,11 @@ def _class_forward(decoder: nn.Module) -> types.MethodType:
 def _inner(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
     if backend == "eager":
         return gm.forward
-    return torch.compile(gm, backend=backend, dynamic=True)
+
+    def run(*inputs: Any) -> Any:
+        return gm(*inputs)
+
+    return torch.compile(run, backend=backend, dynamic=True, fullgraph=True)
 
 
 def _check_length(chosen: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

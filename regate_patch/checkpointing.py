@@ -118,4 +118,3 @@ def _cut(gm: fx.GraphModule, name: str, region: Region, nodes: list[fx.Node]) ->
                 user.replace_input_with(node, last)
     for node in reversed(nodes):
         gm.graph.erase_node(node)
-

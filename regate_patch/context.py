@@ -37,9 +37,7 @@ class Active:
     def from_mask(cls, mask: Tensor) -> Active:
         """From `mask` [B, S] bool, True where a position is computed."""
         if mask.dim() != 2 or mask.dtype != torch.bool:
-            raise ActiveIndexError(
-                f"an active mask must be [B, S] bool, got {list(mask.shape)} {mask.dtype}"
-            )
+            raise ActiveIndexError(f"an active mask must be [B, S] bool, got {list(mask.shape)} {mask.dtype}")
         count_B1 = mask.sum(1, keepdim=True)
         k = max(int(count_B1.max()), 1) if mask.numel() else 0
         if k == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,7 +23,9 @@ def is_tensor(node: Any) -> bool:
 
 
 def is_scalar(node: Any) -> bool:
-    return isinstance(node, fx.Node) and isinstance(value(node), (torch.SymInt, torch.SymBool, torch.SymFloat))
+    return isinstance(node, fx.Node) and isinstance(
+        value(node), (torch.SymInt, torch.SymBool, torch.SymFloat)
+    )
 
 
 def expr(size: Any) -> sympy.Expr:
@@ -69,9 +72,10 @@ def where(node: fx.Node) -> str:
     if is_tensor(node):
         text += f", shape [{', '.join(map(str, shape(node)))}]"
     text += ")"
-    trace = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    if trace:
-        text += "\n" + "\n".join(trace[-2:])
+    frames = re.split(r"^(?=\s*File )", node.meta.get("stack_trace") or "", flags=re.MULTILINE)
+    models = [frame for frame in frames if "File " in frame and "/torch/" not in frame.splitlines()[0]]
+    if models:
+        text += "\n" + models[-1].rstrip()
     return text
 
 

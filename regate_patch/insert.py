@@ -86,7 +86,7 @@ class _Inserter:
         entry = self.made.get(("stream", block.entry), block.entry)
         for node in block.nodes:
             self.note_chosen(node)
-            self.check(node, inside)
+            self.check(node)
             self.enter(node)
             if node in block.cores:
                 self.hide_filling(node)
@@ -197,7 +197,9 @@ class _Inserter:
                 self.made[v].meta["example_value"] = value(v)
                 self.compact.add(self.made[v])
             return self.made[v]
-        raise UnsupportedGraphError(f"a number that depends on the sequence length in an unknown way: {where(v)}")
+        raise UnsupportedGraphError(
+            f"a number that depends on the sequence length in an unknown way: {where(v)}"
+        )
 
     def rebuilt(self, v: fx.Node) -> fx.Node:
         """`v` made again inside the block from compact inputs: for axes that only contain S, such as B*S."""
@@ -234,7 +236,7 @@ class _Inserter:
             if value(mask).dim() == 2 and shape(mask)[1] == self.tokens.length and shape(node)[0].is_Symbol:
                 self.chosen[shape(node)[0]] = mask
 
-    def check(self, node: fx.Node, inside: set[fx.Node]) -> None:
+    def check(self, node: fx.Node) -> None:
         """Refuse what would compute something else when positions are left out."""
         if not is_tensor(node):
             return
@@ -244,8 +246,11 @@ class _Inserter:
                 self.refuse(node, f"an axis of {size} is not made of whole tokens")
             if size.is_Mul and size.has(sympy.Add, sympy.floor):
                 self.refuse(node, f"an axis of {size} is not made of whole tokens")
-        sources = [s for s in node.all_input_nodes if s in inside and is_tensor(s)]
-        with_tokens = [s for s in sources if value(s).dtype.is_floating_point and length in shape(s)]
+        with_tokens = [
+            s
+            for s in node.all_input_nodes
+            if is_tensor(s) and value(s).dtype.is_floating_point and length in shape(s)
+        ]
         if with_tokens and value(node).dtype.is_floating_point and not self.mentions_tokens(node):
             self.refuse(node, "it reduces over tokens")
         if node.target in _NEIGHBOURS and with_tokens:
@@ -270,9 +275,7 @@ class _Inserter:
 
     @staticmethod
     def refuse(node: fx.Node, why: str) -> None:
-        raise UnsupportedGraphError(
-            f"this cannot be computed on part of the positions: {why}: {where(node)}"
-        )
+        raise UnsupportedGraphError(f"this cannot be computed on part of the positions: {why}: {where(node)}")
 
     def hide_filling(self, core: fx.Node) -> None:
         """Keep the filling of short rows out of an attention's keys."""

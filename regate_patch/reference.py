@@ -60,7 +60,9 @@ class _HideInactiveKeys(TorchFunctionMode):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             allowed = allowed & attn_mask
         # A query that may see nothing is never read; let it see itself, so that no NaN spreads.
-        alone = ~allowed.any(-1, keepdim=True) & torch.eye(queries, keys, dtype=torch.bool, device=query.device)
+        alone = ~allowed.any(-1, keepdim=True) & torch.eye(
+            queries, keys, dtype=torch.bool, device=query.device
+        )
         bias = torch.zeros_like(allowed | alone, dtype=query.dtype)
         bias = bias.masked_fill(~(allowed | alone), float("-inf"))
         if attn_mask is not None and attn_mask.dtype != torch.bool:

@@ -65,7 +65,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.plot(x, y, marker="o", ms=4, lw=2, color=_COLOURS[name], label=name)
         axes.annotate(name, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center",
                       color=_COLOURS[name], weight="bold")  # fmt: skip
-    grounded = any(not math.isnan(p["grounded_accuracy"]) for a in results["arms"].values() for p in a["curve"])
+    grounded = any(
+        not math.isnan(p["grounded_accuracy"]) for a in results["arms"].values() for p in a["curve"]
+    )
     axes.set_xlabel("answer tokens computed (thousands)")
     axes.set_title(f"Held-out accuracy on {'words that need the image' if grounded else 'answer tokens'}",
                    loc="left", fontsize=11)  # fmt: skip
@@ -78,7 +80,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _metric(point: dict[str, float]) -> float:
-    return point["template_accuracy"] if math.isnan(point["grounded_accuracy"]) else point["grounded_accuracy"]
+    return (
+        point["template_accuracy"] if math.isnan(point["grounded_accuracy"]) else point["grounded_accuracy"]
+    )
 
 
 def _draw_samples(figure: Any, axes: Any, samples: list[dict[str, Any]]) -> None:

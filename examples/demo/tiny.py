@@ -45,7 +45,9 @@ def build_processor(texts: Iterable[str]) -> Any:
     )  # fmt: skip
 
 
-def build_model(processor: Any, *, width: int = 128, layers: int = 4, seed: int = 0) -> LlavaForConditionalGeneration:
+def build_model(
+    processor: Any, *, width: int = 128, layers: int = 4, seed: int = 0
+) -> LlavaForConditionalGeneration:
     """About two million parameters, random."""
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer

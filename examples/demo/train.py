@@ -35,13 +35,19 @@ ARMS = {"dense": None, "regate": "score", "random": "random"}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a Hugging Face id or local path; default: the small LLaVA")
-    parser.add_argument("--data", help="JSON or JSON-lines of images and conversations; default: easy-VQA captions")
+    parser.add_argument(
+        "--data", help="JSON or JSON-lines of images and conversations; default: easy-VQA captions"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--base-steps", type=int, default=120, help="text-only steps that make the small base LM")
+    parser.add_argument(
+        "--base-steps", type=int, default=120, help="text-only steps that make the small base LM"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--keep", type=float, default=0.5)
@@ -103,7 +109,9 @@ def load_task(args: argparse.Namespace) -> Task:
         processor = transformers.AutoProcessor.from_pretrained(args.model)
         model = transformers.AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto")
     else:
-        texts = [p["text"] for r in parts[0] for m in r["messages"] for p in m["content"] if p["type"] == "text"]
+        texts = [
+            p["text"] for r in parts[0] for m in r["messages"] for p in m["content"] if p["type"] == "text"
+        ]
         processor = tiny.build_processor(texts)
         model = tiny.build_model(processor, seed=args.seed)
     train, validation, test = (Conversations(part, processor) for part in parts)
@@ -112,11 +120,17 @@ def load_task(args: argparse.Namespace) -> Task:
     )
 
 
-def loader(task: Task, dataset: Conversations, batch_size: int, *, seed: int | None = None) -> DataLoader[Any]:
+def loader(
+    task: Task, dataset: Conversations, batch_size: int, *, seed: int | None = None
+) -> DataLoader[Any]:
     pad = task.processor.tokenizer.pad_token_id
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     return DataLoader(
-        dataset, batch_size, shuffle=seed is not None, generator=generator, collate_fn=partial(collate, pad_id=pad)
+        dataset,
+        batch_size,
+        shuffle=seed is not None,
+        generator=generator,
+        collate_fn=partial(collate, pad_id=pad),
     )
 
 
@@ -133,7 +147,9 @@ def train_base(task: Task, args: argparse.Namespace) -> None:
          "images": []}
         for r in task.train.records
     ]  # fmt: skip
-    batches = endless(loader(task, Conversations(strip, task.processor), args.batch_size, seed=args.seed), task.device)
+    batches = endless(
+        loader(task, Conversations(strip, task.processor), args.batch_size, seed=args.seed), task.device
+    )
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=args.lr)
     task.model.train()
     for _ in tqdm(range(args.base_steps), desc="base language model", unit="step"):
@@ -200,13 +216,17 @@ def evaluate(model: Any, task: Task, held_out: HeldOut) -> dict[str, float]:
         logits = model(**batch).logits[:, :-1].float()
         labels = batch["labels"][:, 1:]
         supervised = labels != -100
-        loss += float(torch.nn.functional.cross_entropy(logits[supervised], labels[supervised], reduction="sum"))
+        loss += float(
+            torch.nn.functional.cross_entropy(logits[supervised], labels[supervised], reduction="sum")
+        )
         count += int(supervised.sum())
         right = (logits.argmax(-1) == labels).cpu()
         for row, mask in zip(right, supervised.cpu(), strict=True):
             words = held_out.told[at].grounded if held_out.told else ()
             at += 1
-            for hit, grounded in zip(row[mask].tolist(), [*words, False] if words else [], strict=bool(words)):
+            for hit, grounded in zip(
+                row[mask].tolist(), [*words, False] if words else [], strict=bool(words)
+            ):
                 hits[grounded].append(hit)
             if not words:
                 hits[False] += row[mask].tolist()

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import regate
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("keep", 0.0), ("keep", 1.5), ("keep", -1), ("cycle", 0), ("full_steps", 129), ("full_steps", -1),
+        ("warmup", -1), ("ema_decay", 1.0), ("student_weight", -1.0), ("reference_weight", -0.1),
+        ("selection", "best"), ("alignment", "token"), ("final_full_steps", 5),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_named(field: str, value: Any) -> None:
+    wrong = "total_steps" if field == "final_full_steps" and value > 0 else field
+    with pytest.raises(regate.RegateError, match=rf"Config\.{wrong} must be .*, got"):
+        regate.Config(**{field: value})
+
+
+def test_schedule() -> None:
+    config = regate.Config(warmup=2, cycle=4, full_steps=1, final_full_steps=1, total_steps=12)
+    full = [config.is_full(step) for step in range(12)]
+    assert full == [True, True, True, False, False, False, True, False, False, False, True, True]
+
+
+def test_defaults_are_the_papers() -> None:
+    c = regate.Config()
+    assert (c.cycle, c.full_steps, c.keep, c.warmup, c.ema_decay) == (128, 16, 0.5, 100, 0.9)
+    assert (c.student_weight, c.reference_weight) == (1.0, 0.5)

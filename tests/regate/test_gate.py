@@ -1,0 +1,317 @@
+"""The gate on real (tiny) multimodal models."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import regate
+from regate.errors import LabelsError
+from tests import oracle
+from tests.tiny import TINY
+
+FULL = regate.Config(warmup=1000)
+SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
+
+
+def _step(model: nn.Module, batch: dict[str, Tensor], **extra: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch, **extra).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3"])
+def test_full_step_is_the_unpatched_model(name: str, padding: Any) -> None:
+    model, batch = TINY[name].build().double(), oracle.double(TINY[name].batch(padding))
+    loss, grads = _step(model, batch)
+    gate = regate.apply(model, FULL, teacher=None)
+    gated_loss, gated = _step(model, batch)
+    assert gate.last is not None
+    assert int(gate.last.active.sum()) < batch["attention_mask"].numel()
+    # Gemma's norms compute in float32 whatever they are given.
+    tolerance = {"atol": 1e-10, "rtol": 1e-10} if name != "gemma3" else {"atol": 1e-6, "rtol": 1e-5}
+    torch.testing.assert_close(gated_loss, loss, **tolerance)
+    assert gated.keys() == grads.keys()
+    for n, grad in grads.items():
+        torch.testing.assert_close(gated[n], grad, **tolerance, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", TINY)
+def test_sparse_step(name: str, checkpointing: bool) -> None:
+    model, batch = TINY[name].build(), TINY[name].batch("right")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    gate = regate.apply(model, SPARSE, teacher=None if checkpointing else "auto")
+    loss, grads = _step(model, batch)
+    last, labels = gate.last, batch["labels"]
+    assert last is not None
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in grads.values())
+    assert (last.kept.sum(1) == torch.ceil((labels != -100).sum(1) / 2)).all()
+    assert not last.kept[labels == -100].any()
+    report = gate.report()
+    assert report["positions_computed"] == last.active.sum() < report["positions_seen"]
+    assert report["attention_blocks"] == report["mlp_blocks"] == 2
+    assert report["speedup_possible"] > 1.05
+
+
+def test_sparse_loss_is_the_oracles() -> None:
+    """Loss and gradients of a sparse step against the per-layer masked reference with masked labels."""
+    from regate_patch import reference
+
+    model, batch = TINY["llava"].build().double(), oracle.double(TINY["llava"].batch("right"))
+    gate = regate.apply(model, SPARSE)
+    loss, grads = _step(model, batch)
+    assert gate.last is not None
+    regate.remove(model)
+    batch["labels"] = torch.where(gate.last.kept, batch["labels"], -100)
+    with reference.masked(model.model.language_model.layers, gate.last.active):
+        expected, expected_grads = _step(model, batch)
+    torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
+    for n, grad in expected_grads.items():
+        torch.testing.assert_close(grads[n], grad, atol=1e-10, rtol=0)
+
+
+def test_scores_are_weighted_sums() -> None:
+    """On the second sight of a sample: student_weight*m + reference_weight*ref, top half kept."""
+    model, batch = TINY["llava"].build(), TINY["llava"].batch("none", rows=1)
+    gate = regate.apply(model, regate.Config(warmup=1, cycle=100, full_steps=0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+    model.train()
+    _step(model, batch)
+    optimizer.step()
+    _step(model, batch)
+    m = nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], reduction="none")
+    gate.flush()
+    (ref,) = [v for _, v in gate.store.items("reference")]
+    (stored,) = [v for _, v in gate.store.items("difficulty")]
+    at = (batch["labels"][0] != -100).nonzero()[:, 0]
+    torch.testing.assert_close(torch.from_numpy(stored), m[at - 1], atol=2e-3, rtol=2e-3)
+    d = m[at - 1] + 0.5 * torch.from_numpy(ref)
+    assert gate.last is not None
+    best = at[d.argsort(descending=True)[: (len(at) + 1) // 2]].sort().values
+    assert gate.last.kept[0].nonzero()[:, 0].tolist() == best.tolist()
+
+
+def test_micro_batches_share_the_decision() -> None:
+    model = TINY["llava"].build()
+    gate = regate.apply(model, regate.Config(warmup=1, cycle=2, full_steps=1), teacher=None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    decisions = []
+    for step in range(4):
+        for micro in range(3):
+            model(**TINY["llava"].batch(seed=3 * step + micro)).loss.backward()
+            assert gate.last is not None
+            decisions.append(gate.last.full)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert decisions == [True] * 6 + [False] * 3 + [True] * 3
+    assert gate.report()["steps_full"] == 3
+    assert gate.report()["steps_sparse"] == 1
+
+
+def test_trainers_own_label_count_is_rescaled() -> None:
+    """A sum over kept labels divided by the count of all would shrink sparse steps' gradients."""
+    batch, losses = TINY["llava"].batch("none"), []
+    total = int((batch["labels"] != -100).sum())
+    for extra in ({}, {"num_items_in_batch": torch.tensor(float(total))}):
+        model = TINY["llava"].build()
+        gate = regate.apply(model, SPARSE)
+        losses.append(_step(model, batch, **extra)[0])
+        assert gate.last is not None
+        assert int(gate.last.kept.sum()) < total
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_remove_restores_to_the_bit() -> None:
+    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    keys, (loss, grads) = list(model.state_dict()), _step(model, batch)
+    hooks = ("_forward_hooks", "_forward_pre_hooks")  # transformers has some of its own
+
+    def state() -> dict[str, tuple[list[str], list[list[int]]]]:
+        return {
+            name: (list(m.__dict__), [list(m.__dict__[h]) for h in hooks])
+            for name, m in model.named_modules()
+        }
+
+    before = state()
+    regate.apply(model, SPARSE)
+    regate.apply(model, SPARSE)
+    _step(model, batch)
+    assert list(model.state_dict()) == keys
+    regate.remove(model)
+    assert state() == before
+    again, again_grads = _step(model, batch)
+    assert torch.equal(again, loss)
+    assert all(torch.equal(again_grads[n], g) for n, g in grads.items())
+    with pytest.raises(regate.RegateError, match="no gate"):
+        regate.remove(model)
+
+
+def test_evaluation_and_generation_are_untouched() -> None:
+    model, batch = TINY["llava"].build().eval(), TINY["llava"].batch("none")
+    prompt = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        before, generated = model(**batch), model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    regate.apply(model, SPARSE)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, before.logits)
+        assert torch.equal(model.generate(**prompt, max_new_tokens=5, do_sample=False), generated)
+
+
+def test_saving_and_copying(tmp_path: Path) -> None:
+    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    regate.apply(model, SPARSE)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).train()
+    assert {k: v.shape for k, v in loaded.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for other in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        torch.testing.assert_close(_step(other, batch)[0], _step(loaded, batch)[0])  # ungated
+
+
+def test_users_own_compile_and_replaced_forward() -> None:
+    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    gate = regate.apply(model, SPARSE)
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # as Liger and TRL do
+    compiled = torch.compile(model, backend="eager")
+    compiled(**batch).loss.backward()
+    report = gate.report()
+    assert report["steps_sparse"] == 1
+    assert report["attention_blocks"] == 2
+
+
+def test_state_survives(tmp_path: Path) -> None:
+    """Stopping and resuming gives the run that never stopped, to the bit."""
+
+    def run(model: nn.Module, gate: regate.Gate, steps: range) -> list[float]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for step in steps:
+            loss = model(**TINY["llava"].batch(seed=step % 3)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        return losses
+
+    config = regate.Config(warmup=2, cycle=4, full_steps=1)
+    model = TINY["llava"].build()
+    base = copy.deepcopy(model)
+    gate = regate.apply(model, config)
+    whole = run(model, gate, range(10))
+    model = copy.deepcopy(base)
+    gate = regate.apply(model, config)
+    first = run(model, gate, range(5))
+    torch.save({"model": model.state_dict(), "gate": gate.state_dict()}, tmp_path / "state")
+    resumed = copy.deepcopy(base)
+    gate = regate.apply(resumed, config)
+    state = torch.load(tmp_path / "state", weights_only=False)
+    resumed.load_state_dict(state["model"])
+    gate.load_state_dict(state["gate"])
+    assert first + run(resumed, gate, range(5, 10)) == whole
+    assert gate.report()["steps_full"] + gate.report()["steps_sparse"] == 10
+
+
+def test_difficulties_tell_images_apart() -> None:
+    model, batch = TINY["llava"].build(), TINY["llava"].batch("none", rows=1)
+    gate = regate.apply(model, FULL)
+    _step(model, batch)
+    _step(model, batch | {"pixel_values": batch["pixel_values"] + 1})
+    gate.flush()
+    assert gate.store.stats()["difficulty"] == 2
+    gate.choose(batch)
+    assert gate.store.stats()["reference"] == 1  # the teacher sees no image
+
+
+# -- bad input ------------------------------------------------------------------------------------------
+
+
+def test_no_labels_at_all_runs_ungated() -> None:
+    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    gate = regate.apply(model, SPARSE)
+    model(**{k: v for k, v in batch.items() if k != "labels"})
+    model(**batch | {"labels": torch.full_like(batch["labels"], -100)})
+    assert gate.report()["forwards_ungated"] == 1
+    assert gate.report()["labels_seen"] == 0
+
+
+def test_a_row_without_labels_and_an_empty_row() -> None:
+    model, batch = TINY["llava"].build(), TINY["llava"].batch("right", rows=3)
+    batch["labels"][0] = -100
+    gate = regate.apply(model, SPARSE)
+    loss, grads = _step(model, batch)
+    assert torch.isfinite(loss)
+    assert gate.last is not None
+    assert not gate.last.active[0].any()
+    assert all(torch.isfinite(g).all() for g in grads.values())
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (lambda x: x[:, :-1], r"labels \[2, "),
+        (lambda x: torch.where(x >= 0, 5000, x), "vocabulary size 100"),
+        (lambda x: torch.where(x >= 0, -7, x), "vocabulary size 100"),
+    ],
+)
+def test_bad_labels(labels: Any, says: str) -> None:
+    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    regate.apply(model, SPARSE)
+    with pytest.raises(LabelsError, match=says):
+        model(**batch | {"labels": labels(batch["labels"])})
+
+
+def test_a_failed_forward_leaves_no_trace() -> None:
+    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    gate = regate.apply(model, SPARSE)
+    with pytest.raises(ValueError, match="tokens"):
+        model(**batch | {"pixel_values": batch["pixel_values"][:1]})
+    from regate_patch import current
+
+    assert current() is None
+    loss, _ = _step(model, batch)
+    assert torch.isfinite(loss)
+    assert gate.report()["attention_blocks"] == 2
+
+
+def test_nonfinite_student_losses_are_not_remembered() -> None:
+    model, batch = TINY["llava"].build(), TINY["llava"].batch("none")
+    gate = regate.apply(model, FULL, teacher=None)
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    model(**batch)
+    gate.flush()
+    assert gate.report()["nonfinite_losses"] > 0
+    assert all((v == -1).all() for _, v in gate.store.items("difficulty"))
+    assert torch.isfinite(gate.prior.mean).all()
+
+
+def test_unknown_architecture() -> None:
+    with pytest.raises(regate.RegateError, match=r"no adapter serves Linear.*register_adapter"):
+        regate.apply(nn.Linear(2, 2))
+
+
+def test_decoder_that_is_never_called() -> None:
+    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    other = TINY["llava"].build().model.language_model
+    adapter = regate.ModelAdapter(serves=("llava",), decoder=lambda m: other)
+    regate.apply(model, SPARSE, adapter=adapter, teacher=None)
+    with pytest.raises(regate.RegateError, match="without calling its decoder"):
+        model(**batch)

@@ -1,0 +1,119 @@
+"""The engine knows when it does not know: a typed error, never a silent dense run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import regate_patch
+from regate_patch import NoBlocksError, UnsupportedGraphError
+from tests.plain import Decoder
+from tests.tiny import TINY
+
+
+class _With(nn.Module):
+    """A one-layer decoder with something odd in its attention's input."""
+
+    def __init__(self, odd: Callable[[Tensor], Tensor], *, residual: bool = True) -> None:
+        super().__init__()
+        self.odd, self.residual = odd, residual
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = (t.unsqueeze(1) for t in self.qkv(self.odd(hidden_states)).chunk(3, -1))
+        y = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1))
+        return hidden_states + y if self.residual else y
+
+
+def _call(decoder: nn.Module) -> Tensor:
+    with regate_patch.active(torch.tensor([[0, 2], [1, 3]])):
+        return decoder(torch.randn(2, 6, 8))
+
+
+ODD: dict[str, Callable[[Tensor], Tensor]] = {
+    "convolution": lambda x: F.conv1d(x.mT, torch.ones(8, 8, 3), padding=1).mT,
+    "cumulative sum": lambda x: x.cumsum(1),
+    "shift": lambda x: F.pad(x, (0, 0, 1, 0))[:, :-1],
+    "roll": lambda x: x.roll(1, 1),
+    "mean over tokens": lambda x: x - x.mean(1, keepdim=True),
+    "every other token": lambda x: x[:, ::2].repeat_interleave(2, 1),
+    "positions by number": lambda x: x[torch.arange(x.shape[0])[:, None], torch.arange(x.shape[1])[None]],
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
+def test_tokens_that_mix_outside_attention(odd: Callable[[Tensor], Tensor]) -> None:
+    decoder = _With(odd)
+    regate_patch.patch(decoder, backend="eager")
+    with pytest.raises(UnsupportedGraphError) as error:
+        _call(decoder)
+    assert "test_refusals.py" in str(error.value)  # the model's source line
+
+
+def test_no_residual_addition() -> None:
+    decoder = _With(lambda x: x, residual=False)
+    regate_patch.patch(decoder, backend="eager")
+    with pytest.raises(UnsupportedGraphError, match="no residual addition"):
+        _call(decoder)
+
+
+def test_fixed_length() -> None:
+    decoder = _With(lambda x: x + torch.zeros(6, 8))
+    regate_patch.patch(decoder, backend="eager")
+    with pytest.raises(UnsupportedGraphError, match="a fixed or derived number"):
+        _call(decoder)
+
+
+def test_no_attention() -> None:
+    decoder = nn.Sequential(nn.Linear(8, 8))
+    regate_patch.patch(decoder, backend="eager")
+    with pytest.raises(NoBlocksError, match="searched"):
+        _call(decoder)
+
+
+def test_keys_that_leave_the_decoder() -> None:
+    model = TINY["llava"].build()
+    batch = TINY["llava"].batch("none")
+    regate_patch.patch(model.model.language_model, backend="eager")
+    with (
+        pytest.raises(UnsupportedGraphError, match="use_cache=False"),
+        regate_patch.active(batch["attention_mask"].bool()),
+    ):
+        model(**batch, use_cache=True)
+
+
+def test_warn_runs_dense_once_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    decoder = _With(lambda x: x.cumsum(1))
+    x = torch.randn(2, 6, 8)
+    expected = decoder(x)
+    handle = regate_patch.patch(decoder, backend="eager", on_unsupported="warn")
+    for _ in range(2):
+        with regate_patch.active(torch.tensor([[0, 2], [1, 3]])):
+            torch.testing.assert_close(decoder(x), expected)
+    assert handle.statistics.failed is not None
+    assert "mixes neighbouring tokens" in handle.statistics.failed
+    assert len([r for r in caplog.records if "dense" in r.message]) == 1
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        (torch.tensor([[2, 0], [1, 3]]), "ascend"),
+        (torch.tensor([[1, 1], [1, 3]]), "ascend"),
+        (torch.tensor([[-1, 1], [1, 3]]), "at the end"),
+        (torch.tensor([[1, -1], [1, 3]]), "length"),
+        (torch.tensor([1, 2]), r"\[B, K\]"),
+        (torch.tensor([[0.0, 1.0]]), "integers"),
+        (torch.tensor([[0, 9], [1, 3]]), "does not exist"),
+        (torch.tensor([[0, 1]]), r"\[B, K\]"),
+    ],
+)
+def test_bad_positions(index: Tensor, says: str) -> None:
+    decoder = Decoder(layers=1)
+    regate_patch.patch(decoder, backend="eager")
+    with pytest.raises(regate_patch.ActiveIndexError, match=says), regate_patch.active(index):
+        decoder(torch.randn(2, 6, 16))
