@@ -24,9 +24,7 @@ def read(path: str | Path) -> list[Record]:
     """Records of a JSON list or JSON-lines file; image paths are taken relative to it."""
     path = Path(path)
     text = path.read_text()
-    rows = (
-        json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
-    )
+    rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
     return [_record(row, path.parent) for row in rows]
 
 
@@ -81,18 +79,14 @@ def encode(record: Record, processor: Any) -> dict[str, Tensor]:
         start = _process(processor, messages[:turn], images, add_generation_prompt=True)["input_ids"][0]
         end = _process(processor, messages[: turn + 1], images)["input_ids"][0]
         if not torch.equal(ids[: len(start)], start):
-            raise ValueError(
-                "the chat template renders a conversation's beginning differently from the whole"
-            )
+            raise ValueError("the chat template renders a conversation's beginning differently from the whole")
         labels[len(start) : len(end)] = ids[len(start) : len(end)]
     return dict(encoded) | {"labels": labels[None]}
 
 
 def _process(processor: Any, messages: list[Record], images: list[Any], **options: Any) -> dict[str, Tensor]:
     text = processor.apply_chat_template(messages, **options)
-    used = sum(
-        part["type"] == "image" for m in messages for part in m["content"] if not isinstance(part, str)
-    )
+    used = sum(part["type"] == "image" for m in messages for part in m["content"] if not isinstance(part, str))
     return processor(text=[text], images=images[:used] or None, return_tensors="pt")
 
 

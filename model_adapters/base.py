@@ -68,9 +68,7 @@ class ModelAdapter:
     decoder: Callable[[nn.Module], nn.Module] = conventional.decoder
     embeddings: Callable[[nn.Module], nn.Module] = conventional.embeddings
     head: Callable[[nn.Module], nn.Module] = conventional.head
-    layout: Callable[[nn.Module, Batch], Layout] = lambda model, batch: Layout(
-        **conventional.layout(model, batch)
-    )
+    layout: Callable[[nn.Module, Batch], Layout] = lambda model, batch: Layout(**conventional.layout(model, batch))
     position_ids: Callable[[nn.Module, Batch], Tensor | None] = conventional.position_ids
     run_decoder: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor] = conventional.run_decoder
     padding: Padding = Padding()

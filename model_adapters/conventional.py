@@ -18,7 +18,7 @@ _VISUAL_IDS = (
 )  # fmt: skip
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """Inside `torch.compile`, DataParallel-like and PEFT wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
@@ -92,7 +92,7 @@ def head(model: nn.Module) -> nn.Module:
 
 def text_config(model: nn.Module) -> Any:
     """The config of the text model inside a composite config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -121,9 +121,7 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     else:
         valid = torch.ones_like(input_ids, dtype=torch.bool)
     ids = visual_token_ids(model)
-    visual = (
-        torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)) if ids else torch.zeros_like(valid)
-    )
+    visual = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)) if ids else torch.zeros_like(valid)
     return {"input_ids": input_ids, "labels": labels, "valid": valid, "visual": visual & valid}
 
 
@@ -131,7 +129,7 @@ def position_ids(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     """The positions the batch brings, or those of multimodal rotary embeddings, or None."""
     if batch.get("position_ids") is not None:
         return batch["position_ids"]
-    inner = getattr(unwrap(model), "model", None)
+    inner: Any = getattr(unwrap(model), "model", None)
     compute = getattr(inner, "compute_3d_position_ids", None)
     if compute is None:
         return None

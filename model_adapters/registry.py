@@ -35,9 +35,7 @@ def names_of(model: nn.Module) -> list[str]:
     """The names under which adapters may serve the model: its config's type and its class names."""
     inner = conventional.unwrap(model)
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
-    names = [
-        cls.__name__ for cls in type(inner).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module
-    ]
+    names = [cls.__name__ for cls in type(inner).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
     return ([model_type] if model_type else []) + names
 
 
@@ -53,9 +51,7 @@ def find_adapter(model: nn.Module) -> ModelAdapter:
             if name in table:
                 return table[name]
     inner = conventional.unwrap(model)
-    missing = [
-        f for f in ("get_decoder", "get_input_embeddings", "get_output_embeddings") if not hasattr(inner, f)
-    ]
+    missing = [f for f in ("get_decoder", "get_input_embeddings", "get_output_embeddings") if not hasattr(inner, f)]
     if missing:
         known = ", ".join(sorted({*_REGISTERED, *_plug_ins()})) or "none"
         raise AdapterError(

@@ -117,14 +117,13 @@ class Gate:
     ) -> reference.Teacher | None:
         if teacher is None or self.config.reference_weight == 0:
             return None
-        model, adapter, source = self._model, self.adapter, "copy"
+        source: reference.Source = "copy"
+        model, adapter = self._model, self.adapter
         if isinstance(teacher, nn.Module):
             model, adapter, source = teacher, find_adapter(teacher), "given"
         elif teacher == "precomputed" or reference.uses_peft(model):
             source = "live"
-        return reference.Teacher(
-            model, adapter, backend=backend, source=source, on_unsupported=on_unsupported
-        )
+        return reference.Teacher(model, adapter, backend=backend, source=source, on_unsupported=on_unsupported)
 
     # -- hooks ----------------------------------------------------------------------------------------
 
@@ -177,14 +176,16 @@ class Gate:
         active, self._active = self._active, None
         if output is None:  # the forward raised
             return
-        assert active is not None and self.last is not None
+        assert active is not None
+        assert self.last is not None
         if not active.ran and self._handle.statistics.failed is None:
             raise regate_patch.NotElidedError(
                 f"{type(module).__name__} ran a training forward without calling its decoder "
                 f"{type(self._decoder).__name__}; register an adapter whose `decoder` is the module it calls"
             )
         start = time.perf_counter()
-        self._count_flops(*self.last.labels.shape, active.index.shape[1])
+        rows, length = self.last.labels.shape
+        self._count_flops(rows, length, active.index.shape[1])
         self._observe(output)
         self.counters.gate_seconds += time.perf_counter() - start
 
@@ -222,9 +223,7 @@ class Gate:
                 + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             )
         highest = int(layout.labels.max())
-        if highest >= self._vocabulary or bool(
-            (layout.labels < 0).logical_and(layout.labels != IGNORED).any()
-        ):
+        if highest >= self._vocabulary or bool((layout.labels < 0).logical_and(layout.labels != IGNORED).any()):
             raise LabelsError(
                 f"labels must be token ids below the vocabulary size {self._vocabulary}, or {IGNORED}; got values "
                 f"from {int(layout.labels.min())} to {highest}"
@@ -238,9 +237,7 @@ class Gate:
         text = keys.text_keys(layout)
         pixels = keys.pixel_fingerprints(batch, self.adapter.visual_inputs, len(text))
         if pixels is None and bool(layout.visual.any()) and sample_ids is None:
-            self._note(
-                "visual input has no row per sample: equal texts share one difficulty; pass sample_ids"
-            )
+            self._note("visual input has no row per sample: equal texts share one difficulty; pass sample_ids")
         samples = keys.sample_keys(text, pixels, sample_ids)
         if full:
             return candidates, samples
@@ -259,9 +256,7 @@ class Gate:
         expected = self.prior.expect(torch.where(candidates, layout.labels, 0))
         score = config.student_weight * torch.where(m == difficulty.UNSEEN, expected, m)
         if self._teacher is not None:
-            score = score + config.reference_weight * _spread(
-                self._references(batch, layout, text), candidates, 0.0
-            )
+            score = score + config.reference_weight * _spread(self._references(batch, layout, text), candidates, 0.0)
         return score
 
     def _references(self, batch: Batch, layout: Layout, text: list[bytes]) -> Sequence[np.ndarray | None]:
@@ -315,9 +310,7 @@ class Gate:
             m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay).cpu()
             counts = item.candidates.sum(1).tolist()
             rows = m[item.candidates.cpu()].split(counts)
-            self.store.put(
-                "difficulty", {k: r.numpy() for k, r in zip(item.keys, rows, strict=True) if len(r)}
-            )
+            self.store.put("difficulty", {k: r.numpy() for k, r in zip(item.keys, rows, strict=True) if len(r)})
 
     def _count(self, layout: Layout, decision: Decision) -> None:
         c = self.counters

@@ -24,14 +24,10 @@ def text_keys(layout: Layout) -> list[bytes]:
     ids = torch.where(layout.visual, -1, layout.input_ids)
     ids_labels = torch.stack([ids, torch.where(layout.labels == IGNORED, -1, layout.labels)], -1)
     rows, valid = ids_labels.to("cpu", torch.int64).numpy(), layout.valid.cpu().numpy()
-    return [
-        blake2b(row[mask].tobytes(), digest_size=16).digest() for row, mask in zip(rows, valid, strict=True)
-    ]
+    return [blake2b(row[mask].tobytes(), digest_size=16).digest() for row, mask in zip(rows, valid, strict=True)]
 
 
-def sample_keys(
-    text: Sequence[bytes], pixels: Sequence[bytes] | None, sample_ids: object = None
-) -> list[bytes]:
+def sample_keys(text: Sequence[bytes], pixels: Sequence[bytes] | None, sample_ids: object = None) -> list[bytes]:
     """Keys under which difficulties are kept: explicit ids where given, else text and pixels."""
     if sample_ids is not None:
         ids = sample_ids.tolist() if isinstance(sample_ids, Tensor) else list(sample_ids)  # type: ignore[call-overload]

@@ -12,7 +12,7 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Teacher:
         on_unsupported: regate_patch.OnUnsupported = "raise",
     ) -> None:
         self.model, self.adapter, self.source = model, adapter, source
-        parts = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
+        parts: Any = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
         self.handle: regate_patch.Handle | None = None
         if source == "copy":  # one deepcopy of all parts keeps tied weights tied
             parts = copy.deepcopy(parts)

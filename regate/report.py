@@ -52,8 +52,7 @@ class Report(Mapping[str, Number]):
     def __str__(self) -> str:
         n = self._numbers
         lines = [
-            f"decoder    {n['attention_blocks']} attention and {n['mlp_blocks']} MLP blocks in {n['graphs']} "
-            f"graph(s)",
+            f"decoder    {n['attention_blocks']} attention and {n['mlp_blocks']} MLP blocks in {n['graphs']} graph(s)",
             f"steps      {n['steps_full']} full, {n['steps_sparse']} sparse",
             f"labels     {n['labels_kept']:,} of {n['labels_seen']:,} kept{_share(n['labels_kept'], n['labels_seen'])}",
             f"positions  {n['positions_computed']:,} of {n['positions_seen']:,} computed"

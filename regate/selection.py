@@ -36,18 +36,14 @@ def keep_highest(scores: Tensor, candidates: Tensor, keep: float) -> Tensor:
         [[False, True, True]]
     """
     k = torch.ceil(candidates.sum(1, keepdim=True) * keep - 1e-6)
-    order = (
-        scores.float().masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    )
+    order = scores.float().masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     )
     return (rank < k) & candidates
 
 
-def active_positions(
-    labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: Alignment = "predictor"
-) -> Tensor:
+def active_positions(labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: Alignment = "predictor") -> Tensor:
     """The positions that a decoder must compute for the kept labels.
 
     Args:

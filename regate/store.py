@@ -220,9 +220,7 @@ class _Files:
         # No fsync per commit. A killed process loses nothing by that: what it committed is in the page cache,
         # and a commit it did not finish left the pages of the one before alone. Losing power is another
         # matter: the file is then sure to be whole only as of a `flush` that nothing was written after.
-        self.env = lmdb.open(
-            str(path), map_size=max_bytes, max_dbs=3, max_readers=1024, sync=False, readahead=False
-        )
+        self.env = lmdb.open(str(path), map_size=max_bytes, max_dbs=3, max_readers=1024, sync=False, readahead=False)
         try:
             self.env.reader_check()  # a reader killed while reading would keep old pages from being reused
             self._check_length(path)
@@ -297,6 +295,4 @@ def _explained(path: Path, max_bytes: int) -> Iterator[None]:
                 f"cannot write to the store at {path}: {error} ({free / 2**20:.0f} MiB free). Make room "
                 "on the disk or raise its limits and go on; what was stored before is intact."
             ) from error
-        raise StoreError(
-            f"cannot use the store at {path}: {error}; give a directory that can be written to"
-        ) from error
+        raise StoreError(f"cannot use the store at {path}: {error}; give a directory that can be written to") from error

@@ -95,7 +95,7 @@ def find_tokens(cores: list[fx.Node]) -> Tokens:
     return Tokens(*found.pop())
 
 
-def query(core: fx.Node) -> fx.Node:
+def query(core: fx.Node) -> Any:
     """The node whose next-to-last axis is the core's queries: q of SDPA, the scores of a softmax."""
     return argument(core, 0, "query") if is_call(core, *SDPA) else core.args[0]
 
@@ -112,7 +112,7 @@ def _is_softmax_core(node: fx.Node) -> bool:
     )
 
 
-def _reaches(start: fx.Node, step: Any, targets: tuple[Any, ...], limit: int = 12) -> bool:
+def _reaches(start: Any, step: Any, targets: tuple[Any, ...], limit: int = 12) -> bool:
     """Is there a call of `targets` within `limit` steps of values that keep the last axis?"""
     frontier, last = [start], shape(start)[-1]
     for _ in range(limit):
@@ -165,7 +165,7 @@ class _Search:
         self.above = ancestors(graph)
         self.tokens = tokens
 
-    def depends(self, node: fx.Node, on: fx.Node) -> bool:
+    def depends(self, node: Any, on: fx.Node) -> bool:
         return bool(self.above[node] >> self.position[on] & 1)
 
     def carries_tokens(self, node: Any) -> bool:
@@ -187,7 +187,7 @@ class _Search:
             f"it to a value it was computed from): {where(core)}"
         )
 
-    def skip_side(self, node: fx.Node, inner: fx.Node) -> fx.Node | None:
+    def skip_side(self, node: fx.Node, inner: fx.Node) -> Any:
         """Of an addition of two token-carrying values, one of which depends on `inner`: the other."""
         if not is_call(node, *_ADD) or len(node.args) < 2 or not self.carries_tokens(node):
             return None
@@ -198,7 +198,7 @@ class _Search:
             return None
         return sides[0][1]
 
-    def walk_back(self, node: fx.Node, is_goal: Any) -> fx.Node | None:
+    def walk_back(self, node: Any, is_goal: Any) -> fx.Node | None:
         """The nearest value behind `node`, through scalings and casts only, that `is_goal`."""
         while not is_goal(node):
             sources = [a for a in node.all_input_nodes if self.carries_tokens(a)]

@@ -35,7 +35,7 @@ log = logging.getLogger("regate_patch")
 Backend = str | Callable[..., Any]
 OnUnsupported = Literal["raise", "warn"]
 
-_DYNAMO = {
+_DYNAMO: dict[str, Any] = {
     "specialize_float": True,  # eps and scales are numbers, not inputs
     "capture_dynamic_output_shape_ops": True,  # x[mask]
     "capture_scalar_outputs": True,
@@ -48,7 +48,7 @@ _DYNAMO = {
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """Settings under which a token axis stays a symbol of its own: equal sizes must not share one."""
-    with torch._dynamo.config.patch(**_DYNAMO), shape_config.patch(use_duck_shape=False):
+    with torch._dynamo.config.patch(**_DYNAMO), shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield
 
 
@@ -99,9 +99,7 @@ class GatedForward:
         functools.update_wrapper(self, self.forward, updated=())
         self.__signature__ = inspect.signature(self.forward)
 
-    @torch.compiler.disable(
-        recursive=False
-    )  # a user's outer torch.compile must call this, not see through it
+    @torch.compiler.disable(recursive=False)  # a user's outer torch.compile must call this, not see through it
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         chosen = current()
         if chosen is None or self.statistics.failed is not None:

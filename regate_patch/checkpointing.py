@@ -52,9 +52,7 @@ def inline(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _copy_body(
-    gm: fx.GraphModule, body: fx.GraphModule, call: fx.Node, region: Region
-) -> tuple[fx.Node, ...]:
+def _copy_body(gm: fx.GraphModule, body: fx.GraphModule, call: fx.Node, region: Region) -> tuple[fx.Node, ...]:
     placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
     copied: dict[fx.Node, Any] = dict(zip(placeholders, call.args[1:], strict=True))
     with gm.graph.inserting_before(call):

@@ -53,9 +53,7 @@ class Active:
         With -1 in it, `length` (the decoder's S) is needed to choose the filling.
         """
         if index.dim() != 2 or index.dtype.is_floating_point or index.dtype == torch.bool:
-            raise ActiveIndexError(
-                f"an active index must be [B, K] of integers, got {list(index.shape)} {index.dtype}"
-            )
+            raise ActiveIndexError(f"an active index must be [B, K] of integers, got {list(index.shape)} {index.dtype}")
         index = index.long()
         valid = index >= 0
         steps_up = (index[:, 1:] > index[:, :-1]) | ~valid[:, 1:]

@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 
-def value(node: fx.Node) -> Any:
+def value(node: Any) -> Any:
     """What the node holds, with fake tensors: Dynamo's `example_value`."""
     return node.meta.get("example_value")
 
@@ -23,9 +23,7 @@ def is_tensor(node: Any) -> bool:
 
 
 def is_scalar(node: Any) -> bool:
-    return isinstance(node, fx.Node) and isinstance(
-        value(node), (torch.SymInt, torch.SymBool, torch.SymFloat)
-    )
+    return isinstance(node, fx.Node) and isinstance(value(node), (torch.SymInt, torch.SymBool, torch.SymFloat))
 
 
 def expr(size: Any) -> sympy.Expr:
@@ -36,7 +34,7 @@ def expr(size: Any) -> sympy.Expr:
     return sympy.sympify(size)
 
 
-def shape(node: fx.Node) -> tuple[sympy.Expr, ...]:
+def shape(node: Any) -> tuple[sympy.Expr, ...]:
     """The node's shape as expressions."""
     return tuple(expr(s) for s in value(node).shape)
 
@@ -48,7 +46,7 @@ def is_call(node: Any, *targets: Any) -> bool:
     return node.target in targets
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def argument(node: Any, position: int, name: str, default: Any = None) -> Any:
     """An argument given by position or by name."""
     if len(node.args) > position:
         return node.args[position]
@@ -82,7 +80,12 @@ def where(node: fx.Node) -> str:
 def nodes_in(arguments: Any) -> Iterable[fx.Node]:
     """The nodes among (nested) arguments, slices included."""
     found: list[fx.Node] = []
-    fx.map_arg(arguments, lambda n: found.append(n) or n)
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.map_arg(arguments, note)
     return found
 
 

@@ -193,13 +193,11 @@ class _Inserter:
             if v not in self.made:
                 args = fx.map_arg(v.args, self.lowered)
                 with self.graph.inserting_after(self.last_scalar):
-                    self.made[v] = self.last_scalar = self.graph.call_function(v.target, args)
+                    self.made[v] = self.last_scalar = self.graph.create_node(v.op, v.target, args)
                 self.made[v].meta["example_value"] = value(v)
                 self.compact.add(self.made[v])
             return self.made[v]
-        raise UnsupportedGraphError(
-            f"a number that depends on the sequence length in an unknown way: {where(v)}"
-        )
+        raise UnsupportedGraphError(f"a number that depends on the sequence length in an unknown way: {where(v)}")
 
     def rebuilt(self, v: fx.Node) -> fx.Node:
         """`v` made again inside the block from compact inputs: for axes that only contain S, such as B*S."""
@@ -231,7 +229,7 @@ class _Inserter:
         if not is_call(node, operator.getitem) or not is_tensor(node.args[0]):
             return
         key = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        mask = key[0] if key else None
+        mask: Any = key[0] if key else None
         if is_tensor(mask) and value(mask).dtype == torch.bool and mask not in self.compact:
             if value(mask).dim() == 2 and shape(mask)[1] == self.tokens.length and shape(node)[0].is_Symbol:
                 self.chosen[shape(node)[0]] = mask
@@ -247,9 +245,7 @@ class _Inserter:
             if size.is_Mul and size.has(sympy.Add, sympy.floor):
                 self.refuse(node, f"an axis of {size} is not made of whole tokens")
         with_tokens = [
-            s
-            for s in node.all_input_nodes
-            if is_tensor(s) and value(s).dtype.is_floating_point and length in shape(s)
+            s for s in node.all_input_nodes if is_tensor(s) and value(s).dtype.is_floating_point and length in shape(s)
         ]
         if with_tokens and value(node).dtype.is_floating_point and not self.mentions_tokens(node):
             self.refuse(node, "it reduces over tokens")
@@ -294,7 +290,7 @@ class _Inserter:
         else:
             core.kwargs = {**core.kwargs, "attn_mask": hidden}
 
-    def hidden(self, mask: fx.Node | None, core: fx.Node) -> fx.Node:
+    def hidden(self, mask: Any, core: fx.Node) -> fx.Node:
         key = ("hidden", mask)
         node = self.make(key, core, ops.hide_filling, (mask, self.valid), mask if mask is not None else core)
         if mask is not None and "checkpoint" in mask.meta:

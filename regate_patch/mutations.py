@@ -79,9 +79,8 @@ def _writes_in_place(node: fx.Node) -> bool:
     if not node.args or not is_tensor(node.args[0]):
         return False
     if node.op == "call_method":
-        return (
-            node.target.endswith("_") and not node.target.endswith("__") and node.target != "requires_grad_"
-        )
+        method = str(node.target)
+        return method.endswith("_") and not method.endswith("__") and method != "requires_grad_"
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         return node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))

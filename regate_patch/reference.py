@@ -51,18 +51,14 @@ class _HideInactiveKeys(TorchFunctionMode):
     ) -> Tensor:
         queries, keys = query.shape[-2], key.shape[-2]
         if keys != self.active.shape[1]:
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, **kwargs
-            )
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
         allowed = self.active[:, None, None, :].expand(-1, 1, queries, keys)
         if is_causal:
             allowed = allowed & torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             allowed = allowed & attn_mask
         # A query that may see nothing is never read; let it see itself, so that no NaN spreads.
-        alone = ~allowed.any(-1, keepdim=True) & torch.eye(
-            queries, keys, dtype=torch.bool, device=query.device
-        )
+        alone = ~allowed.any(-1, keepdim=True) & torch.eye(queries, keys, dtype=torch.bool, device=query.device)
         bias = torch.zeros_like(allowed | alone, dtype=query.dtype)
         bias = bias.masked_fill(~(allowed | alone), float("-inf"))
         if attn_mask is not None and attn_mask.dtype != torch.bool:

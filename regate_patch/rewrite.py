@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -90,7 +91,8 @@ def rewrite(gm: fx.GraphModule, *, observe: Observer | None = None) -> Rewrite |
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph can be changed, sharing parameters and fake tensors with the original."""
     graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, copied := {})
+    copied: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copied)
     graph.output(output)
     for old, new in copied.items():
         new.meta = dict(old.meta)
@@ -100,7 +102,7 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 def drop_assertions(gm: fx.GraphModule) -> fx.GraphModule:
     """Remove run-time assertions on sizes (they hold at full length only) and read sizes from the inputs."""
     graph = gm.graph
-    known = {}
+    known: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op == "placeholder" and is_scalar(node):
             known.setdefault(expr(value(node)), node)

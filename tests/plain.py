@@ -51,9 +51,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token and position embeddings are the caller's; final norm inside, as in nanoGPT."""
 
-    def __init__(
-        self, style: Style = "pre_norm", *, layers: int = 3, width: int = 16, heads: int = 4
-    ) -> None:
+    def __init__(self, style: Style = "pre_norm", *, layers: int = 3, width: int = 16, heads: int = 4) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.style = style

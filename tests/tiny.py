@@ -63,10 +63,7 @@ class Tiny:
         def pad(rows: list[Tensor], value: int) -> Tensor:
             filled = [torch.full((length - len(r),), value) for r in rows]
             return torch.stack(
-                [
-                    torch.cat([f, r] if padding == "left" else [r, f])
-                    for r, f in zip(rows, filled, strict=True)
-                ]
+                [torch.cat([f, r] if padding == "left" else [r, f]) for r, f in zip(rows, filled, strict=True)]
             )
 
         input_ids = pad(ids, PAD)
@@ -134,9 +131,7 @@ _QWEN3 = {"vision_config": _QWEN3_VISION, "image_token_id": IMAGE, "video_token_
 
 
 def _qwen3_vl() -> Any:
-    return tf.Qwen3VLConfig(
-        text_config={**TEXT, "rope_parameters": MROPE | {"mrope_interleaved": True}}, **_QWEN3
-    )
+    return tf.Qwen3VLConfig(text_config={**TEXT, "rope_parameters": MROPE | {"mrope_interleaved": True}}, **_QWEN3)
 
 
 def _qwen3_vl_moe() -> Any:

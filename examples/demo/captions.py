@@ -1,7 +1,8 @@
-"""One caption per image of easy-VQA, built from its published questions (colour, shape) and its pixels (place, size).
+"""One caption per image of easy-VQA, from its published questions (colour, shape) and pixels (place).
 
-The images are drawings and the captions are ours. What is grounded in the image: size, colour, shape and place where
-they are first named. The rest a text-only model can learn to predict, later mentions of the same words included.
+The images are drawings and the captions are ours. What is grounded in the image: colour, shape and
+place where they are first named. The rest a text-only model can learn to predict, later mentions of the same
+words included.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ COLOURS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 PROMPT = "describe the picture"
 _TEMPLATES = (
-    "there is one {size} {colour} {shape} on a plain background , in the {row} {column} part of the picture . "
-    "nothing else can be seen besides this {colour_} {shape_} .",
-    "the picture shows one {size} {colour} {shape} that lies in the {row} {column} part of it . "
+    "there is one {colour} {shape} on a plain background , in the {row} {column} corner of the picture "
+    ". nothing else can be seen besides this {colour_} {shape_} .",
+    "the picture shows one {colour} {shape} that lies in the {row} {column} corner of it . "
     "the background of this {colour_} {shape_} is plain , and there is nothing else on it .",
 )
 
@@ -64,8 +65,8 @@ def _captions(questions: tuple[list[str], list[str], list[int]], paths: dict[int
 
 
 def _caption(path: str, facts: dict[str, str], number: int) -> Caption:
-    row, column, size = _place_and_size(path)
-    values = {**facts, "row": row, "column": column, "size": size}
+    row, column = _corner(path)
+    values = {**facts, "row": row, "column": column}
     words, grounded = [], []
     for word in random.Random(number).choice(_TEMPLATES).split():
         name = word.strip("{}")
@@ -75,11 +76,9 @@ def _caption(path: str, facts: dict[str, str], number: int) -> Caption:
     return Caption(path, tuple(words), tuple(grounded))
 
 
-def _place_and_size(path: str) -> tuple[str, str, str]:
-    """Where the drawing's centre lies on a 3 x 3 grid, and whether it covers more than a tenth of the picture."""
+def _corner(path: str) -> tuple[str, str]:
+    """The corner that the drawing's centre is nearest to."""
     pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
-    drawn = np.abs(pixels - pixels[0, 0]).sum(-1) > 60
-    rows, columns = np.nonzero(drawn)
-    third = [int(3 * axis.mean() / n) for axis, n in ((rows, drawn.shape[0]), (columns, drawn.shape[1]))]
-    row, column = ("upper", "middle", "lower")[third[0]], ("left", "center", "right")[third[1]]
-    return row, column, "large" if drawn.mean() > 0.1 else "small"
+    rows, columns = np.nonzero(np.abs(pixels - pixels[0, 0]).sum(-1) > 60)
+    height, width = pixels.shape[:2]
+    return "upper" if rows.mean() < height / 2 else "lower", "left" if columns.mean() < width / 2 else "right"

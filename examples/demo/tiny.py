@@ -1,4 +1,4 @@
-"""A small real MLLM from transformers classes, and its processor: LLaVA with a CLIP encoder and a Llama decoder."""
+"""A small real MLLM and its processor from transformers classes: LLaVA with CLIP and Llama."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def build_processor(texts: Iterable[str]) -> Any:
     )  # fmt: skip
 
 
-def build_model(
-    processor: Any, *, width: int = 128, layers: int = 4, seed: int = 0
-) -> LlavaForConditionalGeneration:
+def build_model(processor: Any, *, width: int = 128, layers: int = 4, seed: int = 0) -> LlavaForConditionalGeneration:
     """About two million parameters, random."""
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
@@ -55,12 +53,10 @@ def build_model(
              "num_attention_heads": 4}  # fmt: skip
     text = LlamaConfig(
         **shape, num_key_value_heads=4, vocab_size=len(tokenizer), max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False,
     )  # fmt: skip
     vision = CLIPVisionConfig(**shape, image_size=IMAGE_SIZE, patch_size=PATCH, num_channels=3)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=image_id, vision_feature_layer=-1
-    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_id, vision_feature_layer=-1)
     return LlavaForConditionalGeneration(config)

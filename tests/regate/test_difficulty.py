@@ -9,9 +9,7 @@ def test_moving_average_only_where_observed() -> None:
     m = torch.tensor([UNSEEN, UNSEEN, 2.0, 2.0, 2.0])
     loss = torch.tensor([1.0, 1.0, 4.0, 4.0, float("nan")])
     observed = torch.tensor([True, False, True, False, True])
-    torch.testing.assert_close(
-        update(m, loss, observed, decay=0.9), torch.tensor([1.0, UNSEEN, 2.2, 2.0, 2.0])
-    )
+    torch.testing.assert_close(update(m, loss, observed, decay=0.9), torch.tensor([1.0, UNSEEN, 2.2, 2.0, 2.0]))
 
 
 def test_prior_knows_tokens_it_saw() -> None:

@@ -140,10 +140,7 @@ def test_remove_restores_to_the_bit() -> None:
     hooks = ("_forward_hooks", "_forward_pre_hooks")  # transformers has some of its own
 
     def state() -> dict[str, tuple[list[str], list[list[int]]]]:
-        return {
-            name: (list(m.__dict__), [list(m.__dict__[h]) for h in hooks])
-            for name, m in model.named_modules()
-        }
+        return {name: (list(m.__dict__), [list(m.__dict__[h]) for h in hooks]) for name, m in model.named_modules()}
 
     before = state()
     regate.apply(model, SPARSE)
@@ -175,9 +172,7 @@ def test_saving_and_copying(tmp_path: Path) -> None:
     regate.apply(model, SPARSE)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).train()
-    assert {k: v.shape for k, v in loaded.state_dict().items()} == {
-        k: v.shape for k, v in model.state_dict().items()
-    }
+    assert {k: v.shape for k, v in loaded.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)

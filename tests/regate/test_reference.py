@@ -70,9 +70,7 @@ def test_precompute_computes_each_text_once(tmp_path: Path) -> None:
     assert gate.report()["teacher_samples"] == 6
     regate.remove(model)
     again = regate.apply(model, store=str(tmp_path / "store"))
-    again.precompute(
-        batches + [TINY["llava"].batch("left", seed=0)], progress=False
-    )  # padding is not content
+    again.precompute([*batches, TINY["llava"].batch("left", seed=0)], progress=False)  # padding is not content
     assert again.report()["teacher_samples"] == 0
 
 
@@ -142,9 +140,7 @@ def test_peft_base_is_the_teacher_without_a_copy() -> None:
     model = TINY["llava"].build()
     batch = TINY["llava"].batch("right")
     adapter = find_adapter(model)
-    expected = Teacher(model, adapter, backend="eager", source="copy").losses(
-        batch, adapter.layout(model, batch)
-    )
+    expected = Teacher(model, adapter, backend="eager", source="copy").losses(batch, adapter.layout(model, batch))
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(model, config)
     parameters = sum(p.numel() for p in wrapped.parameters())

@@ -80,9 +80,7 @@ def run(script: str, *arguments: object) -> str:
 
 
 def test_round_trip(store: Store) -> None:
-    records = {
-        key(n): losses(n, labels=n * 37) for n in range(60)
-    }  # none, few, and more than a page of labels
+    records = {key(n): losses(n, labels=n * 37) for n in range(60)}  # none, few, and more than a page of labels
     store.put("difficulty", records)
     found = store.get("difficulty", [*records, key(999), key(3)])
     assert found[60] is None

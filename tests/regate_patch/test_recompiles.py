@@ -13,9 +13,7 @@ from model_adapters import conventional
 from regate_patch.graph import is_call
 from tests.tiny import TINY
 
-SHAPES = [
-    (b, s, k) for b in (2, 3, 5) for s, k in ((14, 4), (17, 17), (23, 3), (23, 9), (31, 2), (32, 5), (40, 16))
-]
+SHAPES = [(b, s, k) for b in (2, 3, 5) for s, k in ((14, 4), (17, 17), (23, 3), (23, 9), (31, 2), (32, 5), (40, 16))]
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
@@ -37,7 +35,5 @@ def test_shapes_share_one_graph(name: str) -> None:
         out.last_hidden_state.sum().backward()
     assert len(handle.statistics.graphs) == 1
     assert len(compiled) == 1  # the inner compiler got one graph, and the whole of it
-    linears = sum(
-        is_call(n, torch._C._nn.linear, torch.nn.functional.linear) for n in compiled[0].graph.nodes
-    )
+    linears = sum(is_call(n, torch._C._nn.linear, torch.nn.functional.linear) for n in compiled[0].graph.nodes)
     assert linears == 2 * 7

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import fx
+from transformers import LlavaForConditionalGeneration
 
 import regate_patch
 from model_adapters import conventional
@@ -16,14 +19,15 @@ from tests.plain import Decoder
 from tests.tiny import TINY
 
 
-def _observe(decoder: torch.nn.Module, call: object) -> tuple[dict[str, fx.Graph], regate_patch.Handle]:
+def _observe(decoder: torch.nn.Module, call: Callable[[], None]) -> tuple[dict[str, fx.Graph], regate_patch.Handle]:
+    """The graph after each pass, while `call` makes the engine capture."""
     graphs: dict[str, fx.Graph] = {}
-    handle = regate_patch.patch(
-        decoder,
-        backend="eager",
-        observe=lambda name, gm: graphs.update({name: fx.Graph().graph_copy and _snapshot(gm)}),
-    )
-    call()  # type: ignore[operator]
+
+    def observe(name: str, gm: fx.GraphModule) -> None:
+        graphs[name] = _snapshot(gm)
+
+    handle = regate_patch.patch(decoder, backend="eager", observe=observe)
+    call()
     return graphs, handle
 
 
@@ -33,15 +37,11 @@ def _snapshot(gm: fx.GraphModule) -> fx.Graph:
     return graph
 
 
-def _stream_gathers(graph: fx.Graph, of: type[object] | None = None) -> int:
+def _stream_gathers(graph: fx.Graph) -> int:
     """Gathers of a [B, S, D] value: of the stream input or of a scatter's result."""
     return sum(
         is_call(n, ops.gather_tokens)
-        and (
-            is_call(n.args[0], ops.scatter_tokens)
-            or "embeds" in str(n.args[0])
-            or "hidden_states" in str(n.args[0])
-        )
+        and (is_call(n.args[0], ops.scatter_tokens) or "embeds" in str(n.args[0]) or "hidden_states" in str(n.args[0]))
         for n in graph.nodes
     )
 
@@ -66,10 +66,9 @@ def test_plain_decoder(layers: int) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layers", [2, 5])
 def test_llava(layers: int, checkpointing: bool) -> None:
-    model = TINY["llava"].build(text_config=TINY["llava"].config().text_config)
     config = TINY["llava"].config()
     config.text_config.num_hidden_layers = layers
-    model = type(model)(config).train()
+    model = LlavaForConditionalGeneration(config).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = TINY["llava"].batch("right")
@@ -102,7 +101,7 @@ def test_checkpointing_saves_memory() -> None:
         kept = []
         with (
             regate_patch.active(oracle.random_active(batch)),
-            torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
+            torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t),
         ):
             model(**batch, use_cache=False)
         saved[checkpointing] = sum(kept)
