@@ -32,12 +32,11 @@ def main(steps: int = 5, share: float = 0.5) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         print(f"loss {losses[-1]:.3f}, {int(active.sum())} of {active.numel()} positions computed")
     dense, sparse = (handle.statistics.flops(n) for n in (128, round(128 * share)))
-    print(
-        f"{handle.statistics.attention} attention and {handle.statistics.mlp} MLP blocks, {dense / sparse:.2f}x fewer FLOPs"
-    )
+    blocks = f"{handle.statistics.attention} attention and {handle.statistics.mlp} MLP blocks"
+    print(f"{blocks}, {dense / sparse:.2f}x fewer FLOPs")
     handle.remove()
     return losses
 

@@ -37,10 +37,8 @@ from regate.selection import IGNORED, active_positions, keep_highest, predicted
 from regate.store import Store
 
 log = logging.getLogger("regate")
-TeacherChoice = Literal["auto", "precomputed"] | nn.Module | None
+TeacherChoice = Literal["auto", "4bit", "precomputed"] | nn.Module | None
 OnUnsupported = Literal["raise", "warn"]
-
-_GATES: weakref.WeakKeyDictionary[nn.Module, Gate] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class Gate:
     def _make_teacher(
         self, teacher: TeacherChoice, backend: regate_patch.Backend, on_unsupported: OnUnsupported
     ) -> reference.Teacher | None:
-        if teacher is None or self.config.reference_weight == 0:
+        if teacher is None or self.config.reference_weight == 0 or self.config.selection == "random":
             return None
         source: reference.Source = "copy"
         model, adapter = self._model, self.adapter
@@ -123,6 +121,8 @@ class Gate:
             model, adapter, source = teacher, find_adapter(teacher), "given"
         elif teacher == "precomputed" or reference.uses_peft(model):
             source = "live"
+        elif teacher == "4bit":
+            source = "4bit"
         return reference.Teacher(model, adapter, backend=backend, source=source, on_unsupported=on_unsupported)
 
     # -- hooks ----------------------------------------------------------------------------------------
@@ -130,22 +130,23 @@ class Gate:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._close_scope()  # left open only if a forward was interrupted between its hooks
+        kwargs = dict(kwargs)
+        sample_ids = kwargs.pop("sample_ids", None)  # ours, not the model's
         if not (module.training and torch.is_grad_enabled()):
-            return None
+            return args, kwargs
         batch = self._by_name(args, kwargs)
         if batch.get("labels") is None:
-            return None
+            return args, kwargs
         if self._handle.statistics.failed is not None:  # on_unsupported="warn": the decoder runs dense
             self.counters.forwards_ungated += 1
-            return None
+            return args, kwargs
         start = time.perf_counter()
         taught = self.counters.teacher_seconds
-        sample_ids = batch.pop("sample_ids", None)
         layout = self._layout(batch)
         candidates = predicted(layout.labels)
         if not bool(candidates.any()):
             self.counters.forwards_ungated += 1
-            return None
+            return args, kwargs
         self._advance()
         self.flush()
         full = self.config.is_full(self.step)
@@ -345,7 +346,9 @@ class Gate:
             progress: show a progress bar.
         """
         if self._teacher is None:
-            raise GateNotAppliedError("this gate has no teacher (teacher=None or reference_weight=0)")
+            raise GateNotAppliedError(
+                "this gate has no teacher (teacher=None, reference_weight=0 or selection='random')"
+            )
         device = next(self._target.parameters()).device
         for batch in tqdm(dataloader, desc="reference losses", unit="batch", disable=not progress):
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -404,7 +407,6 @@ class Gate:
         self._handle.remove()
         if self._teacher is not None:
             self._teacher.close()
-        _GATES.pop(self._target, None)
 
 
 class _Hook:
@@ -436,6 +438,12 @@ def _call_weakly(method: Callable[..., None]) -> Callable[..., None]:
 
 def _nothing(*args: Any) -> None:
     """What a copied model's hook does."""
+
+
+def _gate_on(module: nn.Module) -> Gate | None:
+    """The gate whose hook the module carries."""
+    hooks = (hook.function for hook in module._forward_pre_hooks.values() if isinstance(hook, _Hook))
+    return next((f.__self__ for f in hooks if isinstance(getattr(f, "__self__", None), Gate)), None)
 
 
 def _rows_of(head: nn.Module) -> int:
@@ -473,8 +481,9 @@ def apply(
         adapter: how to serve the architecture; None finds it (`register_adapter`, plug-ins, conventions).
         backend: how rewritten graphs run; None is "inductor" on CUDA and "eager" elsewhere.
         teacher: "auto" keeps a frozen copy of the language model (with PEFT: the base model, no copy) for samples
-            whose reference loss is not stored; "precomputed" keeps none (call `gate.precompute` first); a module
-            is a multimodal model whose language model is the teacher; None scores by difficulty alone.
+            whose reference loss is not stored; "4bit" quantises that copy (bitsandbytes); "precomputed" keeps none
+            (call `gate.precompute` first); a module is a multimodal model whose language model is the teacher; None
+            scores by difficulty alone.
         store: where reference losses and difficulties are kept: a directory, a `Store`, or None for a temporary
             one.
         on_unsupported: "raise", or "warn" to train dense where the decoder cannot be rewritten.
@@ -491,11 +500,11 @@ def apply(
         adapter.head(model)
     except AdapterError as error:
         raise UnknownArchitectureError(str(error)) from error
-    if target in _GATES:
-        _GATES[target].remove()
+    if (existing := _gate_on(target)) is not None:
+        existing.remove()
     if backend is None:
         backend = "inductor" if next(model.parameters()).is_cuda else "eager"
-    gate = Gate(
+    return Gate(
         model,
         config or Config(),
         adapter=adapter,
@@ -504,8 +513,6 @@ def apply(
         store=store if isinstance(store, Store) else Store(store),
         on_unsupported=on_unsupported,
     )
-    _GATES[target] = gate
-    return gate
 
 
 def remove(model: nn.Module) -> None:
@@ -514,8 +521,8 @@ def remove(model: nn.Module) -> None:
     Raises:
         GateNotAppliedError: no gate is on this model.
     """
-    for module in [model, unwrap(model), *model.modules()]:
-        if module in _GATES:
-            _GATES[module].remove()
+    for module in [unwrap(model), *model.modules()]:
+        if (gate := _gate_on(module)) is not None:
+            gate.remove()
             return
     raise GateNotAppliedError(f"no gate is applied to this {type(model).__name__}")

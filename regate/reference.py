@@ -22,9 +22,10 @@ from model_adapters import Batch, Layout, ModelAdapter
 from model_adapters.conventional import text_config
 from regate.errors import NonFiniteLossError
 from regate.loss import label_losses
+from regate.quantize import to_4bit
 from regate.selection import predicted
 
-Source = Literal["copy", "live", "given"]
+Source = Literal["copy", "4bit", "live", "given"]
 
 
 class Teacher:
@@ -34,7 +35,8 @@ class Teacher:
         model: the multimodal model it belongs to.
         adapter: how to find the language model and its inputs.
         backend: of the engine.
-        source: "copy" takes a frozen copy of the language model now (bfloat16 on CUDA). "live" uses the model's own,
+        source: "copy" takes a frozen copy of the language model now (bfloat16 on CUDA), "4bit" one whose linear
+            layers are quantised. "live" uses the model's own,
             which the gate has patched, as it is at each call: before training starts, or with PEFT adapters, which
             are switched off for the call. "given" freezes and patches the language model of `model`, another one.
     """
@@ -51,10 +53,12 @@ class Teacher:
         self.model, self.adapter, self.source = model, adapter, source
         parts: Any = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
         self.handle: regate_patch.Handle | None = None
-        if source == "copy":  # one deepcopy of all parts keeps tied weights tied
+        if source in ("copy", "4bit"):  # one deepcopy of all parts keeps tied weights tied
             parts = copy.deepcopy(parts)
             if next(parts[1].parameters()).is_cuda:
                 parts = tuple(part.to(torch.bfloat16) for part in parts)
+            if source == "4bit":
+                to_4bit(parts[1])
         self.embeddings, self.decoder, self.head = parts
         if source != "live":
             for part in parts:

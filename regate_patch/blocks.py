@@ -45,7 +45,7 @@ _SAME_VALUE = (
     operator.mul, operator.truediv, operator.imul, torch.mul, F.dropout, "mul", "div", "to", "clone", "contiguous",
     "float", "type_as", "view", "reshape",
 )  # fmt: skip
-_HAS_WEIGHTS = ("linear", "matmul", "bmm", "mm", "addmm", "einsum", "baddbmm", "conv1d", "grouped_mm")
+_HAS_WEIGHTS = ("linear", "matmul", "bmm", "mm", "addmm", "einsum", "baddbmm", "conv1d", "grouped_mm", "gemm")
 
 
 @dataclass(eq=False)

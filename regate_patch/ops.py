@@ -68,13 +68,20 @@ def only_valid(mask: Tensor, valid: Tensor) -> Tensor:
 
 
 def hide_filling(mask: Tensor | None, valid: Tensor) -> Tensor:
-    """An attention mask (or scores) [B, ..., Q or 1, K] under which no query sees a key of the filling."""
+    """An attention mask (or scores) [B, ..., Q or 1, K] under which no real query sees a key of the filling.
+
+    The filling's own queries see everything: nobody reads them, and no row of the softmax is left empty.
+    """
+    rank = 4 if mask is None else mask.dim()
+    middle = (1,) * (rank - 2)
+    keys = valid.reshape(valid.shape[:1] + middle + valid.shape[1:])
+    idle = ~keys.transpose(-1, -2)
     if mask is None:
-        return valid[:, None, None, :]
-    seen = valid.reshape(valid.shape[:1] + (1,) * (mask.dim() - 2) + valid.shape[1:])
+        return keys | idle
     if mask.dtype == torch.bool:
-        return mask & seen
-    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+        return (mask & keys) | idle
+    hidden = mask.masked_fill(~keys, torch.finfo(mask.dtype).min)
+    return torch.where(idle, torch.zeros_like(hidden), hidden)
 
 
 def write(target: Tensor, key: Any, value: Any) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,26 @@ def test_difficulties_tell_images_apart() -> None:
     assert gate.store.stats()["difficulty"] == 2
     gate.choose(batch)
     assert gate.store.stats()["reference"] == 1  # the teacher sees no image
+
+
+def test_sample_ids_are_for_the_gate_alone() -> None:
+    model, batch = TINY["llava"].build(), TINY["llava"].batch("none", rows=2)
+    batch = {k: v[:1].expand(2, *v.shape[1:]) for k, v in batch.items()}  # one sample twice, told apart by id
+    gate = regate.apply(model, FULL, teacher=None)
+    model(**batch, sample_ids=["a", "b"])
+    gate.flush()
+    assert gate.store.stats()["difficulty"] == 2
+    with torch.no_grad():
+        model.eval()(**batch, sample_ids=["a", "b"])
+
+
+def test_a_gated_model_is_garbage_collected() -> None:
+    model = TINY["llava"].build()
+    gone = weakref.ref(model)
+    regate.apply(model, FULL)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 # -- bad input ------------------------------------------------------------------------------------------

@@ -135,6 +135,22 @@ def test_a_broken_teacher_says_so() -> None:
         gate.precompute([TINY["llava"].batch()], progress=False)
 
 
+def test_a_4bit_teacher_is_small_and_close() -> None:
+    pytest.importorskip("bitsandbytes")
+    model, batch = TINY["llava"].build(), TINY["llava"].batch("right")
+    adapter = find_adapter(model)
+    layout = adapter.layout(model, batch)
+    full = Teacher(model, adapter, backend="eager", source="copy")
+    small = Teacher(model, adapter, backend="eager", source="4bit")
+    size = [sum(p.numel() * p.element_size() for p in t.decoder.layers.parameters()) for t in (full, small)]
+    assert size[1] < 0.2 * size[0]
+    for a, b in zip(full.losses(batch, layout), small.losses(batch, layout), strict=True):
+        assert not torch.equal(a, b)
+        torch.testing.assert_close(a, b, atol=0.3, rtol=0)
+    assert small.handle is not None
+    assert small.handle.statistics.attention == small.handle.statistics.mlp == 2
+
+
 def test_peft_base_is_the_teacher_without_a_copy() -> None:
     peft = pytest.importorskip("peft")
     model = TINY["llava"].build()
