@@ -14,8 +14,7 @@ import contextlib
 import inspect
 import logging
 import time
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -27,10 +26,11 @@ from tqdm.auto import tqdm
 
 import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter, find_adapter
-from model_adapters.conventional import text_config, unwrap
+from model_adapters.conventional import text_config
 from regate import difficulty, keys, reference
 from regate.config import Config
 from regate.errors import GateNotAppliedError, LabelsError, StoreError, UnknownArchitectureError
+from regate.hooks import Hook, call_weakly
 from regate.loss import label_losses
 from regate.report import Counters, Report
 from regate.selection import IGNORED, active_positions, keep_highest, predicted
@@ -105,9 +105,9 @@ class Gate:
         self._precomputed_only = teacher == "precomputed"
         self._signature = inspect.signature(self._target.forward)
         self._hooks = [
-            self._target.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
-            self._target.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True),
-            register_optimizer_step_post_hook(_call_weakly(self._on_optimizer_step)),
+            self._target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
+            self._target.register_forward_hook(Hook(self._after), with_kwargs=True, always_call=True),
+            register_optimizer_step_post_hook(call_weakly(self._on_optimizer_step)),
         ]
 
     def _make_teacher(
@@ -409,43 +409,6 @@ class Gate:
             self._teacher.close()
 
 
-class _Hook:
-    """A hook that a copied or pickled model does not take with it."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(_nothing)
-
-    def __reduce__(self) -> Any:
-        return _Hook, (_nothing,)
-
-
-def _call_weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """A global hook must not keep the model alive."""
-    reference_to = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> None:
-        if (alive := reference_to()) is not None:
-            alive(*args)
-
-    return call
-
-
-def _nothing(*args: Any) -> None:
-    """What a copied model's hook does."""
-
-
-def _gate_on(module: nn.Module) -> Gate | None:
-    """The gate whose hook the module carries."""
-    hooks = (hook.function for hook in module._forward_pre_hooks.values() if isinstance(hook, _Hook))
-    return next((f.__self__ for f in hooks if isinstance(getattr(f, "__self__", None), Gate)), None)
-
-
 def _rows_of(head: nn.Module) -> int:
     return max(p.shape[0] for p in head.parameters() if p.dim() == 2)
 
@@ -458,71 +421,3 @@ def _spread(rows: Sequence[np.ndarray | None], candidates: Tensor, missing: floa
         if row is not None:
             out[b, where[b]] = torch.from_numpy(row)
     return out.to(candidates.device)
-
-
-def apply(
-    model: nn.Module,
-    config: Config | None = None,
-    *,
-    adapter: ModelAdapter | None = None,
-    backend: regate_patch.Backend | None = None,
-    teacher: TeacherChoice = "auto",
-    store: Store | str | None = None,
-    on_unsupported: OnUnsupported = "raise",
-) -> Gate:
-    """Train `model` on fewer tokens: one line, then train exactly as before.
-
-    Weights, state dict and architecture stay as they are; `regate.remove(model)` undoes it. Applying again
-    replaces the first gate.
-
-    Args:
-        model: a multimodal causal language model, plain or wrapped by PEFT or DDP.
-        config: see `Config`.
-        adapter: how to serve the architecture; None finds it (`register_adapter`, plug-ins, conventions).
-        backend: how rewritten graphs run; None is "inductor" on CUDA and "eager" elsewhere.
-        teacher: "auto" keeps a frozen copy of the language model (with PEFT: the base model, no copy) for samples
-            whose reference loss is not stored; "4bit" quantises that copy (bitsandbytes); "precomputed" keeps none
-            (call `gate.precompute` first); a module is a multimodal model whose language model is the teacher; None
-            scores by difficulty alone.
-        store: where reference losses and difficulties are kept: a directory, a `Store`, or None for a temporary
-            one.
-        on_unsupported: "raise", or "warn" to train dense where the decoder cannot be rewritten.
-
-    Raises:
-        UnknownArchitectureError: no adapter serves the model.
-        StoreMismatchError: the store's reference losses were made by another teacher.
-        ConfigError: a setting out of range.
-    """
-    try:
-        adapter = adapter or find_adapter(model)
-        target = adapter.causal_lm(model)
-        adapter.decoder(model)
-        adapter.head(model)
-    except AdapterError as error:
-        raise UnknownArchitectureError(str(error)) from error
-    if (existing := _gate_on(target)) is not None:
-        existing.remove()
-    if backend is None:
-        backend = "inductor" if next(model.parameters()).is_cuda else "eager"
-    return Gate(
-        model,
-        config or Config(),
-        adapter=adapter,
-        backend=backend,
-        teacher=teacher,
-        store=store if isinstance(store, Store) else Store(store),
-        on_unsupported=on_unsupported,
-    )
-
-
-def remove(model: nn.Module) -> None:
-    """Undo `apply`.
-
-    Raises:
-        GateNotAppliedError: no gate is on this model.
-    """
-    for module in [unwrap(model), *model.modules()]:
-        if (gate := _gate_on(module)) is not None:
-            gate.remove()
-            return
-    raise GateNotAppliedError(f"no gate is applied to this {type(model).__name__}")

@@ -1,0 +1,86 @@
+"""`regate.apply` and `regate.remove`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+import regate_patch
+from model_adapters import AdapterError, ModelAdapter, find_adapter
+from model_adapters.conventional import unwrap
+from regate.config import Config
+from regate.errors import GateNotAppliedError, UnknownArchitectureError
+from regate.gate import Gate, OnUnsupported, TeacherChoice
+from regate.hooks import owners
+from regate.store import Store
+
+
+def apply(
+    model: nn.Module,
+    config: Config | None = None,
+    *,
+    adapter: ModelAdapter | None = None,
+    backend: regate_patch.Backend | None = None,
+    teacher: TeacherChoice = "auto",
+    store: Store | str | None = None,
+    on_unsupported: OnUnsupported = "raise",
+) -> Gate:
+    """Train `model` on fewer tokens: one line, then train exactly as before.
+
+    Weights, state dict and architecture stay as they are; `regate.remove(model)` undoes it. Applying again
+    replaces the first gate.
+
+    Args:
+        model: a multimodal causal language model, plain or wrapped by PEFT or DDP.
+        config: see `Config`.
+        adapter: how to serve the architecture; None finds it (`register_adapter`, plug-ins, conventions).
+        backend: how rewritten graphs run; None is "inductor" on CUDA and "eager" elsewhere.
+        teacher: "auto" keeps a frozen copy of the language model (with PEFT: the base model, no copy) for samples
+            whose reference loss is not stored; "4bit" quantises that copy (bitsandbytes); "precomputed" keeps none
+            (call `gate.precompute` first); a module is a multimodal model whose language model is the teacher; None
+            scores by difficulty alone.
+        store: where reference losses and difficulties are kept: a directory, a `Store`, or None for a temporary
+            one.
+        on_unsupported: "raise", or "warn" to train dense where the decoder cannot be rewritten.
+
+    Raises:
+        UnknownArchitectureError: no adapter serves the model.
+        StoreMismatchError: the store's reference losses were made by another teacher.
+        ConfigError: a setting out of range.
+    """
+    try:
+        adapter = adapter or find_adapter(model)
+        target = adapter.causal_lm(model)
+        adapter.decoder(model)
+        adapter.head(model)
+    except AdapterError as error:
+        raise UnknownArchitectureError(str(error)) from error
+    if (existing := _gate_on(target)) is not None:
+        existing.remove()
+    if backend is None:
+        backend = "inductor" if next(model.parameters()).is_cuda else "eager"
+    return Gate(
+        model,
+        config or Config(),
+        adapter=adapter,
+        backend=backend,
+        teacher=teacher,
+        store=store if isinstance(store, Store) else Store(store),
+        on_unsupported=on_unsupported,
+    )
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `apply`.
+
+    Raises:
+        GateNotAppliedError: no gate is on this model.
+    """
+    for module in [unwrap(model), *model.modules()]:
+        if (gate := _gate_on(module)) is not None:
+            gate.remove()
+            return
+    raise GateNotAppliedError(f"no gate is applied to this {type(model).__name__}")
+
+
+def _gate_on(module: nn.Module) -> Gate | None:
+    return next((owner for owner in owners(module) if isinstance(owner, Gate)), None)

@@ -1,0 +1,46 @@
+"""Hooks that a copied or pickled model does not take with it, and that keep nothing alive."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Hook:
+    """A hook that a copied or pickled model does not take with it."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(_nothing)
+
+    def __reduce__(self) -> Any:
+        return Hook, (_nothing,)
+
+
+def call_weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """A global hook must not keep the model alive."""
+    reference_to = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        if (alive := reference_to()) is not None:
+            alive(*args)
+
+    return call
+
+
+def _nothing(*args: Any) -> None:
+    """What a copied model's hook does."""
+
+
+def owners(module: nn.Module) -> list[object]:
+    """The objects whose methods hang on the module's forward as `Hook`s."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Hook)]
+    return [owner for hook in hooks if (owner := getattr(hook.function, "__self__", None)) is not None]
