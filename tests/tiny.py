@@ -42,9 +42,9 @@ class Tiny:
         for name, value in overrides.items():
             setattr(config, name, value)
         model = tf.AutoModelForImageTextToText.from_config(config)
-        for module in model.modules():  # norms start at one and zero: random ones catch more
+        for module in model.modules():  # norms start at one or zero: random ones catch more
             if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None:
-                torch.nn.init.normal_(module.weight, 1.0, 0.1)
+                module.weight.data.add_(torch.randn_like(module.weight), alpha=0.1)
         return model.train()
 
     def batch(

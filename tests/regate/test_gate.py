@@ -205,7 +205,7 @@ def test_state_survives(tmp_path: Path) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return losses
 
     config = regate.Config(warmup=2, cycle=4, full_steps=1)
