@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import regate
 from model_adapters import AdapterError, find_adapter, registry
 from tests.plain import Decoder
-from tests.tiny import TINY
+from tests.zoo import CORE
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_an_adapter_for_an_unknown_model() -> None:
 
 
 def test_registration_wins_over_conventions_and_the_last_one_counts() -> None:
-    model = TINY["llava"].build()
+    model = CORE["llava"].build()
     assert find_adapter(model).serves == ("llava",)
     first = regate.register_adapter(regate.ModelAdapter(serves=("llava", "other")))
     assert find_adapter(model) is first
@@ -104,9 +104,9 @@ def test_an_unknown_model_is_refused_with_what_was_searched() -> None:
         find_adapter(MyModel())
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CORE)
 def test_conventions_find_the_decoder_and_the_image(name: str) -> None:
-    model, batch = TINY[name].build(), TINY[name].batch()
+    model, batch = CORE[name].build(), CORE[name].batch()
     adapter = find_adapter(model)
     called = []
     adapter.decoder(model).register_forward_pre_hook(

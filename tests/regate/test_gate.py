@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import regate
 from regate.errors import LabelsError
 from tests import oracle
-from tests.tiny import TINY
+from tests.zoo import CORE
 
 FULL = regate.Config(warmup=1000)
 SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
@@ -32,7 +32,7 @@ def _step(model: nn.Module, batch: dict[str, Tensor], **extra: Any) -> tuple[Ten
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3"])
 def test_full_step_is_the_unpatched_model(name: str, padding: Any) -> None:
-    model, batch = TINY[name].build().double(), oracle.double(TINY[name].batch(padding))
+    model, batch = CORE[name].build().double(), oracle.double(CORE[name].batch(padding))
     loss, grads = _step(model, batch)
     gate = regate.apply(model, FULL, teacher=None)
     gated_loss, gated = _step(model, batch)
@@ -47,9 +47,9 @@ def test_full_step_is_the_unpatched_model(name: str, padding: Any) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CORE)
 def test_sparse_step(name: str, checkpointing: bool) -> None:
-    model, batch = TINY[name].build(), TINY[name].batch("right")
+    model, batch = CORE[name].build(), CORE[name].batch("right")
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     gate = regate.apply(model, SPARSE, teacher=None if checkpointing else "auto")
@@ -70,7 +70,7 @@ def test_sparse_loss_is_the_oracles() -> None:
     """Loss and gradients of a sparse step against the per-layer masked reference with masked labels."""
     from regate_patch import reference
 
-    model, batch = TINY["llava"].build().double(), oracle.double(TINY["llava"].batch("right"))
+    model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right"))
     gate = regate.apply(model, SPARSE)
     loss, grads = _step(model, batch)
     assert gate.last is not None
@@ -85,7 +85,7 @@ def test_sparse_loss_is_the_oracles() -> None:
 
 def test_scores_are_weighted_sums() -> None:
     """On the second sight of a sample: student_weight*m + reference_weight*ref, top half kept."""
-    model, batch = TINY["llava"].build(), TINY["llava"].batch("none", rows=1)
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1)
     gate = regate.apply(model, regate.Config(warmup=1, cycle=100, full_steps=0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with torch.no_grad():
@@ -107,13 +107,13 @@ def test_scores_are_weighted_sums() -> None:
 
 
 def test_micro_batches_share_the_decision() -> None:
-    model = TINY["llava"].build()
+    model = CORE["llava"].build()
     gate = regate.apply(model, regate.Config(warmup=1, cycle=2, full_steps=1), teacher=None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     decisions = []
     for step in range(4):
         for micro in range(3):
-            model(**TINY["llava"].batch(seed=3 * step + micro)).loss.backward()
+            model(**CORE["llava"].batch(seed=3 * step + micro)).loss.backward()
             assert gate.last is not None
             decisions.append(gate.last.full)
         optimizer.step()
@@ -125,10 +125,10 @@ def test_micro_batches_share_the_decision() -> None:
 
 def test_trainers_own_label_count_is_rescaled() -> None:
     """A sum over kept labels divided by the count of all would shrink sparse steps' gradients."""
-    batch, losses = TINY["llava"].batch("none"), []
+    batch, losses = CORE["llava"].batch("none"), []
     total = int((batch["labels"] != -100).sum())
     for extra in ({}, {"num_items_in_batch": torch.tensor(float(total))}):
-        model = TINY["llava"].build()
+        model = CORE["llava"].build()
         gate = regate.apply(model, SPARSE)
         losses.append(_step(model, batch, **extra)[0])
         assert gate.last is not None
@@ -137,7 +137,7 @@ def test_trainers_own_label_count_is_rescaled() -> None:
 
 
 def test_remove_restores_to_the_bit() -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
     keys, (loss, grads) = list(model.state_dict()), _step(model, batch)
     hooks = ("_forward_hooks", "_forward_pre_hooks")  # transformers has some of its own
 
@@ -159,7 +159,7 @@ def test_remove_restores_to_the_bit() -> None:
 
 
 def test_evaluation_and_generation_are_untouched() -> None:
-    model, batch = TINY["llava"].build().eval(), TINY["llava"].batch("none")
+    model, batch = CORE["llava"].build().eval(), CORE["llava"].batch("none")
     prompt = {k: v for k, v in batch.items() if k != "labels"}
     with torch.no_grad():
         before, generated = model(**batch), model.generate(**prompt, max_new_tokens=5, do_sample=False)
@@ -170,7 +170,7 @@ def test_evaluation_and_generation_are_untouched() -> None:
 
 
 def test_saving_and_copying(tmp_path: Path) -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
     regate.apply(model, SPARSE)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).train()
@@ -183,7 +183,7 @@ def test_saving_and_copying(tmp_path: Path) -> None:
 
 
 def test_users_own_compile_and_replaced_forward() -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
     gate = regate.apply(model, SPARSE)
     forward = model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # as Liger and TRL do
@@ -201,7 +201,7 @@ def test_state_survives(tmp_path: Path) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses = []
         for step in steps:
-            loss = model(**TINY["llava"].batch(seed=step % 3)).loss
+            loss = model(**CORE["llava"].batch(seed=step % 3)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -209,7 +209,7 @@ def test_state_survives(tmp_path: Path) -> None:
         return losses
 
     config = regate.Config(warmup=2, cycle=4, full_steps=1)
-    model = TINY["llava"].build()
+    model = CORE["llava"].build()
     base = copy.deepcopy(model)
     gate = regate.apply(model, config)
     whole = run(model, gate, range(10))
@@ -227,7 +227,7 @@ def test_state_survives(tmp_path: Path) -> None:
 
 
 def test_difficulties_tell_images_apart() -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch("none", rows=1)
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1)
     gate = regate.apply(model, FULL)
     _step(model, batch)
     _step(model, batch | {"pixel_values": batch["pixel_values"] + 1})
@@ -238,7 +238,7 @@ def test_difficulties_tell_images_apart() -> None:
 
 
 def test_sample_ids_are_for_the_gate_alone() -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch("none", rows=2)
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=2)
     batch = {k: v[:1].expand(2, *v.shape[1:]) for k, v in batch.items()}  # one sample twice, told apart by id
     gate = regate.apply(model, FULL, teacher=None)
     model(**batch, sample_ids=["a", "b"])
@@ -249,7 +249,7 @@ def test_sample_ids_are_for_the_gate_alone() -> None:
 
 
 def test_a_gated_model_is_garbage_collected() -> None:
-    model = TINY["llava"].build()
+    model = CORE["llava"].build()
     gone = weakref.ref(model)
     regate.apply(model, FULL)
     del model
@@ -261,7 +261,7 @@ def test_a_gated_model_is_garbage_collected() -> None:
 
 
 def test_no_labels_at_all_runs_ungated() -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
     gate = regate.apply(model, SPARSE)
     model(**{k: v for k, v in batch.items() if k != "labels"})
     model(**batch | {"labels": torch.full_like(batch["labels"], -100)})
@@ -270,7 +270,7 @@ def test_no_labels_at_all_runs_ungated() -> None:
 
 
 def test_a_row_without_labels_and_an_empty_row() -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch("right", rows=3)
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right", rows=3)
     batch["labels"][0] = -100
     gate = regate.apply(model, SPARSE)
     loss, grads = _step(model, batch)
@@ -289,14 +289,14 @@ def test_a_row_without_labels_and_an_empty_row() -> None:
     ],
 )
 def test_bad_labels(labels: Any, says: str) -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
     regate.apply(model, SPARSE)
     with pytest.raises(LabelsError, match=says):
         model(**batch | {"labels": labels(batch["labels"])})
 
 
 def test_a_failed_forward_leaves_no_trace() -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch()
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
     gate = regate.apply(model, SPARSE)
     with pytest.raises(ValueError, match="tokens"):
         model(**batch | {"pixel_values": batch["pixel_values"][:1]})
@@ -309,7 +309,7 @@ def test_a_failed_forward_leaves_no_trace() -> None:
 
 
 def test_nonfinite_student_losses_are_not_remembered() -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch("none")
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none")
     gate = regate.apply(model, FULL, teacher=None)
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
@@ -326,8 +326,8 @@ def test_unknown_architecture() -> None:
 
 
 def test_decoder_that_is_never_called() -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch()
-    other = TINY["llava"].build().model.language_model
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    other = CORE["llava"].build().model.language_model
     adapter = regate.ModelAdapter(serves=("llava",), decoder=lambda m: other)
     regate.apply(model, SPARSE, adapter=adapter, teacher=None)
     with pytest.raises(regate.RegateError, match="without calling its decoder"):

@@ -19,14 +19,14 @@ import regate_patch
 from model_adapters import find_adapter
 from regate.errors import NonFiniteLossError, StoreError, StoreMismatchError
 from regate.reference import Teacher
-from tests.tiny import TINY
+from tests.zoo import CORE
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_elided_placeholders_give_the_padded_numbers(name: str, padding: Any) -> None:
     """Against a plain eager pass over the padded sequence, placeholders masked out of attention."""
-    model, batch = TINY[name].build().double(), TINY[name].batch(padding)
+    model, batch = CORE[name].build().double(), CORE[name].batch(padding)
     adapter = find_adapter(model)
     layout = adapter.layout(model, batch)
     teacher = Teacher(model, adapter, backend="eager", source="copy")
@@ -45,7 +45,7 @@ def test_elided_placeholders_give_the_padded_numbers(name: str, padding: Any) ->
 
 
 def test_the_teacher_computes_text_only() -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch("none")
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none")
     adapter = find_adapter(model)
     teacher = Teacher(model, adapter, backend="eager", source="copy")
     computed = set()
@@ -64,8 +64,8 @@ def test_the_teacher_computes_text_only() -> None:
 
 
 def test_precompute_computes_each_text_once(tmp_path: Path) -> None:
-    model = TINY["llava"].build()
-    batches = [TINY["llava"].batch(seed=s) for s in range(3)]
+    model = CORE["llava"].build()
+    batches = [CORE["llava"].batch(seed=s) for s in range(3)]
     gate = regate.apply(model, store=str(tmp_path / "store"))
     gate.precompute(batches, progress=False)
     assert gate.report()["teacher_samples"] == 6
@@ -73,18 +73,18 @@ def test_precompute_computes_each_text_once(tmp_path: Path) -> None:
     assert gate.report()["teacher_samples"] == 6
     regate.remove(model)
     again = regate.apply(model, store=str(tmp_path / "store"))
-    again.precompute([*batches, TINY["llava"].batch("left", seed=0)], progress=False)  # padding is not content
+    again.precompute([*batches, CORE["llava"].batch("left", seed=0)], progress=False)  # padding is not content
     assert again.report()["teacher_samples"] == 0
 
 
 KILLED = """
 import sys, torch, regate
-from tests.tiny import TINY
-gate = regate.apply(TINY["llava"].build(), store=sys.argv[1])
+from tests.zoo import CORE
+gate = regate.apply(CORE["llava"].build(), store=sys.argv[1])
 def batches():
     for s in range(1000):
         print(s, flush=True)
-        yield TINY["llava"].batch(seed=s)
+        yield CORE["llava"].batch(seed=s)
 gate.precompute(batches(), progress=False)
 """
 
@@ -99,17 +99,17 @@ def test_precompute_resumes_after_a_kill(tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
             break
     process.wait()
-    model = TINY["llava"].build()
+    model = CORE["llava"].build()
     gate = regate.apply(model, store=store)
     done = gate.store.stats()["reference"]
     assert done >= 10  # five whole batches of two
-    gate.precompute((TINY["llava"].batch(seed=s) for s in range(8)), progress=False)
+    gate.precompute((CORE["llava"].batch(seed=s) for s in range(8)), progress=False)
     assert gate.store.stats()["reference"] == max(done, 16)
     assert gate.report()["teacher_samples"] == max(16 - done, 0)
 
 
 def test_another_teachers_cache_is_refused(tmp_path: Path) -> None:
-    model = TINY["llava"].build()
+    model = CORE["llava"].build()
     regate.apply(model, store=str(tmp_path / "store"))
     with torch.no_grad():
         model.lm_head.weight.add_(1)
@@ -118,29 +118,29 @@ def test_another_teachers_cache_is_refused(tmp_path: Path) -> None:
 
 
 def test_precomputed_needs_every_sample() -> None:
-    model = TINY["llava"].build()
+    model = CORE["llava"].build()
     gate = regate.apply(model, regate.Config(warmup=1, cycle=1, full_steps=0), teacher="precomputed")
-    gate.precompute([TINY["llava"].batch(seed=0)], progress=False)
+    gate.precompute([CORE["llava"].batch(seed=0)], progress=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
-        model(**TINY["llava"].batch(seed=0)).loss.backward()
+        model(**CORE["llava"].batch(seed=0)).loss.backward()
         optimizer.step()
     with pytest.raises(StoreError, match=r"gate\.precompute"):
-        model(**TINY["llava"].batch(seed=1))
+        model(**CORE["llava"].batch(seed=1))
 
 
 def test_a_broken_teacher_says_so() -> None:
-    model = TINY["llava"].build()
+    model = CORE["llava"].build()
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     gate = regate.apply(model)
     with pytest.raises(NonFiniteLossError, match="row 0, position"):
-        gate.precompute([TINY["llava"].batch()], progress=False)
+        gate.precompute([CORE["llava"].batch()], progress=False)
 
 
 def test_a_4bit_teacher_is_small_and_close() -> None:
     pytest.importorskip("bitsandbytes")
-    model, batch = TINY["llava"].build(), TINY["llava"].batch("right")
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
     adapter = find_adapter(model)
     layout = adapter.layout(model, batch)
     full = Teacher(model, adapter, backend="eager", source="copy")
@@ -156,8 +156,8 @@ def test_a_4bit_teacher_is_small_and_close() -> None:
 
 def test_peft_base_is_the_teacher_without_a_copy() -> None:
     peft = pytest.importorskip("peft")
-    model = TINY["llava"].build()
-    batch = TINY["llava"].batch("right")
+    model = CORE["llava"].build()
+    batch = CORE["llava"].batch("right")
     adapter = find_adapter(model)
     expected = Teacher(model, adapter, backend="eager", source="copy").losses(batch, adapter.layout(model, batch))
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

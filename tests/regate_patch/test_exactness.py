@@ -7,7 +7,8 @@ import torch
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from tests import oracle
-from tests.tiny import TINY, Padding
+from tests.zoo import CORE
+from tests.zoo.common import Padding
 
 
 @pytest.fixture(autouse=True)
@@ -21,31 +22,28 @@ def _no_single_precision_islands(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _model(name: str) -> torch.nn.Module:
-    model = TINY[name].build().double()
-    if "moe" in name:  # the default grouped kernel has no float64; this one is the same function
-        model.set_experts_implementation("batched_mm")
-    return model
+    return CORE[name].double()
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CORE)
 def test_random_positions(name: str, padding: Padding) -> None:
-    model, batch = _model(name), oracle.double(TINY[name].batch(padding))
+    model, batch = _model(name), oracle.double(CORE[name].batch(padding))
     active = oracle.random_active(batch)
     oracle.assert_same(oracle.engine(model, batch, active), oracle.masked(model, batch, active))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CORE)
 def test_random_positions_with_checkpointing(name: str) -> None:
-    model, batch = _model(name), oracle.double(TINY[name].batch("right", seed=1))
+    model, batch = _model(name), oracle.double(CORE[name].batch("right", seed=1))
     active = oracle.random_active(batch, seed=1)
     expected = oracle.masked(model, batch, active)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     oracle.assert_same(oracle.engine(model, batch, active), expected)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CORE)
 def test_all_positions_is_dense(name: str) -> None:
-    model, batch = _model(name), oracle.double(TINY[name].batch("none"))
+    model, batch = _model(name), oracle.double(CORE[name].batch("none"))
     active = batch["attention_mask"].bool()
     oracle.assert_same(oracle.engine(model, batch, active), oracle.dense(model, batch, active))

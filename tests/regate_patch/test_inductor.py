@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 
 from tests import oracle
-from tests.tiny import TINY
+from tests.zoo import CORE
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_inductor(name: str) -> None:
-    model, batch = TINY[name].build(), TINY[name].batch("right")
+    model, batch = CORE[name].build(), CORE[name].batch("right")
     active = oracle.random_active(batch)
     got = oracle.engine(model, batch, active, backend="inductor")
     oracle.assert_same(got, oracle.masked(model, batch, active), tolerance=2e-4)
 
 
 def test_inductor_with_checkpointing() -> None:
-    model, batch = TINY["llava"].build(), TINY["llava"].batch("right")
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
     active = oracle.random_active(batch)
     expected = oracle.masked(model, batch, active)
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -11,7 +11,7 @@ from torch import fx
 import regate_patch
 from model_adapters import conventional
 from regate_patch.graph import is_call
-from tests.tiny import TINY
+from tests.zoo import CORE
 
 SHAPES = [(b, s, k) for b in (2, 3, 5) for s, k in ((14, 4), (17, 17), (23, 3), (23, 9), (31, 2), (32, 5), (40, 16))]
 
@@ -24,7 +24,7 @@ def test_shapes_share_one_graph(name: str) -> None:
         compiled.append(gm)
         return gm.forward
 
-    decoder = conventional.decoder(TINY[name].build())
+    decoder = conventional.decoder(CORE[name].build())
     handle = regate_patch.patch(decoder, backend=counting)
     assert len(set(SHAPES)) >= 20
     for b, s, k in SHAPES:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import regate_patch
 from regate_patch import NoBlocksError, UnsupportedGraphError
 from tests.plain import Decoder
-from tests.tiny import TINY
+from tests.zoo import CORE
 
 
 class _With(nn.Module):
@@ -76,8 +76,8 @@ def test_no_attention() -> None:
 
 
 def test_keys_that_leave_the_decoder() -> None:
-    model = TINY["llava"].build()
-    batch = TINY["llava"].batch("none")
+    model = CORE["llava"].build()
+    batch = CORE["llava"].batch("none")
     regate_patch.patch(model.model.language_model, backend="eager")
     with (
         pytest.raises(UnsupportedGraphError, match="use_cache=False"),

@@ -16,7 +16,7 @@ from regate_patch.graph import is_call
 from regate_patch.rewrite import count
 from tests import oracle
 from tests.plain import Decoder
-from tests.tiny import TINY
+from tests.zoo import CORE
 
 
 def _observe(decoder: torch.nn.Module, call: Callable[[], None]) -> tuple[dict[str, fx.Graph], regate_patch.Handle]:
@@ -66,12 +66,12 @@ def test_plain_decoder(layers: int) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layers", [2, 5])
 def test_llava(layers: int, checkpointing: bool) -> None:
-    config = TINY["llava"].config()
+    config = CORE["llava"].config()
     config.text_config.num_hidden_layers = layers
     model = LlavaForConditionalGeneration(config).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = TINY["llava"].batch("right")
+    batch = CORE["llava"].batch("right")
     active = oracle.random_active(batch)
 
     def call() -> None:
@@ -93,11 +93,11 @@ def test_checkpointing_saves_memory() -> None:
     """The rewritten graph recomputes: it keeps fewer tensors for backward."""
     saved = {}
     for checkpointing in (False, True):
-        model = TINY["llava"].build()
+        model = CORE["llava"].build()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         regate_patch.patch(conventional.decoder(model), backend="eager")
-        batch = TINY["llava"].batch("right")
+        batch = CORE["llava"].batch("right")
         kept = []
         with (
             regate_patch.active(oracle.random_active(batch)),
