@@ -1,17 +1,21 @@
-"""Find the attention and MLP blocks of a captured decoder, by operations and data flow alone.
+"""Find the span of a captured decoder that is computed on active positions, and the blocks in it.
 
 Terms
-    core        where tokens meet: scaled dot-product attention, or softmax between two matrix products.
-    token axis  an axis whose size is the sequence symbol S, read off a core's query.
+    mixer       where tokens meet: attention or a recurrence (see `mixers`).
     stream      the residual stream: the value that blocks read and add to.
     block       input X on the stream, output J on the stream, and the nodes between them.
     joint       the addition that ends a block: J = X + f(X), where the way from X to the addition past f
                 changes nothing but scale or type.
+    span        everything computed from the first block's X, up to the last block's J.
 
 Pseudo-code
-    for each core: J = the first addition after it that joins it to one of its own ancestors X
-    attention block: X .. J             MLP block: from J to the next attention block's X
-    after the last attention block: joints that follow, each with a matrix product in it
+    for each mixer: J = the first addition after it that joins it to one of its own ancestors X
+    mixer's block: X .. J               MLP block: from J to the next mixer's X
+    before the first and after the last such block: joints with a matrix product in them
+    entry = the first X (or, where no joint is found, the first per-token value that all mixers were made from)
+    exit = the last J (or, where something after it reads inside the span, the graph's outputs)
+
+Blocks only say where the span begins and ends, and what to report; what happens inside it is not theirs.
 """
 
 from __future__ import annotations
@@ -20,26 +24,14 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
 
 from regate_patch.errors import UnsupportedGraphError
-from regate_patch.graph import ancestors, argument, is_call, is_tensor, shape, value, where
+from regate_patch.graph import ancestors, is_call, is_tensor, shape, where
+from regate_patch.tokens import Tokens
 
-SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
-_SOFTMAX = (F.softmax, torch.softmax, "softmax", torch.special.softmax)
-_MATMUL = (
-    torch.matmul,
-    operator.matmul,
-    torch.bmm,
-    torch.baddbmm,
-    torch.einsum,
-    "matmul",
-    "bmm",
-    "__matmul__",
-)
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SAME_VALUE = (
     operator.mul, operator.truediv, operator.imul, torch.mul, F.dropout, "mul", "div", "to", "clone", "contiguous",
@@ -56,111 +48,56 @@ class Block:
     entry: fx.Node
     exit: fx.Node
     nodes: list[fx.Node]
-    cores: list[fx.Node] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """How this graph writes its batch and sequence lengths (expressions; `batch` may be a number)."""
+@dataclass(eq=False)
+class Span:
+    """What is computed on active positions: `nodes`, all made from `entry`.
 
-    batch: sympy.Expr
-    length: sympy.Symbol
-
-
-def find_cores(gm: fx.GraphModule) -> list[fx.Node]:
-    """Attention cores in graph order."""
-    return [n for n in gm.graph.nodes if is_call(n, *SDPA) or _is_softmax_core(n)]
-
-
-def find_tokens(cores: list[fx.Node]) -> Tokens:
-    """The batch and sequence symbols of the graph that holds these cores.
-
-    Raises:
-        UnsupportedGraphError: the sequence length became a constant while tracing, or the cores disagree.
+    Attributes:
+        entry: the residual stream before the first block; itself outside.
+        exit: the residual stream after the last block; None where the span goes on to the graph's outputs.
+        nodes: in graph order.
+        mixers: where tokens meet in it, in graph order.
+        attention, mlp: number of blocks of each kind; a mixer that no joint follows counts as a block of its own.
     """
-    found = set()
-    for core in cores:
-        batch, *_, length, _ = shape(query(core))
-        if not length.is_Symbol:
-            raise UnsupportedGraphError(
-                f"the query of this attention has length {length}, a fixed or derived number where the sequence length "
-                f"itself was expected, so its token axis cannot be followed: {where(core)}"
-            )
-        found.add((batch, length))
-    if len(found) > 1:
-        lengths = ", ".join(str(tuple(f)) for f in found)
-        raise UnsupportedGraphError(
-            f"attentions over different (batch, length) in one graph: {lengths}; patch the text decoder alone"
-        )
-    return Tokens(*found.pop())
+
+    entry: fx.Node
+    exit: fx.Node | None
+    nodes: list[fx.Node]
+    mixers: list[fx.Node]
+    blocks: list[Block] = field(default_factory=list)
+
+    @property
+    def attention(self) -> int:
+        in_blocks = {node for block in self.blocks for node in block.nodes}
+        alone = sum(mixer not in in_blocks for mixer in self.mixers)
+        return alone + sum(block.kind == "attention" for block in self.blocks)
+
+    @property
+    def mlp(self) -> int:
+        return sum(block.kind == "mlp" for block in self.blocks)
 
 
-def query(core: fx.Node) -> Any:
-    """The node whose next-to-last axis is the core's queries: q of SDPA, the scores of a softmax."""
-    return argument(core, 0, "query") if is_call(core, *SDPA) else core.args[0]
-
-
-def _is_softmax_core(node: fx.Node) -> bool:
-    """A softmax over keys: a matrix product made its scores, and a matrix product reads its result."""
-    if not is_call(node, *_SOFTMAX) or not is_tensor(node) or value(node).dim() < 3:
-        return False
-    sizes = shape(node)
-    return (
-        not sizes[-1].is_number
-        and _reaches(node.args[0], lambda n: n.all_input_nodes, _MATMUL)
-        and _reaches(node, lambda n: list(n.users), _MATMUL)
-    )
-
-
-def _reaches(start: Any, step: Any, targets: tuple[Any, ...], limit: int = 12) -> bool:
-    """Is there a call of `targets` within `limit` steps of values that keep the last axis?"""
-    frontier, last = [start], shape(start)[-1]
-    for _ in range(limit):
-        if any(is_call(n, *targets) for n in frontier):
-            return True
-        frontier = [
-            m
-            for n in frontier
-            for m in step(n)
-            if is_call(m, *targets) or (is_tensor(m) and value(m).dim() >= 3 and shape(m)[-1] == last)
-        ]
-    return False
-
-
-def find_blocks(gm: fx.GraphModule, cores: list[fx.Node], tokens: Tokens) -> list[Block]:
-    """The blocks in graph order. See the module's description for the rules.
+def find_span(gm: fx.GraphModule, mixers: list[fx.Node], tokens: Tokens) -> Span:
+    """See the module's description for the rules.
 
     Raises:
-        UnsupportedGraphError: an attention core with no joint after it.
+        UnsupportedGraphError: no value from which all mixers were made.
     """
     search = _Search(gm.graph, tokens)
-    blocks: list[Block] = []
-    for core in cores:
-        if blocks and core in blocks[-1].nodes:
-            blocks[-1].cores.append(core)
-            continue
-        entry, joint = search.joint_of(core)
-        blocks.append(Block("attention", entry, joint, search.between(entry, joint), [core]))
-    mlps = [search.mlp(a, b.entry) for a, b in zip(blocks, blocks[1:], strict=False)]
-    merged: list[Block] = []
-    for attention, mlp in zip(blocks, [*mlps, None], strict=True):
-        merged.append(attention)
-        if mlp is None or not mlp.nodes:
-            continue
-        if any(_has_weights(n) for n in mlp.nodes):
-            merged.append(mlp)
-        else:  # norms and dropouts between two attentions belong to the first
-            attention.nodes += mlp.nodes
-            attention.exit = mlp.exit
-    while (tail := search.tail(merged[-1])) is not None:
-        merged.append(tail)
-    search.adopt_strays(merged)
-    return merged
+    blocks = search.blocks(mixers)
+    entry = search.common_source(mixers, blocks)
+    exit_ = blocks[-1].exit if blocks else None
+    nodes = search.made_from(entry, exit_)
+    if exit_ is not None and not (search.is_cut(entry, exit_) and set(mixers) <= set(nodes)):
+        exit_, nodes = None, search.made_from(entry, None)
+    return Span(entry, exit_, nodes, mixers, blocks)
 
 
 class _Search:
     def __init__(self, graph: fx.Graph, tokens: Tokens) -> None:
-        self.order = list(graph.nodes)
+        self.order = [n for n in graph.nodes if n.op != "output"]
         self.position = {node: i for i, node in enumerate(self.order)}
         self.above = ancestors(graph)
         self.tokens = tokens
@@ -168,30 +105,49 @@ class _Search:
     def depends(self, node: Any, on: fx.Node) -> bool:
         return bool(self.above[node] >> self.position[on] & 1)
 
-    def carries_tokens(self, node: Any) -> bool:
-        return (
-            is_tensor(node)
-            and value(node).dtype.is_floating_point
-            and self.tokens.length in shape(node)
-            and value(node).dim() >= 3
-        )
+    # -- blocks ---------------------------------------------------------------------------------------
 
-    def joint_of(self, core: fx.Node) -> tuple[fx.Node, fx.Node]:
-        for node in self.order[self.position[core] + 1 :]:
-            skip = self.skip_side(node, core)
-            entry = self.walk_back(skip, lambda n: n is not core and self.depends(core, n)) if skip else None
+    def blocks(self, mixers: list[fx.Node]) -> list[Block]:
+        """All blocks in graph order."""
+        mixing: list[Block] = []
+        for mixer in mixers:
+            if mixing and mixer in mixing[-1].nodes:
+                continue
+            if (found := self.joint_of(mixer)) is None:
+                continue
+            block = Block("attention", *found, self.between(*found))
+            while mixing and mixing[-1].exit in block.nodes:  # a joint inside another block, as of a convolved key
+                mixing.pop()
+            mixing.append(block)
+        if not mixing:
+            return []
+        blocks: list[Block] = []
+        while (head := self.head(blocks[0] if blocks else mixing[0])) is not None:
+            blocks.insert(0, head)
+        for block, following in zip(mixing, [*mixing[1:], None], strict=True):
+            blocks.append(block)
+            if following is None or following.entry is block.exit:
+                continue
+            nodes = self.between(block.exit, following.entry, block)
+            if any(_has_weights(n) for n in nodes):
+                blocks.append(Block("mlp", block.exit, following.entry, nodes))
+        while (tail := self.tail(blocks[-1])) is not None:
+            blocks.append(tail)
+        return blocks
+
+    def joint_of(self, mixer: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        for node in self.order[self.position[mixer] + 1 :]:
+            skip = self.skip_side(node, mixer)
+            entry = self.walk_back(skip, lambda n: n is not mixer and self.depends(mixer, n)) if skip else None
             if entry is not None:
                 return entry, node
-        raise UnsupportedGraphError(
-            "no residual addition follows this attention (searched every addition after it for one that joins "
-            f"it to a value it was computed from): {where(core)}"
-        )
+        return None
 
     def skip_side(self, node: fx.Node, inner: fx.Node) -> Any:
         """Of an addition of two token-carrying values, one of which depends on `inner`: the other."""
-        if not is_call(node, *_ADD) or len(node.args) < 2 or not self.carries_tokens(node):
+        if not is_call(node, *_ADD) or len(node.args) < 2 or not self.tokens.carried_by(node):
             return None
-        if not all(self.carries_tokens(a) for a in node.args[:2]):
+        if not all(self.tokens.carried_by(a) for a in node.args[:2]):
             return None
         sides = [(a, b) for a, b in (node.args[:2], node.args[1::-1]) if self.depends(a, inner)]
         if len(sides) != 1 or shape(sides[0][1]) != shape(node):
@@ -201,11 +157,11 @@ class _Search:
     def walk_back(self, node: Any, is_goal: Any) -> fx.Node | None:
         """The nearest value behind `node`, through scalings and casts only, that `is_goal`."""
         while not is_goal(node):
-            sources = [a for a in node.all_input_nodes if self.carries_tokens(a)]
+            sources = [a for a in node.all_input_nodes if self.tokens.carried_by(a)]
             if not is_call(node, *_SAME_VALUE) or len(sources) != 1:
                 return None
             node = sources[0]
-        return node if self.carries_tokens(node) else None
+        return node if self.tokens.carried_by(node) else None
 
     def between(self, entry: fx.Node, exit_: fx.Node, beside: Block | None = None) -> list[fx.Node]:
         """What lies between two stream values, and what runs beside: computed from `beside.entry`, not in it."""
@@ -217,9 +173,21 @@ class _Search:
             if n not in taken and self.depends(n, start) and self.depends(exit_, n)
         ]
 
-    def mlp(self, previous: Block, exit_: fx.Node) -> Block:
-        entry = previous.exit
-        return Block("mlp", entry, exit_, [] if entry is exit_ else self.between(entry, exit_, previous))
+    def head(self, following: Block) -> Block | None:
+        """The block of which `following.entry` is the joint, if it has a matrix product in it."""
+        joint = following.entry
+        if not is_call(joint, *_ADD) or len(joint.args) < 2:
+            return None
+        if not all(self.tokens.carried_by(a) for a in joint.args[:2]):
+            return None
+        for skip, inner in (joint.args[:2], joint.args[1::-1]):
+            entry = self.walk_back(skip, lambda n, f=inner: self.depends(f, n)) if skip is not inner else None
+            if entry is None:
+                continue
+            nodes = self.between(entry, joint)
+            if any(_has_weights(n) for n in nodes):
+                return Block("mlp", entry, joint, nodes)
+        return None
 
     def tail(self, previous: Block) -> Block | None:
         """The next joint after a block's exit that has a matrix product in it."""
@@ -227,7 +195,7 @@ class _Search:
         for node in self.order[self.position[end] + 1 :]:
             if not is_call(node, *_ADD) or len(node.args) < 2 or not self.depends(node, end):
                 continue
-            if not all(self.carries_tokens(a) for a in node.args[:2]):
+            if not all(self.tokens.carried_by(a) for a in node.args[:2]):
                 continue
             for skip, inner in (node.args[:2], node.args[1::-1]):
                 if skip is inner or self.walk_back(skip, lambda n: n is end) is None:
@@ -237,25 +205,38 @@ class _Search:
                     return Block("mlp", end, node, nodes)
         return None
 
-    def adopt_strays(self, blocks: list[Block]) -> None:
-        """Values computed from inside a block that do not lead to its exit (shared keys, router scores)."""
-        owner = {n: b for b in blocks for n in b.nodes if n is not b.exit}
-        known = set(owner) | {b.exit for b in blocks}
+    # -- the span -------------------------------------------------------------------------------------
+
+    def common_source(self, mixers: list[fx.Node], blocks: list[Block]) -> fx.Node:
+        """The first block's entry if all mixers were made from it, or the first per-token value of which that holds.
+
+        Position embeddings are per-token values too; they are not made from data, which has a batch.
+        """
+        if blocks and all(self.depends(m, blocks[0].entry) for m in mixers):
+            return blocks[0].entry
         for node in self.order:
-            parents = [owner[s] for s in node.all_input_nodes if s in owner]
-            if node in known or not parents:
-                continue
-            if node.op == "output":
-                leak = next(s for s in node.all_input_nodes if s in owner)
-                raise UnsupportedGraphError(
-                    "the decoder returns a per-token value other than its hidden states, which has no meaning at "
-                    "positions that are not computed; call it with use_cache=False, output_attentions=False: "
-                    f"{where(leak)}"
-                )
-            owner[node] = parents[-1]
-            parents[-1].nodes.append(node)
-        for block in blocks:
-            block.nodes.sort(key=self.position.__getitem__)
+            if self.tokens.carried_by(node) and self.tokens.batch in shape(node):
+                if all(self.depends(m, node) and m is not node for m in mixers):
+                    return node
+        raise UnsupportedGraphError(
+            "attentions of this graph have no per-token value in common that all were made from, so no residual "
+            f"stream is found; the first is {where(mixers[0])}"
+        )
+
+    def made_from(self, entry: fx.Node, exit_: fx.Node | None) -> list[fx.Node]:
+        return [
+            n
+            for n in self.order
+            if n is not entry and self.depends(n, entry) and (exit_ is None or n is exit_ or not self.depends(n, exit_))
+        ]
+
+    def is_cut(self, entry: fx.Node, exit_: fx.Node) -> bool:
+        """Does everything computed after `exit_` read the span through `exit_` alone?"""
+        if not self.depends(exit_, entry):
+            return False
+        inside = set(self.made_from(entry, exit_)) - {exit_}
+        after = (n for n in self.order if n is not exit_ and self.depends(n, exit_))
+        return not any(s in inside and is_tensor(s) for n in after for s in n.all_input_nodes)
 
 
 def _has_weights(node: fx.Node) -> bool:

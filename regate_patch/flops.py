@@ -1,4 +1,4 @@
-"""How many floating-point operations the blocks of a captured graph cost, as an expression in B and S.
+"""How many floating-point operations the span of a captured graph costs, as an expression in B and S.
 
 Counted: matrix products and attention, forward (a multiply and an add are two). Causal attention is counted
 in full, as kernels that take an explicit mask compute it.
@@ -11,16 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from regate_patch.blocks import SDPA, Block, Tokens
 from regate_patch.graph import argument, is_call, is_tensor, nodes_in, shape
+from regate_patch.mixers import SDPA
+from regate_patch.tokens import Tokens
 
 _LINEAR = (F.linear, torch._C._nn.linear)
 _PRODUCTS = (torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
-
-
-def count(block: Block) -> sympy.Expr:
-    """FLOPs of one block's forward."""
-    return sum((_count(node) for node in block.nodes), start=sympy.Integer(0))
 
 
 def _count(node: fx.Node) -> sympy.Expr:
@@ -39,10 +35,10 @@ def _count(node: fx.Node) -> sympy.Expr:
     return sympy.Integer(0)
 
 
-def polynomial(blocks: list[Block], tokens: Tokens) -> tuple[int, int]:
+def polynomial(nodes: list[fx.Node], tokens: Tokens) -> tuple[int, int]:
     """(linear, quadratic): a row that computes n positions costs `linear * n + quadratic * n**2` FLOPs."""
     n = sympy.Symbol("n", positive=True)
-    total = sum((count(block) for block in blocks), start=sympy.Integer(0))
+    total = sum((_count(node) for node in nodes), start=sympy.Integer(0))
     total = total.subs({tokens.length: n} | ({tokens.batch: 1} if tokens.batch.is_Symbol else {}))
     terms = sympy.Poly(sympy.expand(total), n)
     return int(terms.coeff_monomial(n)), int(terms.coeff_monomial(n**2))

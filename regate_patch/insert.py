@@ -1,16 +1,15 @@
-"""Pass: per block, gather its inputs at the active positions and scatter its result onto the stream.
+"""Pass: run the span on active positions: gather what goes in, scatter what comes out.
 
 Terms
-    live-in     a value that a block reads and no block makes: rotary cos and sin, masks, per-layer inputs.
+    live-in     a value that the span reads and does not make: rotary cos and sin, masks, per-layer inputs.
     token axis  an axis of size S. A live-in is gathered along each of its token axes.
     chosen axis an axis with one entry per True of a boolean token mask (deepstack features, [N, D]).
-    K           the number of active positions, which replaces S in every size that a block computes with.
+    K           the number of active positions, which replaces S in every size that the span computes with.
 
 Pseudo-code
-    for each block, in order:
-        x = gather(entry); for every live-in: gather it, or rebuild it from gathered values and K
-        run the block's own nodes on these; hide the filling of short rows from every attention in it
-        later readers of exit read scatter(entry, exit)
+    x = gather(entry); for every live-in: gather it, or rebuild it from gathered values and K
+    run the span's own nodes on these; hide the filling of short rows from every attention in it
+    what is read outside: exit as scatter(entry, exit); any other per-token value as scatter(zeros, value)
 """
 
 from __future__ import annotations
@@ -20,22 +19,18 @@ from typing import Any
 
 import sympy
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from regate_patch import ops
-from regate_patch.blocks import SDPA, Block, Tokens
+from regate_patch.blocks import Span
 from regate_patch.errors import UnsupportedGraphError
-from regate_patch.graph import argument, expr, is_call, is_scalar, is_tensor, nodes_in, shape, value, where
+from regate_patch.graph import argument, expr, is_call, is_scalar, is_tensor, shape, sort_topologically, value, where
+from regate_patch.mixers import SDPA, attends_to_tokens, is_attention
+from regate_patch.refusals import chosen_axes
+from regate_patch.tokens import Tokens
 
 _VIEWS = (
     operator.getitem, "unsqueeze", "squeeze", "transpose", "permute", "expand", "view", "reshape", "t",
-)  # fmt: skip
-_INDEXING = (operator.getitem, ops.write, "index_select", "gather", "take_along_dim", torch.gather)
-_NEIGHBOURS = (
-    F.conv1d, F.pad, torch.conv1d, torch.cumsum, torch.cumprod, torch.cummax, torch.roll, torch.flip, torch.diff,
-    torch.sort, torch.topk, torch.logcumsumexp, "cumsum", "cumprod", "cummax", "roll", "flip", "diff", "unfold",
-    "sort", "topk", "logcumsumexp",
 )  # fmt: skip
 _ARITHMETIC = (
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, torch.sym_max,
@@ -43,15 +38,15 @@ _ARITHMETIC = (
 )  # fmt: skip
 
 
-def insert(gm: fx.GraphModule, blocks: list[Block], tokens: Tokens) -> fx.GraphModule:
+def insert(gm: fx.GraphModule, span: Span, tokens: Tokens) -> fx.GraphModule:
     """See the module's description. Adds the inputs `active_index` and `active_valid` in front.
 
     Raises:
         UnsupportedGraphError: a value whose token axis cannot be followed.
     """
-    inserter = _Inserter(gm.graph, blocks, tokens)
-    for block in blocks:
-        inserter.insert(block)
+    inserter = _Inserter(gm.graph, span, tokens)
+    inserter.insert()
+    sort_topologically(gm.graph)
     for node in gm.graph.nodes:
         if node not in inserter.compact:
             node.meta.pop("checkpoint", None)
@@ -60,46 +55,77 @@ def insert(gm: fx.GraphModule, blocks: list[Block], tokens: Tokens) -> fx.GraphM
 
 
 class _Inserter:
-    def __init__(self, graph: fx.Graph, blocks: list[Block], tokens: Tokens) -> None:
-        self.graph, self.tokens = graph, tokens
-        self.compact = {node for block in blocks for node in block.nodes}
+    def __init__(self, graph: fx.Graph, span: Span, tokens: Tokens) -> None:
+        self.graph, self.span, self.tokens = graph, span, tokens
+        self.compact = set(span.nodes)
         with graph.inserting_before(next(iter(graph.nodes))):
             self.index = graph.placeholder("active_index")
             self.valid = graph.placeholder("active_valid")
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         with graph.inserting_after(last):
             self.count = graph.call_method("size", (self.index, 1))
-        self.last_scalar = self.count
         self.made: dict[Any, fx.Node] = {}
-        self.chosen: dict[sympy.Expr, fx.Node] = {}
+        self.chosen = chosen_axes(span, tokens)
 
-    # -- one block ------------------------------------------------------------------------------------
-
-    def insert(self, block: Block) -> None:
-        inside = set(block.nodes)
-        entry_shape = shape(block.entry)
-        if entry_shape != shape(block.exit):
-            raise UnsupportedGraphError(
-                f"a block changes the shape of the residual stream: {where(block.entry)} to {where(block.exit)}"
-            )
-        dim, batch_dim = entry_shape.index(self.tokens.length), self.batch_axis(block.entry, block.entry)[0]
-        entry = self.made.get(("stream", block.entry), block.entry)
-        for node in block.nodes:
-            self.note_chosen(node)
-            self.check(node)
+    def insert(self) -> None:
+        attending = {m for m in self.span.mixers if is_attention(m) and attends_to_tokens(m, self.tokens)}
+        for node in self.span.nodes:
             self.enter(node)
-            if node in block.cores:
+            if node in attending:
                 self.hide_filling(node)
-        with self.graph.inserting_after(block.exit):
-            x = self.made[("gather", entry, (dim,), batch_dim, len(entry_shape))]
-            result = self.graph.call_function(
-                ops.scatter_tokens, (entry, self.index, self.valid, block.exit, x, dim, batch_dim)
-            )
-        result.meta |= {k: v for k, v in block.exit.meta.items() if k in ("example_value", "stack_trace")}
-        self.made[("stream", block.exit)] = result
-        for user in list(block.exit.users):
-            if user is not result and user not in inside:
-                user.replace_input_with(block.exit, result)
+        inside = set(self.compact)
+        for node in self.span.nodes:
+            readers = [user for user in node.users if user not in inside and user not in self.compact]
+            if readers:
+                result = self.full_length(node)
+                for user in readers:
+                    user.replace_input_with(node, result)
+
+    # -- out of the span ------------------------------------------------------------------------------
+
+    def full_length(self, node: fx.Node) -> fx.Node:
+        """`node` as it is read outside the span: at all S positions."""
+        if not is_tensor(node):
+            return self.scalar_outside(node)
+        sizes, entry = shape(node), self.span.entry
+        axes = [d for d, size in enumerate(sizes) if size == self.tokens.length]
+        with self.graph.inserting_after(node):
+            if sizes == shape(entry) and value(node).dtype == value(entry).dtype:
+                dim, batch_dim = axes[0], self.batch_axis(entry, entry)[0]
+                x = self.made[("gather", entry, (dim,), batch_dim, len(sizes))]
+                result = self.graph.call_function(
+                    ops.scatter_tokens, (entry, self.index, self.valid, node, x, dim, batch_dim)
+                )
+            elif sizes[0] == self.tokens.batch and sizes[1:2] == (self.tokens.length,) and axes == [1]:
+                result = self.graph.call_function(ops.scatter_on_zeros, (node, self.index, self.valid, self.length))
+            elif sizes[0] == self.tokens.batch * self.tokens.length and not axes:
+                result = self.graph.call_function(
+                    ops.scatter_flat_on_zeros, (node, self.index, self.valid, self.length)
+                )
+            else:
+                raise UnsupportedGraphError(
+                    "the decoder returns a value, made inside its blocks, that has no meaning at positions that are "
+                    "not computed; call it with use_cache=False, output_attentions=False: " + where(node)
+                )
+        result.meta |= {k: v for k, v in node.meta.items() if k in ("example_value", "stack_trace")}
+        return result
+
+    def scalar_outside(self, node: fx.Node) -> fx.Node:
+        if is_scalar(node) and expr(value(node)) == self.tokens.length:
+            return self.length
+        raise UnsupportedGraphError(f"the decoder returns something other than per-token values: {where(node)}")
+
+    @property
+    def length(self) -> fx.Node:
+        """S, at run time."""
+        if "length" not in self.made:
+            entry = self.span.entry
+            axis = shape(entry).index(self.tokens.length)
+            with self.graph.inserting_after(entry):
+                self.made["length"] = self.graph.call_method("size", (entry, axis))
+        return self.made["length"]
+
+    # -- into the span --------------------------------------------------------------------------------
 
     def enter(self, node: fx.Node) -> None:
         """Replace everything that `node` reads from outside by its compact form."""
@@ -114,12 +140,12 @@ class _Inserter:
         if is_scalar(v):
             return self.lowered(v)
         if not is_tensor(v):
-            return v if not self.mentions_tokens(v) else self.rebuilt(v)
+            return v if not self.tokens.mentioned_by(v) else self.rebuilt(v)
         sizes = shape(v)
-        if not self.mentions_tokens(v):
+        if not any(map(self.mentions, sizes)):
             return v
         axes = [d for d, size in enumerate(sizes) if size == self.tokens.length]
-        others = [d for d, size in enumerate(sizes) if d not in axes and self.size_mentions_tokens(size)]
+        others = [d for d, size in enumerate(sizes) if d not in axes and self.mentions(size)]
         chosen = [d for d in others if sizes[d] in self.chosen]
         if len(chosen) == len(others) == 1 and not axes:
             return self.selected(v, chosen[0], user)
@@ -174,30 +200,32 @@ class _Inserter:
 
     # -- sizes ----------------------------------------------------------------------------------------
 
-    def size_mentions_tokens(self, size: sympy.Expr) -> bool:
+    def mentions(self, size: sympy.Expr) -> bool:
         return bool(size.free_symbols & ({self.tokens.length} | set(self.chosen)))
-
-    def mentions_tokens(self, v: fx.Node) -> bool:
-        leaves = torch.utils._pytree.tree_leaves(value(v))
-        sizes = [s for x in leaves for s in (x.shape if isinstance(x, torch.Tensor) else [x])]
-        return any(isinstance(s, torch.SymInt) and self.size_mentions_tokens(expr(s)) for s in sizes)
 
     def lowered(self, v: fx.Node) -> fx.Node:
         """A number computed from S, computed from K instead."""
         e = expr(value(v))
-        if not (isinstance(e, sympy.Basic) and self.size_mentions_tokens(e)):
+        if not (isinstance(e, sympy.Basic) and self.mentions(e)):
             return v
         if e == self.tokens.length:
             return self.count
         if is_call(v, *_ARITHMETIC):
             if v not in self.made:
-                args = fx.map_arg(v.args, self.lowered)
-                with self.graph.inserting_after(self.last_scalar):
-                    self.made[v] = self.last_scalar = self.graph.create_node(v.op, v.target, args)
-                self.made[v].meta["example_value"] = value(v)
-                self.compact.add(self.made[v])
+                if is_call(v, operator.mod):  # padding up to whole chunks takes up what is left out
+                    left_out = self.scalar(operator.sub, (self.length, self.count), v)
+                    self.made[v] = self.scalar(operator.add, (v, left_out), v)
+                else:
+                    self.made[v] = self.scalar(v.target, fx.map_arg(v.args, self.lowered), v)
             return self.made[v]
         raise UnsupportedGraphError(f"a number that depends on the sequence length in an unknown way: {where(v)}")
+
+    def scalar(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        with self.graph.inserting_after(self.count):  # sorted at the end
+            node = self.graph.create_node("call_function", target, args)
+        node.meta["example_value"] = value(like)
+        self.compact.add(node)
+        return node
 
     def rebuilt(self, v: fx.Node) -> fx.Node:
         """`v` made again inside the block from compact inputs: for axes that only contain S, such as B*S."""
@@ -222,63 +250,12 @@ class _Inserter:
         key = ("view", v.target, _frozen(fx.map_arg(v.args, self.canonical)), _frozen(dict(v.kwargs)))
         return self.made.setdefault(key, v)
 
-    # -- what a block may contain -----------------------------------------------------------------------
-
-    def note_chosen(self, node: fx.Node) -> None:
-        """Remember `x[mask]` with a boolean live-in mask [B, S]: its first axis lists the mask's tokens."""
-        if not is_call(node, operator.getitem) or not is_tensor(node.args[0]):
-            return
-        key = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        mask: Any = key[0] if key else None
-        if is_tensor(mask) and value(mask).dtype == torch.bool and mask not in self.compact:
-            if value(mask).dim() == 2 and shape(mask)[1] == self.tokens.length and shape(node)[0].is_Symbol:
-                self.chosen[shape(node)[0]] = mask
-
-    def check(self, node: fx.Node) -> None:
-        """Refuse what would compute something else when positions are left out."""
-        if not is_tensor(node):
-            return
-        length = self.tokens.length
-        for size in shape(node):
-            if length in size.free_symbols and not (size.is_Symbol or size.is_Mul or size.is_Pow):
-                self.refuse(node, f"an axis of {size} is not made of whole tokens")
-            if size.is_Mul and size.has(sympy.Add, sympy.floor):
-                self.refuse(node, f"an axis of {size} is not made of whole tokens")
-        with_tokens = [
-            s for s in node.all_input_nodes if is_tensor(s) and value(s).dtype.is_floating_point and length in shape(s)
-        ]
-        if with_tokens and value(node).dtype.is_floating_point and not self.mentions_tokens(node):
-            self.refuse(node, "it reduces over tokens")
-        if node.target in _NEIGHBOURS and with_tokens:
-            dim = self.axis_of(node)
-            if dim is None or shape(with_tokens[0])[dim] == length:
-                self.refuse(node, "it mixes neighbouring tokens")
-        if is_call(node, *_INDEXING):
-            keys = nodes_in((node.args[1:2], node.kwargs.get("index")))
-            for key in keys:
-                if is_tensor(key) and key not in self.compact and self.mentions_tokens(key):
-                    if value(key).dtype != torch.bool:
-                        self.refuse(node, f"it picks positions by number, from {where(key)}")
-
-    @staticmethod
-    def axis_of(node: fx.Node) -> int | None:
-        name = getattr(node.target, "__name__", node.target)
-        if name in ("topk",):
-            return argument(node, 2, "dim", -1)
-        if name in ("conv1d", "pad", "unfold", "roll", "flip"):
-            return -1 if name in ("conv1d", "pad") else None
-        return argument(node, 1, "dim", -1)
-
-    @staticmethod
-    def refuse(node: fx.Node, why: str) -> None:
-        raise UnsupportedGraphError(f"this cannot be computed on part of the positions: {why}: {where(node)}")
+    # -- attention ------------------------------------------------------------------------------------
 
     def hide_filling(self, core: fx.Node) -> None:
         """Keep the filling of short rows out of an attention's keys."""
         if not is_call(core, *SDPA):
             scores = core.args[0]
-            if shape(scores)[0] != self.tokens.batch:
-                self.refuse(core, "its scores do not have the batch as their first axis")
             core.args = (self.hidden(scores, core), *core.args[1:])
             return
         mask, causal = argument(core, 3, "attn_mask"), argument(core, 5, "is_causal", False)

@@ -53,6 +53,19 @@ def scatter_tokens(
     return torch.scatter(x, dim, _along(index, x, dim, batch_dim), torch.where(mask, y, x_at_index))
 
 
+def scatter_on_zeros(y: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
+    """[B, K, ...] as [B, S, ...]: `y` at the active positions, zero elsewhere."""
+    shown = torch.where(valid.reshape(valid.shape + (1,) * (y.dim() - 2)), y, torch.zeros_like(y))
+    full = y.new_zeros((y.shape[0], length, *y.shape[2:]))
+    return torch.scatter(full, 1, _along(index, y, 1, 0), shown)
+
+
+def scatter_flat_on_zeros(y: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
+    """[B*K, ...] as [B*S, ...], as `scatter_on_zeros`: for values per token that a router lays out in one list."""
+    rows = y.reshape(*index.shape, *y.shape[1:])
+    return scatter_on_zeros(rows, index, valid, length).flatten(0, 1)
+
+
 def select_tokens(x: Tensor, mask: Tensor, index: Tensor, valid: Tensor, dim: int) -> Tensor:
     """Rows of `x` along `dim`, one per True in `mask` [B, S], that belong to active positions.
 

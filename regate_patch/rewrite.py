@@ -11,12 +11,14 @@ import torch
 from torch import fx
 
 from regate_patch import flops, ops
-from regate_patch.blocks import find_blocks, find_cores, find_tokens
+from regate_patch.blocks import find_span
 from regate_patch.checkpointing import inline, outline
-from regate_patch.fuse import fuse
 from regate_patch.graph import erase_dead, expr, is_call, is_scalar, value
 from regate_patch.insert import insert
+from regate_patch.mixers import find_mixers, sequence_candidates
 from regate_patch.mutations import name_mutations
+from regate_patch.refusals import check
+from regate_patch.tokens import find_tokens
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Rewrite:
         attention, mlp: number of blocks of each kind.
         flops_linear, flops_quadratic: forward FLOPs of the blocks for a row that computes n positions are
             `flops_linear * n + flops_quadratic * n**2`.
-        gathers, scatters: after insertion and after fusion.
+        gathers, scatters: how many the rewriter put in: one gather per live-in, one for the stream.
     """
 
     module: fx.GraphModule
@@ -36,8 +38,8 @@ class Rewrite:
     mlp: int
     flops_linear: int
     flops_quadratic: int
-    gathers: tuple[int, int]
-    scatters: tuple[int, int]
+    gathers: int
+    scatters: int
 
 
 Observer = Callable[[str, fx.GraphModule], None]
@@ -58,33 +60,29 @@ def rewrite(gm: fx.GraphModule, *, observe: Observer | None = None) -> Rewrite |
     see("captured", gm)
     gm = inline(gm)
     gm = drop_assertions(gm)
-    if not find_cores(gm):
+    if not sequence_candidates(gm):
         return None
     gm = name_mutations(gm)
     erase_dead(gm.graph)
     see("flat", gm)
-    cores = find_cores(gm)
-    tokens = find_tokens(cores)
-    blocks = find_blocks(gm, cores, tokens)
-    linear, quadratic = flops.polynomial(blocks, tokens)
-    gm = insert(gm, blocks, tokens)
+    tokens = find_tokens(gm, sequence_candidates(gm))
+    span = find_span(gm, find_mixers(gm, tokens), tokens)
+    check(span, tokens)
+    linear, quadratic = flops.polynomial(span.nodes, tokens)
+    gm = insert(gm, span, tokens)
     see("inserted", gm)
-    before = count(gm)
-    gm = fuse(gm)
-    see("fused", gm)
-    after = count(gm)
+    gathers, scatters = count(gm)
     gm = outline(gm)
     gm.recompile()
     see("outlined", gm)
-    kinds = [block.kind for block in blocks]
     return Rewrite(
         module=gm,
-        attention=kinds.count("attention"),
-        mlp=kinds.count("mlp"),
+        attention=span.attention,
+        mlp=span.mlp,
         flops_linear=linear,
         flops_quadratic=quadratic,
-        gathers=(before[0], after[0]),
-        scatters=(before[1], after[1]),
+        gathers=gathers,
+        scatters=scatters,
     )
 
 
@@ -118,4 +116,5 @@ def drop_assertions(gm: fx.GraphModule) -> fx.GraphModule:
 def count(gm: fx.GraphModule) -> tuple[int, int]:
     """(gathers, scatters) that the rewriter put into the graph."""
     gathers = sum(is_call(n, ops.gather_tokens, ops.select_tokens) for n in gm.graph.nodes)
-    return gathers, sum(is_call(n, ops.scatter_tokens) for n in gm.graph.nodes)
+    scatters = (ops.scatter_tokens, ops.scatter_on_zeros, ops.scatter_flat_on_zeros)
+    return gathers, sum(is_call(n, *scatters) for n in gm.graph.nodes)

@@ -36,8 +36,6 @@ def _call(decoder: nn.Module) -> Tensor:
 
 ODD: dict[str, Callable[[Tensor], Tensor]] = {
     "convolution": lambda x: F.conv1d(x.mT, torch.ones(8, 8, 3), padding=1).mT,
-    "cumulative sum": lambda x: x.cumsum(1),
-    "shift": lambda x: F.pad(x, (0, 0, 1, 0))[:, :-1],
     "roll": lambda x: x.roll(1, 1),
     "mean over tokens": lambda x: x - x.mean(1, keepdim=True),
     "every other token": lambda x: x[:, ::2].repeat_interleave(2, 1),
@@ -52,13 +50,6 @@ def test_tokens_that_mix_outside_attention(odd: Callable[[Tensor], Tensor]) -> N
     with pytest.raises(UnsupportedGraphError) as error:
         _call(decoder)
     assert "test_refusals.py" in str(error.value)  # the model's source line
-
-
-def test_no_residual_addition() -> None:
-    decoder = _With(lambda x: x, residual=False)
-    regate_patch.patch(decoder, backend="eager")
-    with pytest.raises(UnsupportedGraphError, match="no residual addition"):
-        _call(decoder)
 
 
 def test_fixed_length() -> None:
@@ -87,7 +78,7 @@ def test_keys_that_leave_the_decoder() -> None:
 
 
 def test_warn_runs_dense_once_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    decoder = _With(lambda x: x.cumsum(1))
+    decoder = _With(lambda x: x.roll(1, 1))
     x = torch.randn(2, 6, 8)
     expected = decoder(x)
     handle = regate_patch.patch(decoder, backend="eager", on_unsupported="warn")
@@ -95,7 +86,7 @@ def test_warn_runs_dense_once_and_says_so(caplog: pytest.LogCaptureFixture) -> N
         with regate_patch.active(torch.tensor([[0, 2], [1, 3]])):
             torch.testing.assert_close(decoder(x), expected)
     assert handle.statistics.failed is not None
-    assert "mixes neighbouring tokens" in handle.statistics.failed
+    assert "another order" in handle.statistics.failed
     assert len([r for r in caplog.records if "dense" in r.message]) == 1
 
 

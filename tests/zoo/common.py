@@ -72,7 +72,7 @@ class Specimen:
         for row in range(rows):
             n_answer = answer or 9 + seed % 4 + (0 if padding == "none" else 2 * row)
             text = torch.randint(3, TEXT_IDS, (7 + n_answer,), generator=random)
-            ids.append(torch.cat([text[:4], torch.tensor(self.image_ids), text[4:]]))
+            ids.append(torch.cat([text[:4], torch.tensor(self.image_ids, dtype=torch.long), text[4:]]))
             labels.append(torch.where(torch.arange(len(ids[-1])) < len(ids[-1]) - n_answer, -100, ids[-1]))
         length = max(map(len, ids))
 

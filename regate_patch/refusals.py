@@ -1,0 +1,145 @@
+"""What a span may not contain: operations that would compute something else when positions are left out.
+
+The definition that is kept: the span's result at active positions is that of the same layers run on the active
+positions alone, in their order. Per-token operations and attention meet it by themselves. Causal recurrences meet
+it too. What mixes tokens in another way, or lays them out in a way that cannot be followed, is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NoReturn
+
+import sympy
+import torch
+from torch import fx
+
+from regate_patch import ops
+from regate_patch.blocks import Span
+from regate_patch.errors import UnsupportedGraphError
+from regate_patch.graph import argument, expr, is_call, is_scalar, is_tensor, nodes_in, shape, value, where
+from regate_patch.mixers import (
+    CONVOLUTION,
+    PAD,
+    SDPA,
+    attends_to_tokens,
+    is_attention,
+    is_recurrence,
+    reorders,
+)  # fmt: skip
+from regate_patch.tokens import Tokens
+
+_INDEXING = (operator.getitem, ops.write, "index_select", "gather", "take_along_dim", torch.gather)
+_LIKE = (
+    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
+    "new_zeros", "new_ones", "new_empty", "new_full",
+)  # fmt: skip
+_TOPK = (torch.topk, "topk")
+
+
+def chosen_axes(span: Span, tokens: Tokens) -> dict[sympy.Expr, fx.Node]:
+    """Sizes of `x[mask]` with a boolean live-in mask [B, S], and the mask: they list the mask's tokens."""
+    inside, chosen = set(span.nodes), {}
+    for node in span.nodes:
+        if not is_call(node, operator.getitem) or not is_tensor(node.args[0]):
+            continue
+        key = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        mask: Any = key[0] if key else None
+        if is_tensor(mask) and value(mask).dtype == torch.bool and mask not in inside:
+            if value(mask).dim() == 2 and shape(mask)[1] == tokens.length and shape(node)[0].is_Symbol:
+                chosen[shape(node)[0]] = mask
+    return chosen
+
+
+def check(span: Span, tokens: Tokens) -> None:
+    """Go through the span's nodes.
+
+    Raises:
+        UnsupportedGraphError: names the first operation that cannot be computed on part of the positions.
+    """
+    checker = _Checker(span, tokens)
+    for node in span.nodes:
+        if is_tensor(node):
+            checker.check_sizes(node)
+            checker.check_reduction(node)
+            checker.check_order(node)
+            checker.check_indexing(node)
+
+
+class _Checker:
+    def __init__(self, span: Span, tokens: Tokens) -> None:
+        self.tokens = tokens
+        self.inside = set(span.nodes)
+        self.mixers = set(span.mixers)
+        self.lists_tokens = {tokens.length, *chosen_axes(span, tokens)}
+
+    def check_sizes(self, node: fx.Node) -> None:
+        for size in shape(node):
+            if self.tokens.length not in size.free_symbols or self.tokens.pads(size):
+                continue
+            grown = (size - self.tokens.length).is_number  # by the margin of a convolution
+            if not (size.is_Symbol or size.is_Mul or size.is_Pow or grown) or (size.is_Mul and size.has(sympy.Add)):
+                refuse(node, f"an axis of {size} is not made of whole tokens")
+
+    def check_reduction(self, node: fx.Node) -> None:
+        if not value(node).is_floating_point() or any(s.free_symbols & self.lists_tokens for s in shape(node)):
+            return
+        if _reads_form_only(node) or (node.users and all(map(_reads_form_only, node.users))):
+            return
+        if any(is_tensor(s) and value(s).is_floating_point() and self.tokens.on(s) for s in node.all_input_nodes):
+            refuse(node, "it reduces over tokens")
+
+    def check_order(self, node: fx.Node) -> None:
+        if is_call(node, *_TOPK) and self.tokens.on(node.args[0]):
+            if argument(node, 2, "dim", -1) % value(node.args[0]).dim() in self.tokens.on(node.args[0]):
+                refuse(node, "it chooses among positions")
+        if is_attention(node) and node in self.mixers and not is_call(node, *SDPA):
+            if attends_to_tokens(node, self.tokens) and shape(node)[0] != self.tokens.batch:
+                refuse(node, "its scores do not have the batch as their first axis")
+        if not is_recurrence(node, self.tokens):
+            return
+        if reorders(node):
+            refuse(node, "it puts tokens in another order")
+        if is_call(node, *CONVOLUTION) and not self.is_causal_convolution(node):
+            refuse(node, "it is a convolution over tokens on both sides")
+
+    def is_causal_convolution(self, node: fx.Node) -> bool:
+        """Is the margin on the left alone, or cut off on the right?"""
+        size, length = shape(node)[-1], self.tokens.length
+        if size == length:
+            source = node.args[0]
+            return isinstance(source, fx.Node) and is_call(source, *PAD) and _pads_left_only(source)
+        return all(is_call(user, operator.getitem) and _is_prefix(user.args[1], length) for user in node.users)
+
+    def check_indexing(self, node: fx.Node) -> None:
+        if not is_call(node, *_INDEXING):
+            return
+        for key in nodes_in((node.args[1:2], node.kwargs.get("index"))):
+            if not is_tensor(key) or key in self.inside or value(key).dtype == torch.bool:
+                continue
+            if any(s.free_symbols & self.lists_tokens for s in shape(key)):
+                refuse(node, f"it picks positions by number, from {where(key)}")
+
+
+def _reads_form_only(node: fx.Node) -> bool:
+    """Does it take shape, type or device from per-token data, and no number?"""
+    if is_call(node, *_LIKE):
+        return True
+    return is_call(node, "to", "type_as") and len(node.args) > 1 and is_tensor(node.args[1])
+
+
+def _pads_left_only(node: fx.Node) -> bool:
+    amounts = argument(node, 1, "pad")
+    return len(amounts) >= 2 and amounts[1] == 0
+
+
+def _is_prefix(key: Any, length: sympy.Expr) -> bool:
+    """Is it `[..., :S]`?"""
+    last = key[-1] if isinstance(key, tuple) else key
+    if not isinstance(last, slice) or last.start not in (None, 0) or last.step not in (None, 1):
+        return False
+    return is_scalar(last.stop) and expr(value(last.stop)) == length
+
+
+def refuse(node: fx.Node, why: str) -> NoReturn:
+    raise UnsupportedGraphError(f"this cannot be computed on part of the positions: {why}: {where(node)}")
