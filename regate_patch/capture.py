@@ -37,6 +37,7 @@ OnUnsupported = Literal["raise", "warn"]
 
 _DYNAMO: dict[str, Any] = {
     "specialize_float": True,  # eps and scales are numbers, not inputs
+    "specialize_int": True,  # and so are counts such as logits_to_keep; sizes of tensors stay symbols
     "capture_dynamic_output_shape_ops": True,  # x[mask]
     "capture_scalar_outputs": True,
     "skip_fwd_side_effects_in_bwd_under_checkpoint": True,

@@ -89,6 +89,19 @@ def nodes_in(arguments: Any) -> Iterable[fx.Node]:
     return found
 
 
+def writes_in_place(node: fx.Node) -> bool:
+    """Does it change its first input? (`x[key] = v` aside, which returns nothing.)"""
+    if not node.args or not is_tensor(node.args[0]):
+        return False
+    if node.op == "call_method":
+        method = str(node.target)
+        return method.endswith("_") and not method.endswith("__") and method != "requires_grad_"
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        return node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    return False
+
+
 def sort_topologically(graph: fx.Graph) -> None:
     """Reorder so that every node stands after its inputs, otherwise keeping the order."""
     done: set[fx.Node] = set()
@@ -108,12 +121,12 @@ def sort_topologically(graph: fx.Graph) -> None:
 
 
 def erase_dead(graph: fx.Graph) -> None:
-    """Remove calls whose value nobody reads. In-place writes count as read (see `mutations`)."""
+    """Remove calls whose value nobody reads, but no in-place write."""
     for node in reversed(list(graph.nodes)):
         if node.users or node.op in ("placeholder", "output"):
             continue
         if node.op == "get_attr" or is_scalar(node) or is_tensor(node) or _holds_tensors(node):
-            if not is_call(node, *_EFFECTS):
+            if not is_call(node, *_EFFECTS) and not writes_in_place(node):
                 graph.erase_node(node)
 
 
@@ -123,3 +136,8 @@ def _holds_tensors(node: fx.Node) -> bool:
 
 
 _EFFECTS = (operator.setitem, torch._C._set_grad_enabled)
+
+_IN_PLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
+    operator.ixor, operator.ifloordiv, operator.ipow,
+}  # fmt: skip

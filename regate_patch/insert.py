@@ -34,7 +34,7 @@ _VIEWS = (
 )  # fmt: skip
 _ARITHMETIC = (
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, torch.sym_max,
-    torch.sym_min, torch.sym_int,
+    torch.sym_min, torch.sym_int, torch.sym_sum,
 )  # fmt: skip
 
 

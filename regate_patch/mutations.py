@@ -20,12 +20,7 @@ import operator
 from torch import fx
 
 from regate_patch import ops
-from regate_patch.graph import is_call, is_tensor, value
-
-_IN_PLACE_OPERATORS = {
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
-    operator.ixor, operator.ifloordiv, operator.ipow,
-}  # fmt: skip
+from regate_patch.graph import is_call, is_tensor, value, writes_in_place
 
 VIEWS = {
     "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "expand_as", "flatten",
@@ -46,7 +41,7 @@ def name_mutations(gm: fx.GraphModule) -> fx.GraphModule:
             target = node.args[0]
             node.target = ops.write
             node.meta["example_value"] = value(target)
-        elif _writes_in_place(node):
+        elif writes_in_place(node):
             target = node.args[0]
         else:
             target = None
@@ -73,18 +68,6 @@ def name_mutations(gm: fx.GraphModule) -> fx.GraphModule:
 def _copy_tag(source: fx.Node, target: fx.Node) -> None:
     if "checkpoint" in source.meta:
         target.meta["checkpoint"] = source.meta["checkpoint"]
-
-
-def _writes_in_place(node: fx.Node) -> bool:
-    if not node.args or not is_tensor(node.args[0]):
-        return False
-    if node.op == "call_method":
-        method = str(node.target)
-        return method.endswith("_") and not method.endswith("__") and method != "requires_grad_"
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        return node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    return False
 
 
 def _root(node: fx.Node, target: fx.Node | None, base: dict[fx.Node, fx.Node]) -> fx.Node:
