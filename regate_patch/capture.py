@@ -90,13 +90,20 @@ class GatedForward:
     """The callable that replaces `decoder.forward`. Copying or pickling it gives the original forward."""
 
     def __init__(
-        self, decoder: nn.Module, backend: Backend, on_unsupported: OnUnsupported, observe: Observer | None
+        self,
+        decoder: nn.Module,
+        backend: Backend,
+        on_unsupported: OnUnsupported,
+        allow_graph_breaks: bool,
+        observe: Observer | None,
     ) -> None:
         self.decoder, self.backend, self.observe = decoder, backend, observe
         self.on_unsupported = on_unsupported
         self.forward = decoder.forward
         self.statistics = Statistics()
-        self.compiled = torch.compile(self.forward, backend=self._compile, dynamic=True)
+        self.compiled = torch.compile(
+            self.forward, backend=self._compile, dynamic=True, fullgraph=not allow_graph_breaks
+        )
         functools.update_wrapper(self, self.forward, updated=())
         self.__signature__ = inspect.signature(self.forward)
 
@@ -126,6 +133,11 @@ class GatedForward:
                 if isinstance(error.inner_exception, PatchError):
                     raise error.inner_exception from None
                 raise
+            except torch._dynamo.exc.Unsupported as error:
+                raise UnsupportedGraphError(
+                    f"{type(self.decoder).__name__} cannot be captured as one graph, so not all of it would run on "
+                    f"active positions: {error}"
+                ) from None
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """The private backend."""
@@ -234,6 +246,7 @@ def patch(
     *,
     backend: Backend = "inductor",
     on_unsupported: OnUnsupported = "raise",
+    allow_graph_breaks: bool = False,
     observe: Observer | None = None,
 ) -> Handle:
     """Let `decoder` compute only the active positions inside `with regate_patch.active(...)`.
@@ -246,6 +259,8 @@ def patch(
         backend: how the rewritten graph is run: "inductor", "eager" (no compiler needed), or anything that
             `torch.compile(backend=...)` takes.
         on_unsupported: "raise" the errors below, or "warn" once and run every position from then on.
+        allow_graph_breaks: let Dynamo cut the decoder into several graphs, for hooks that cut it between layers (as
+            those of FSDP2). What runs between the graphs is not looked at: it must not mix tokens.
         observe: called with (pass name, graph) after each pass, to look into the rewriter.
 
     Raises (when the decoder is first called inside `active`):
@@ -255,4 +270,4 @@ def patch(
     existing = decoder.__dict__.get("forward")
     if isinstance(existing, GatedForward):
         del decoder.forward
-    return Handle(decoder, GatedForward(decoder, backend, on_unsupported, observe))
+    return Handle(decoder, GatedForward(decoder, backend, on_unsupported, allow_graph_breaks, observe))

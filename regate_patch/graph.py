@@ -98,7 +98,8 @@ def writes_in_place(node: fx.Node) -> bool:
         return method.endswith("_") and not method.endswith("__") and method != "requires_grad_"
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        return node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+        in_torch = node.target not in (operator.and_, operator.or_, operator.not_, operator.is_)
+        return node.target in _IN_PLACE_OPERATORS or (in_torch and name.endswith("_") and not name.endswith("__"))
     return False
 
 

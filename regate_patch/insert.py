@@ -152,6 +152,8 @@ class _Inserter:
         if others:
             return self.rebuilt(v)
         gathered = self.gathered(v, tuple(axes), user)
+        if value(v).dtype == torch.bool and len(axes) == 2:  # an attention mask, whoever reads it
+            return self.hidden(gathered, user)
         if value(v).dtype == torch.bool and user.target in (operator.getitem, ops.write):
             return self.make(("valid", gathered), user, ops.only_valid, (gathered, self.valid), v)
         return gathered
@@ -261,6 +263,8 @@ class _Inserter:
         mask, causal = argument(core, 3, "attn_mask"), argument(core, 5, "is_causal", False)
         if mask is None and causal is True:
             return  # the filling stands last, where causal order hides it
+        if is_call(mask, ops.hide_filling):
+            return
         hidden = self.hidden(mask, core)
         if len(core.args) > 3:
             core.args = (*core.args[:3], hidden, *core.args[4:])

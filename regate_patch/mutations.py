@@ -51,7 +51,7 @@ def name_mutations(gm: fx.GraphModule) -> fx.GraphModule:
         if target is None:
             continue
         _redirect(target, node, order)
-        for alias in family[root]:
+        for alias in list(family[root]):
             if alias not in (target, node) and _is_read_later(alias, node, order):
                 with graph.inserting_after(node):
                     late = graph.call_function(ops.after, (alias, node))
@@ -60,6 +60,7 @@ def name_mutations(gm: fx.GraphModule) -> fx.GraphModule:
                 _copy_tag(node, late)
                 order[late] = order[node]
                 base[late] = root
+                family[root].append(late)
                 _redirect(alias, late, order, after=order[node])
     graph.lint()
     return gm

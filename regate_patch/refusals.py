@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import Min
 
 from regate_patch import ops
 from regate_patch.blocks import Span
@@ -59,10 +60,10 @@ def check(span: Span, tokens: Tokens) -> None:
     """
     checker = _Checker(span, tokens)
     for node in span.nodes:
+        checker.check_order(node)
         if is_tensor(node):
             checker.check_sizes(node)
             checker.check_reduction(node)
-            checker.check_order(node)
             checker.check_indexing(node)
 
 
@@ -71,6 +72,7 @@ class _Checker:
         self.tokens = tokens
         self.inside = set(span.nodes)
         self.mixers = set(span.mixers)
+        self.reads = {s for n in span.nodes for s in n.all_input_nodes if s not in self.inside and is_tensor(s)}
         self.lists_tokens = {tokens.length, *chosen_axes(span, tokens)}
 
     def check_sizes(self, node: fx.Node) -> None:
@@ -78,7 +80,8 @@ class _Checker:
             if self.tokens.length not in size.free_symbols or self.tokens.pads(size):
                 continue
             grown = (size - self.tokens.length).is_number  # by the margin of a convolution
-            if not (size.is_Symbol or size.is_Mul or size.is_Pow or grown) or (size.is_Mul and size.has(sympy.Add)):
+            whole = size.is_Symbol or size.is_Mul or size.is_Pow or grown or self.is_at_most_length(size)
+            if not whole or (size.is_Mul and size.has(sympy.Add)):
                 refuse(node, f"an axis of {size} is not made of whole tokens")
 
     def check_reduction(self, node: fx.Node) -> None:
@@ -90,9 +93,8 @@ class _Checker:
             refuse(node, "it reduces over tokens")
 
     def check_order(self, node: fx.Node) -> None:
-        if is_call(node, *_TOPK) and self.tokens.on(node.args[0]):
-            if argument(node, 2, "dim", -1) % value(node.args[0]).dim() in self.tokens.on(node.args[0]):
-                refuse(node, "it chooses among positions")
+        if is_call(node, *_TOPK):
+            self.check_topk(node)
         if is_attention(node) and node in self.mixers and not is_call(node, *SDPA):
             if attends_to_tokens(node, self.tokens) and shape(node)[0] != self.tokens.batch:
                 refuse(node, "its scores do not have the batch as their first axis")
@@ -102,6 +104,22 @@ class _Checker:
             refuse(node, "it puts tokens in another order")
         if is_call(node, *CONVOLUTION) and not self.is_causal_convolution(node):
             refuse(node, "it is a convolution over tokens on both sides")
+
+    def is_at_most_length(self, size: Any) -> bool:
+        """Is it `min(number, S)`, which is `min(number, K)` on K positions?"""
+        return isinstance(size, (Min, sympy.Min)) and self.tokens.length in size.args
+
+    def check_topk(self, node: fx.Node) -> None:
+        """The best keys of a sparse attention: those among the active ones, if there may be fewer of them."""
+        scores, k = node.args[0], argument(node, 1, "k")
+        size = shape(scores)[argument(node, 2, "dim", -1)]
+        if self.tokens.length not in size.free_symbols:
+            return
+        if size != self.tokens.length or not (is_scalar(k) and self.is_at_most_length(expr(value(k)))):
+            refuse(node, "it chooses among positions, or blocks of them")
+        for mask in self.reads:
+            if value(mask).is_floating_point() and len(self.tokens.on(mask)) == 2:
+                refuse(node, "it chooses among positions by a mask of numbers; use attn_implementation='sdpa'")
 
     def is_causal_convolution(self, node: fx.Node) -> bool:
         """Is the margin on the left alone, or cut off on the right?"""

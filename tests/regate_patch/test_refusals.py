@@ -59,6 +59,16 @@ def test_fixed_length() -> None:
         _call(decoder)
 
 
+def test_graph_break() -> None:
+    decoder = Decoder("broken").double()
+    regate_patch.patch(decoder, backend="eager")
+    with (
+        pytest.raises(UnsupportedGraphError, match=r"one graph(.|\n)*plain.py"),
+        regate_patch.active(torch.tensor([[0, 2], [1, 3]])),
+    ):
+        decoder(torch.randn(2, 6, 16, dtype=torch.double))
+
+
 def test_no_attention() -> None:
     decoder = nn.Sequential(nn.Linear(8, 8))
     regate_patch.patch(decoder, backend="eager")

@@ -12,7 +12,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tests.zoo.common import CLIP, END, EXTRA, IMAGE, START, TEXT, VIDEO, Specimen, images, patches
 
-_FINE = {**CLIP, "patch_size": 4}  # 4 x 4 patches, for those that merge 2 x 2 of them
+# wider weights than common's: what an image shows is to matter, which a projector of small weights would hide
+_TEXT = {**TEXT, "initializer_range": 0.1}
+_COARSE = {**CLIP, "initializer_range": 0.1}
+_FINE = {**_COARSE, "patch_size": 4}  # 4 x 4 patches, for those that merge 2 x 2 of them
+_SAM = {"hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+        "patch_size": 4, "window_size": 3, "global_attn_indexes": [1], "mlp_dim": 24,
+        "initializer_range": 0.1}  # fmt: skip
 _WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
 
@@ -36,6 +42,7 @@ def _with_video(pixels: Callable[[int], dict[str, Tensor]], frames: int) -> Call
 class _PatchesConfig(tf.PreTrainedConfig):
     model_type = "zoo_patches"
     hidden_size: int = 16
+    initializer_range: float = 0.1
     as_sequence: bool = False
 
     @property
@@ -66,18 +73,20 @@ tf.AutoModel.register(_PatchesConfig, _Patches)
 
 
 def _fast_vlm() -> Any:
-    return tf.FastVlmConfig(vision_config=_PatchesConfig(), text_config=tf.Qwen2Config(**TEXT), image_token_index=IMAGE)
+    return tf.FastVlmConfig(
+        vision_config=_PatchesConfig(), text_config=tf.Qwen2Config(**_TEXT), image_token_index=IMAGE
+    )
 
 
 def _perception_lm() -> Any:
     return tf.PerceptionLMConfig(
-        vision_config=_PatchesConfig(as_sequence=True), text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE,
+        vision_config=_PatchesConfig(as_sequence=True), text_config=tf.LlamaConfig(**_TEXT), image_token_id=IMAGE,
         video_token_id=VIDEO, projector_pooling_ratio=2,
     )  # fmt: skip
 
 
 def _cohere() -> Any:
-    return tf.Cohere2Config(**TEXT, **_WINDOWS)
+    return tf.Cohere2Config(**_TEXT, **_WINDOWS)
 
 
 def _aya_vision() -> Any:
@@ -95,20 +104,17 @@ def _cohere2_vision() -> Any:
 
 def _got_ocr2(config: type[Any]) -> Callable[[], Any]:
     def make() -> Any:
-        vision = {"hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-                  "image_size": 32, "patch_size": 4, "window_size": 3, "global_attn_indexes": [1], "mlp_dim": 24,
-                  "initializer_range": 0.02}  # fmt: skip
-        return config(vision_config=vision, text_config=tf.Qwen2Config(**TEXT), image_token_index=IMAGE)
+        return config(vision_config=_SAM, text_config=tf.Qwen2Config(**_TEXT), image_token_index=IMAGE)
 
     return make
 
 
 def _hyperclovax_vision_v2() -> Any:
-    text = {**TEXT, "embedding_multiplier": 2.0, "logits_scaling": 0.5, "residual_multiplier": 0.5,
+    text = {**_TEXT, "embedding_multiplier": 2.0, "logits_scaling": 0.5, "residual_multiplier": 0.5,
             "attention_multiplier": 0.25}  # fmt: skip
     vision = {"model_type": "qwen2_5_vl_vision", "depth": 2, "hidden_size": 16, "intermediate_size": 24,
               "out_hidden_size": 24, "num_heads": 2, "patch_size": 4, "window_size": 16,
-              "fullatt_block_indexes": [1]}  # fmt: skip
+              "fullatt_block_indexes": [1], "initializer_range": 0.1}  # fmt: skip
     return tf.HyperCLOVAXVisionV2Config(
         text_config={"model_type": "hyperclovax", **text}, vision_config=vision, image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -117,16 +123,15 @@ def _hyperclovax_vision_v2() -> Any:
 
 def _lighton_ocr() -> Any:
     return tf.LightOnOcrConfig(
-        vision_config=tf.PixtralVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                             num_attention_heads=2, image_size=16, patch_size=4),
-        text_config=tf.Qwen3Config(**TEXT), image_token_id=IMAGE, spatial_merge_size=2,
+        vision_config=tf.PixtralVisionConfig(**_FINE), text_config=tf.Qwen3Config(**_TEXT), image_token_id=IMAGE,
+        spatial_merge_size=2,
     )  # fmt: skip
 
 
 def _llava_next(config: type[Any], **more: Any) -> Callable[[], Any]:
     def make() -> Any:
         return config(
-            vision_config=tf.CLIPVisionConfig(**CLIP), text_config=tf.LlamaConfig(**TEXT), image_token_index=IMAGE,
+            vision_config=tf.CLIPVisionConfig(**_COARSE), text_config=tf.LlamaConfig(**_TEXT), image_token_index=IMAGE,
             image_grid_pinpoints=[[16, 16]], **more,
         )  # fmt: skip
 
@@ -135,29 +140,27 @@ def _llava_next(config: type[Any], **more: Any) -> Callable[[], Any]:
 
 def _llava_onevision() -> Any:
     return tf.LlavaOnevisionConfig(
-        vision_config=tf.SiglipVisionConfig(**CLIP, vision_use_head=False), text_config=tf.Qwen2Config(**TEXT),
+        vision_config=tf.SiglipVisionConfig(**_COARSE, vision_use_head=False), text_config=tf.Qwen2Config(**_TEXT),
         image_token_index=IMAGE, video_token_index=VIDEO, image_grid_pinpoints=[[16, 16]],
     )  # fmt: skip
 
 
 def _video_llava() -> Any:
     return tf.VideoLlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**CLIP), text_config=tf.LlamaConfig(**TEXT), image_token_index=IMAGE,
+        vision_config=tf.CLIPVisionConfig(**_COARSE), text_config=tf.LlamaConfig(**_TEXT), image_token_index=IMAGE,
         video_token_index=VIDEO,
     )  # fmt: skip
 
 
 def _qianfan_ocr() -> Any:
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "image_size": 16, "patch_size": 4, "drop_path_rate": 0.0}  # fmt: skip
-    return tf.QianfanOCRConfig(vision_config=vision, text_config=tf.Qwen3Config(**TEXT), image_token_id=IMAGE)
+    return tf.QianfanOCRConfig(
+        vision_config={**_FINE, "drop_path_rate": 0.0}, text_config=tf.Qwen3Config(**_TEXT), image_token_id=IMAGE
+    )
 
 
 def _video_llama_3() -> Any:
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "patch_size": 4}  # fmt: skip
     return tf.VideoLlama3Config(
-        vision_config=vision, text_config=tf.Qwen2Config(**TEXT), image_token_id=IMAGE, video_token_id=VIDEO
+        vision_config=_FINE, text_config=tf.Qwen2Config(**_TEXT), image_token_id=IMAGE, video_token_id=VIDEO
     )
 
 
@@ -166,31 +169,28 @@ def _merged_patches(rows: int) -> dict[str, Tensor]:
 
 
 def _ovis2() -> Any:
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "image_size": 16, "patch_size": 4, "vocab_size": 24, "hidden_stride": 2,
-              "initializer_range": 0.1}  # fmt: skip
     return tf.Ovis2Config(
-        vision_config=vision, text_config=tf.Qwen2Config(**TEXT), image_token_id=IMAGE, vocab_size=100, hidden_size=32,
-        visual_indicator_token_ids=[START, END, EXTRA, 96, 97],
+        vision_config={**_FINE, "vocab_size": 24, "hidden_stride": 2}, text_config=tf.Qwen2Config(**_TEXT),
+        image_token_id=IMAGE, vocab_size=100, hidden_size=32, visual_indicator_token_ids=[START, END, EXTRA, 96, 97],
     )  # fmt: skip
 
 
 def _janus() -> Any:
     vision = {"hidden_size": 16, "mlp_ratio": 2.0, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
-              "patch_size": 8, "projection_dim": 32, "num_image_tokens": 4}  # fmt: skip
+              "patch_size": 8, "projection_dim": 32, "num_image_tokens": 4, "initializer_range": 0.1}  # fmt: skip
     generator = {"num_embeddings": 16, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1],
                  "num_res_blocks": 1, "projection_dim": 32, "image_token_embed_dim": 32}  # fmt: skip
     return tf.JanusConfig(
-        vision_config=vision, vq_config=generator, text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE
+        vision_config=vision, vq_config=generator, text_config=tf.LlamaConfig(**_TEXT), image_token_id=IMAGE
     )
 
 
 def _idefics2() -> Any:
     perceiver = {"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
-                 "resampler_head_dim": 8, "num_key_value_heads": 1}  # fmt: skip
+                 "resampler_head_dim": 8, "num_key_value_heads": 1, "initializer_range": 0.1}  # fmt: skip
     return tf.Idefics2Config(
-        vision_config=dict(CLIP), perceiver_config=perceiver, image_token_id=IMAGE,
-        text_config=tf.MistralConfig(**TEXT, sliding_window=8),
+        vision_config=_COARSE, perceiver_config=perceiver, image_token_id=IMAGE,
+        text_config=tf.MistralConfig(**_TEXT, sliding_window=8),
     )  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def _emu3() -> Any:
           "num_res_blocks": 0, "attn_resolutions": [1], "hidden_size": 32}  # fmt: skip
     codes = {f"<|visual token {code:06d}|>": 100 + code for code in range(32)}
     return tf.Emu3Config(
-        text_config={**TEXT, "vocab_size": 132}, vq_config=vq,
+        text_config={**_TEXT, "vocab_size": 132}, vq_config=vq,
         vocabulary_map={"<image>": IMAGE, "<|extra_200|>": EXTRA, **codes},
     )  # fmt: skip
 
@@ -211,24 +211,21 @@ def _small_images(rows: int) -> dict[str, Tensor]:
 
 def _vipllava() -> Any:
     return tf.VipLlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**CLIP), text_config=tf.LlamaConfig(**TEXT), image_token_index=IMAGE,
+        vision_config=tf.CLIPVisionConfig(**_COARSE), text_config=tf.LlamaConfig(**_TEXT), image_token_index=IMAGE,
         vision_feature_layer=[-1, -2, 0],
     )  # fmt: skip
 
 
 def _deepseek_vl() -> Any:
     return tf.DeepseekVLConfig(
-        vision_config=tf.SiglipVisionConfig(**CLIP), text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE
+        vision_config=tf.SiglipVisionConfig(**_COARSE), text_config=tf.LlamaConfig(**_TEXT), image_token_id=IMAGE
     )
 
 
 def _deepseek_vl_hybrid() -> Any:
-    high = tf.SamVisionConfig(hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2,
-                              image_size=32, patch_size=4, window_size=3, global_attn_indexes=[1],
-                              mlp_dim=24)  # fmt: skip
     return tf.DeepseekVLHybridConfig(
-        vision_config=tf.SiglipVisionConfig(**CLIP), high_res_vision_config=high, text_config=tf.LlamaConfig(**TEXT),
-        image_token_id=IMAGE,
+        vision_config=tf.SiglipVisionConfig(**_COARSE), high_res_vision_config=tf.SamVisionConfig(**_SAM),
+        text_config=tf.LlamaConfig(**_TEXT), image_token_id=IMAGE,
     )  # fmt: skip
 
 
@@ -238,15 +235,15 @@ def _two_resolutions(rows: int) -> dict[str, Tensor]:
 
 def _paligemma() -> Any:
     return tf.PaliGemmaConfig(
-        vision_config=tf.SiglipVisionConfig(**CLIP, vision_use_head=False), text_config=tf.GemmaConfig(**TEXT),
+        vision_config=tf.SiglipVisionConfig(**_COARSE, vision_use_head=False), text_config=tf.GemmaConfig(**_TEXT),
         image_token_index=IMAGE, projection_dim=32, hidden_size=32,
     )  # fmt: skip
 
 
 def _shieldgemma2() -> Any:
     return tf.ShieldGemma2Config(
-        text_config={"model_type": "gemma3_text", **TEXT, **_WINDOWS, "query_pre_attn_scalar": 8},
-        vision_config=tf.SiglipVisionConfig(**CLIP), mm_tokens_per_image=4, image_token_index=IMAGE,
+        text_config={"model_type": "gemma3_text", **_TEXT, **_WINDOWS, "query_pre_attn_scalar": 8},
+        vision_config=tf.SiglipVisionConfig(**_COARSE), mm_tokens_per_image=4, image_token_index=IMAGE,
         boi_token_index=START, eoi_token_index=END,
     )  # fmt: skip
 
