@@ -26,7 +26,7 @@ from regate_patch.blocks import Span
 from regate_patch.errors import UnsupportedGraphError
 from regate_patch.graph import argument, expr, is_call, is_scalar, is_tensor, shape, sort_topologically, value, where
 from regate_patch.mixers import SDPA, attends_to_tokens, is_attention
-from regate_patch.refusals import chosen_axes
+from regate_patch.refusals import chooses_positions, chosen_axes
 from regate_patch.tokens import Tokens
 
 _VIEWS = (
@@ -66,6 +66,7 @@ class _Inserter:
             self.count = graph.call_method("size", (self.index, 1))
         self.made: dict[Any, fx.Node] = {}
         self.chosen = chosen_axes(span, tokens)
+        self.chooses = any(chooses_positions(node, tokens) for node in span.nodes)
 
     def insert(self) -> None:
         attending = {m for m in self.span.mixers if is_attention(m) and attends_to_tokens(m, self.tokens)}
@@ -152,11 +153,17 @@ class _Inserter:
         if others:
             return self.rebuilt(v)
         gathered = self.gathered(v, tuple(axes), user)
-        if value(v).dtype == torch.bool and len(axes) == 2:  # an attention mask, whoever reads it
-            return self.hidden(gathered, user)
+        if self.chooses and value(v).dtype == torch.bool and len(axes) == 2:
+            return self.without_filling(gathered, user)
         if value(v).dtype == torch.bool and user.target in (operator.getitem, ops.write):
             return self.make(("valid", gathered), user, ops.only_valid, (gathered, self.valid), v)
         return gathered
+
+    def without_filling(self, mask: fx.Node, user: fx.Node) -> fx.Node:
+        """An attention mask under which a sparse attention cannot choose the filling of short rows."""
+        if is_call(user, "masked_fill") and user.args[1] is not mask:  # True where hidden
+            return self.make(("choose", mask), user, ops.choose_no_filling, (mask, self.valid), mask)
+        return self.hidden(mask, user)
 
     def gathered(self, v: fx.Node, axes: tuple[int, ...], user: fx.Node) -> fx.Node:
         batch_dim, rank = self.batch_axis(v, user)
@@ -258,7 +265,8 @@ class _Inserter:
         """Keep the filling of short rows out of an attention's keys."""
         if not is_call(core, *SDPA):
             scores = core.args[0]
-            core.args = (self.hidden(scores, core), *core.args[1:])
+            sinks = int(shape(core)[-1] - self.tokens.length)
+            core.args = (self.hidden(scores, core, sinks), *core.args[1:])
             return
         mask, causal = argument(core, 3, "attn_mask"), argument(core, 5, "is_causal", False)
         if mask is None and causal is True:
@@ -271,9 +279,9 @@ class _Inserter:
         else:
             core.kwargs = {**core.kwargs, "attn_mask": hidden}
 
-    def hidden(self, mask: Any, core: fx.Node) -> fx.Node:
+    def hidden(self, mask: Any, core: fx.Node, sinks: int = 0) -> fx.Node:
         key = ("hidden", mask)
-        node = self.make(key, core, ops.hide_filling, (mask, self.valid), mask if mask is not None else core)
+        node = self.make(key, core, ops.hide_filling, (mask, self.valid, sinks), mask if mask is not None else core)
         if mask is not None and "checkpoint" in mask.meta:
             node.meta["checkpoint"] = mask.meta["checkpoint"]
         return node

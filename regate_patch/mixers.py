@@ -29,7 +29,7 @@ _CUMULATIVE = (
 )  # fmt: skip
 CONVOLUTION = (F.conv1d, torch.conv1d)
 PAD = (F.pad, torch._C._nn.pad, torch.nn.functional.pad)
-_UNFOLD = ("unfold",)
+UNFOLD = ("unfold",)
 _REORDERING = (
     torch.roll, torch.flip, torch.diff, torch.sort, torch.argsort, "roll", "flip", "diff", "sort", "argsort",
 )  # fmt: skip
@@ -53,7 +53,7 @@ def attends_to_tokens(core: fx.Node, tokens: Tokens) -> bool:
     """Are the core's keys positions of the sequence? (Those of cross-attention are not.)"""
     if is_call(core, *SDPA):
         return shape(argument(core, 1, "key"))[-2] == tokens.length
-    return shape(core)[-1] == tokens.length
+    return shape(core)[-1] - tokens.length in (0, 1)  # one more: an attention sink
 
 
 def sequence_candidates(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
@@ -84,7 +84,7 @@ def find_mixers(gm: fx.GraphModule, tokens: Tokens) -> list[fx.Node]:
 
 def is_recurrence(node: fx.Node, tokens: Tokens) -> bool:
     """Does it run per-token data along the sequence, other than by attention?"""
-    if not is_call(node, *CONVOLUTION, *_CUMULATIVE, *PAD, *_UNFOLD, *_REORDERING):
+    if not is_call(node, *CONVOLUTION, *_CUMULATIVE, *PAD, *UNFOLD, *_REORDERING):
         return False
     if not tokens.carried_by(node.args[0]):
         return False
@@ -126,8 +126,9 @@ def _is_softmax_core(node: fx.Node) -> bool:
 
 
 def _reaches(start: Any, step: Any, targets: tuple[Any, ...], limit: int = 12) -> bool:
-    """Is there a call of `targets` within `limit` steps of values that keep the last axis?"""
+    """Is there a call of `targets` within `limit` steps of values that keep the last axis, sinks aside?"""
     frontier, last = [start], shape(start)[-1]
+    kept = (last, last - 1)
     for _ in range(limit):
         if any(is_call(n, *targets) for n in frontier):
             return True
@@ -135,6 +136,6 @@ def _reaches(start: Any, step: Any, targets: tuple[Any, ...], limit: int = 12) -
             m
             for n in frontier
             for m in step(n)
-            if is_call(m, *targets) or (is_tensor(m) and value(m).dim() >= 3 and shape(m)[-1] == last)
+            if is_call(m, *targets) or (is_tensor(m) and value(m).dim() >= 3 and shape(m)[-1] in kept)
         ]
     return False

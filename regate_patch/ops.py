@@ -80,21 +80,29 @@ def only_valid(mask: Tensor, valid: Tensor) -> Tensor:
     return mask & valid.reshape(valid.shape + (1,) * (mask.dim() - 2))
 
 
-def hide_filling(mask: Tensor | None, valid: Tensor) -> Tensor:
-    """An attention mask (or scores) [B, ..., Q or 1, K] under which no real query sees a key of the filling.
+def hide_filling(mask: Tensor | None, valid: Tensor, sinks: int = 0) -> Tensor:
+    """An attention mask (or scores) [B, ..., Q or 1, K + sinks] under which no real query sees a key of the filling.
 
-    The filling's own queries see everything: nobody reads them, and no row of the softmax is left empty.
+    The filling's own queries see everything: nobody reads them, and no row of the softmax is left empty. `sinks`
+    columns after the keys belong to no position (learned attention sinks).
     """
     rank = 4 if mask is None else mask.dim()
     middle = (1,) * (rank - 2)
     keys = valid.reshape(valid.shape[:1] + middle + valid.shape[1:])
     idle = ~keys.transpose(-1, -2)
+    keys = torch.nn.functional.pad(keys, (0, sinks), value=True) if sinks else keys
     if mask is None:
         return keys | idle
     if mask.dtype == torch.bool:
         return (mask & keys) | idle
     hidden = mask.masked_fill(~keys, torch.finfo(mask.dtype).min)
     return torch.where(idle, torch.zeros_like(hidden), hidden)
+
+
+def choose_no_filling(hidden: Tensor, valid: Tensor) -> Tensor:
+    """A gathered [B, ..., K, K] mask that is True where a key is hidden, True for every key of the filling too."""
+    keys = valid.reshape(valid.shape[:1] + (1,) * (hidden.dim() - 2) + valid.shape[1:])
+    return hidden | ~keys
 
 
 def write(target: Tensor, key: Any, value: Any) -> Tensor:

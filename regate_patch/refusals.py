@@ -23,11 +23,12 @@ from regate_patch.mixers import (
     CONVOLUTION,
     PAD,
     SDPA,
+    UNFOLD,
     attends_to_tokens,
     is_attention,
     is_recurrence,
     reorders,
-)  # fmt: skip
+)
 from regate_patch.tokens import Tokens
 
 _INDEXING = (operator.getitem, ops.write, "index_select", "gather", "take_along_dim", torch.gather)
@@ -36,6 +37,7 @@ _LIKE = (
     "new_zeros", "new_ones", "new_empty", "new_full",
 )  # fmt: skip
 _TOPK = (torch.topk, "topk")
+_MASKING = ("masked_fill", operator.and_, torch.logical_and, "logical_and")
 
 
 def chosen_axes(span: Span, tokens: Tokens) -> dict[sympy.Expr, fx.Node]:
@@ -50,6 +52,14 @@ def chosen_axes(span: Span, tokens: Tokens) -> dict[sympy.Expr, fx.Node]:
             if value(mask).dim() == 2 and shape(mask)[1] == tokens.length and shape(node)[0].is_Symbol:
                 chosen[shape(node)[0]] = mask
     return chosen
+
+
+def chooses_positions(node: fx.Node, tokens: Tokens) -> bool:
+    """Is it the choice of the best keys in a sparse attention?"""
+    if not is_call(node, *_TOPK):
+        return False
+    size = shape(node.args[0])[argument(node, 2, "dim", -1)]
+    return tokens.length in size.free_symbols
 
 
 def check(span: Span, tokens: Tokens) -> None:
@@ -102,8 +112,13 @@ class _Checker:
             return
         if reorders(node):
             refuse(node, "it puts tokens in another order")
-        if is_call(node, *CONVOLUTION) and not self.is_causal_convolution(node):
-            refuse(node, "it is a convolution over tokens on both sides")
+        causal = True
+        if is_call(node, *CONVOLUTION):
+            causal = self.is_causal_convolution(node)
+        elif is_call(node, *UNFOLD):
+            causal = _pads_left_only(node.args[0])
+        if not causal:
+            refuse(node, "its window reaches over tokens on both sides")
 
     def is_at_most_length(self, size: Any) -> bool:
         """Is it `min(number, S)`, which is `min(number, K)` on K positions?"""
@@ -111,22 +126,29 @@ class _Checker:
 
     def check_topk(self, node: fx.Node) -> None:
         """The best keys of a sparse attention: those among the active ones, if there may be fewer of them."""
-        scores, k = node.args[0], argument(node, 1, "k")
-        size = shape(scores)[argument(node, 2, "dim", -1)]
-        if self.tokens.length not in size.free_symbols:
+        if not chooses_positions(node, self.tokens):
             return
-        if size != self.tokens.length or not (is_scalar(k) and self.is_at_most_length(expr(value(k)))):
+        scores, k = node.args[0], argument(node, 1, "k")
+        adapts = is_scalar(k) and self.is_at_most_length(expr(value(k)))
+        if shape(scores)[argument(node, 2, "dim", -1)] != self.tokens.length or not adapts:
             refuse(node, "it chooses among positions, or blocks of them")
         for mask in self.reads:
-            if value(mask).is_floating_point() and len(self.tokens.on(mask)) == 2:
-                refuse(node, "it chooses among positions by a mask of numbers; use attn_implementation='sdpa'")
+            if len(self.tokens.on(mask)) < 2:
+                continue
+            if value(mask).dtype != torch.bool or not all(
+                is_call(user, *SDPA, *_MASKING) for user in mask.users if user in self.inside
+            ):
+                refuse(
+                    node,
+                    "it chooses among positions by a mask that is read in an unknown way; "
+                    f"use attn_implementation='sdpa'; the mask is {where(mask)}",
+                )
 
     def is_causal_convolution(self, node: fx.Node) -> bool:
         """Is the margin on the left alone, or cut off on the right?"""
         size, length = shape(node)[-1], self.tokens.length
         if size == length:
-            source = node.args[0]
-            return isinstance(source, fx.Node) and is_call(source, *PAD) and _pads_left_only(source)
+            return _pads_left_only(node.args[0])
         return all(is_call(user, operator.getitem) and _is_prefix(user.args[1], length) for user in node.users)
 
     def check_indexing(self, node: fx.Node) -> None:
@@ -146,9 +168,8 @@ def _reads_form_only(node: fx.Node) -> bool:
     return is_call(node, "to", "type_as") and len(node.args) > 1 and is_tensor(node.args[1])
 
 
-def _pads_left_only(node: fx.Node) -> bool:
-    amounts = argument(node, 1, "pad")
-    return len(amounts) >= 2 and amounts[1] == 0
+def _pads_left_only(node: Any) -> bool:
+    return is_call(node, *PAD) and argument(node, 1, "pad")[1] == 0
 
 
 def _is_prefix(key: Any, length: sympy.Expr) -> bool:

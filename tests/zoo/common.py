@@ -35,6 +35,7 @@ class Specimen:
         image_ids: the ids that stand for one image in `input_ids`, markers included; () for text alone.
         pixels: the image tensors of a batch of this many rows, one image a row.
         extra: what else the model wants, from the batch so far; its entries are added or replace.
+        split: the batch as batches of one row each (for models that number the images of a whole batch).
         dtype: the widest type that the architecture computes in throughout (some hard-code float32 somewhere).
     """
 
@@ -42,6 +43,7 @@ class Specimen:
     image_ids: tuple[int, ...] = ()
     pixels: Callable[[int], dict[str, Tensor]] = lambda rows: {}
     extra: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda batch: {}
+    split: Callable[[dict[str, Tensor], int], list[dict[str, Tensor]]] = lambda batch, rows: split_evenly(batch, rows)
     dtype: torch.dtype = torch.float64
 
     def build(self, **overrides: Any) -> tf.PreTrainedModel:
@@ -87,6 +89,11 @@ class Specimen:
         batch = {"input_ids": input_ids, "attention_mask": mask, "labels": pad(labels, -100)}
         batch |= self.pixels(rows)
         return batch | self.extra(batch)
+
+
+def split_evenly(batch: dict[str, Tensor], rows: int) -> list[dict[str, Tensor]]:
+    """Every tensor has one equal share per row along its first axis."""
+    return [{k: v.chunk(rows)[row] for k, v in batch.items()} for row in range(rows)]
 
 
 def images(channels: int, size: int, extra_axis: bool = False) -> Callable[[int], dict[str, Tensor]]:

@@ -84,11 +84,6 @@ def _no_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if hasattr(config, "get_text_config") else {}
 
 
-def rows_of(batch: Batch, rows: int) -> list[Batch]:
-    """The batch's rows as batches of one: every tensor has one equal share per row along its first axis."""
-    return [{k: v.chunk(rows)[row] for k, v in batch.items()} for row in range(rows)]
-
-
 class _OriginalPositions(TorchFunctionMode):
     """Layers that count positions themselves get the original ones: `arange(K)` is the active positions."""
 
@@ -144,22 +139,15 @@ def compacted(layers: nn.ModuleList, active: Tensor) -> Iterator[None]:
                 layer.forward = forward
 
 
-def alone(model: nn.Module, decoder: nn.Module, batch: Batch, active: Tensor) -> Run:
-    """The oracle: see the module's description."""
-
-    @contextlib.contextmanager
-    def scope(module: nn.Module, row: Tensor) -> Iterator[None]:
-        with compacted(layers_of(module), row):
-            yield
-
+def alone(model: nn.Module, decoder: nn.Module, pieces: list[tuple[Batch, Tensor]]) -> Run:
+    """The oracle: see the module's description. `pieces` are batches of one row, with its active positions [S]."""
     model.zero_grad(set_to_none=True)
-    pieces = list(zip(rows_of(batch, len(active)), active, strict=True))
     outputs: list[Tensor] = []
     hook = decoder.register_forward_hook(lambda module, args, output: outputs.append(first(output)))
     kept = []
     try:
         for piece, row in pieces:
-            with scope(decoder, row):
+            with compacted(layers_of(decoder), row):
                 model(**{k: v for k, v in piece.items() if k != "labels"}, **_no_cache(model))
             kept.append(outputs.pop()[0][row])
     finally:
@@ -214,7 +202,8 @@ def _engine(model: nn.Module, decoder: nn.Module, specimen: Specimen, findings: 
     findings.graphs = len(statistics.graphs) + statistics.other_graphs
     batch = cast(specimen.batch("right", seed=1), specimen)
     active = random_active(batch)
-    expected = alone(model, decoder, batch, active)
+    pieces = zip(specimen.split(batch, len(active)), active, strict=True)
+    expected = alone(model, decoder, list(pieces))
     torch._dynamo.reset()
     findings.difference["random positions"] = difference(gated(model, decoder, batch, active)[0], expected)
     if getattr(model, "supports_gradient_checkpointing", False):

@@ -258,7 +258,7 @@ def _mistral4() -> Any:
 def _mistral_large4() -> Any:
     text = _MLA_TEXT | {
         "num_hidden_layers": 4, "rope_parameters": _YARN, "index_topk": 6,
-        "index_head_dim": 8, "index_n_heads": 2, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "index_head_dim": 8, "index_n_heads": 8, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
         "no_rope_layers": [1, 1, 1, 0], "kv_source_layers": [0, 0, 0, 3],
         "indexer_types": ["full", "shared", "full", "full"],
     }  # fmt: skip
@@ -337,7 +337,7 @@ def _dots3_note() -> Any:
     text = {
         **TEXT, **_DEEPSEEK_MOE, **_MLA, "mlp_layer_types": ["dense", "sparse"],
         "layer_types": ["sliding_attention", "indexed_attention"], "sliding_window": 8, "index_topk": 6,
-        "index_head_dim": 8, "index_n_heads": 2, "shared_experts_intermediate_size": 24, "swa_num_attention_heads": 2,
+        "index_head_dim": 8, "index_n_heads": 8, "shared_experts_intermediate_size": 24, "swa_num_attention_heads": 2,
         "swa_num_key_value_heads": 2, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 12,
         "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
     }  # fmt: skip
