@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model_adapters.errors import AdapterError
 
-_LAYER_LISTS = ("layers", "h", "blocks", "block")
+_LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
 _VISUAL_IDS = (
     "image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id",
     "audio_token_index",
@@ -32,8 +32,24 @@ def unwrap(model: Any) -> Any:
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
-    """The model itself, unwrapped."""
-    return unwrap(model)
+    """The model itself, unwrapped.
+
+    Raises:
+        AdapterError: it is no causal language model: an encoder-decoder, or not trained on labels.
+    """
+    inner = unwrap(model)
+    name, config = type(inner).__name__, getattr(inner, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise AdapterError(
+            f"{name} is an encoder-decoder: its visual tokens go to the encoder and its decoder reads answers alone, "
+            "so there is no shared sequence to leave positions out of"
+        )
+    if "labels" not in inspect.signature(inner.forward).parameters:
+        raise AdapterError(
+            f"{name} is not trained as a language model: its forward takes no labels, so there are no answer tokens "
+            "to choose from; register an adapter whose `causal_lm` returns the module that takes them"
+        )
+    return inner
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -42,7 +58,7 @@ def decoder(model: nn.Module) -> nn.Module:
     Raises:
         AdapterError: no such module.
     """
-    start = unwrap(model)
+    start = causal_lm(model)
     found = start.get_decoder() if hasattr(start, "get_decoder") else start
     queue = [found]
     while queue:
@@ -76,7 +92,8 @@ class CappedHead(nn.Module):
 def head(model: nn.Module) -> nn.Module:
     """`get_output_embeddings()`, with the soft cap and scale that the text config names."""
     inner = unwrap(model)
-    projection = inner.get_output_embeddings()
+    parts = [m for m in inner.modules() if hasattr(m, "get_output_embeddings")]
+    projection = next((p for m in parts if (p := m.get_output_embeddings()) is not None), None)
     if projection is None:
         raise AdapterError(
             f"{type(inner).__name__} has no output embeddings; register an adapter whose `head` returns the "

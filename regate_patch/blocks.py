@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from regate_patch.errors import UnsupportedGraphError
-from regate_patch.graph import ancestors, is_call, is_tensor, shape, where
+from regate_patch.graph import ancestors, is_call, is_tensor, shape, value, where
 from regate_patch.tokens import Tokens
 
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -200,10 +200,18 @@ class _Search:
             for skip, inner in (node.args[:2], node.args[1::-1]):
                 if skip is inner or self.walk_back(skip, lambda n: n is end) is None:
                     continue
-                nodes = self.between(end, node, previous)
+                joint = self.unflattened(node)
+                nodes = self.between(end, joint, previous)
                 if self.depends(inner, previous.entry) and any(_has_weights(n) for n in nodes):
-                    return Block("mlp", end, node, nodes)
+                    return Block("mlp", end, joint, nodes)
         return None
+
+    def unflattened(self, joint: fx.Node) -> fx.Node:
+        """A joint of [B*S, D] as the [B, S, D] that is made of it."""
+        users = list(joint.users)
+        if value(joint).dim() == 2 and len(users) == 1 and is_call(users[0], "view", "reshape"):
+            return users[0]
+        return joint
 
     # -- the span -------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from regate_patch.graph import argument, is_call, is_tensor, nodes_in, shape
+from regate_patch.graph import argument, expr, is_call, is_tensor, nodes_in, shape, value
 from regate_patch.mixers import SDPA
 from regate_patch.tokens import Tokens
 
@@ -36,9 +36,21 @@ def _count(node: fx.Node) -> sympy.Expr:
 
 
 def polynomial(nodes: list[fx.Node], tokens: Tokens) -> tuple[int, int]:
-    """(linear, quadratic): a row that computes n positions costs `linear * n + quadratic * n**2` FLOPs."""
+    """(linear, quadratic): a row that computes n positions costs `linear * n + quadratic * n**2` FLOPs.
+
+    Other sizes, such as the number of visual keys in cross-attention, count as what they were at capture.
+    """
     n = sympy.Symbol("n", positive=True)
     total = sum((_count(node) for node in nodes), start=sympy.Integer(0))
     total = total.subs({tokens.length: n} | ({tokens.batch: 1} if tokens.batch.is_Symbol else {}))
+    total = total.subs(_sizes_at_capture(nodes, total.free_symbols - {n}))
     terms = sympy.Poly(sympy.expand(total), n)
     return int(terms.coeff_monomial(n)), int(terms.coeff_monomial(n**2))
+
+
+def _sizes_at_capture(nodes: list[fx.Node], symbols: set[sympy.Basic]) -> dict[sympy.Basic, int]:
+    found: dict[sympy.Basic, int] = {}
+    for size in (s for node in nodes if is_tensor(node) for s in value(node).shape if isinstance(s, torch.SymInt)):
+        if (symbol := expr(size)) in symbols:
+            found[symbol] = size.node.hint or 0
+    return {symbol: found.get(symbol, 0) for symbol in symbols}

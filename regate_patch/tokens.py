@@ -33,8 +33,11 @@ class Tokens:
         return [axis for axis, size in enumerate(shape(node)) if size == self.length]
 
     def carried_by(self, node: Any) -> bool:
-        """Is it per-token data, as the residual stream is: a float of [..., S, ..., D]?"""
-        return is_tensor(node) and value(node).is_floating_point() and value(node).dim() >= 3 and bool(self.on(node))
+        """Is it per-token data, as the residual stream is: a float of [..., S, ..., D], or of [B*S, D]?"""
+        if not is_tensor(node) or not value(node).is_floating_point():
+            return False
+        flat = value(node).dim() == 2 and shape(node)[0] == self.batch * self.length
+        return flat or (value(node).dim() >= 3 and bool(self.on(node)))
 
     def mentioned_by(self, node: Any) -> bool:
         """Does any size of the value contain S?"""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nVisionConfig
 
-from tests.zoo.common import CLIP, END, EXTRA, IMAGE, START, TEXT, VIDEO, Specimen, images
+from tests.zoo.common import CLIP, END, EXTRA, IMAGE, START, TEXT, VIDEO, Specimen, images, split_evenly
 
 _FOUR = (IMAGE,) * 4
 _FRAMED = (START, *_FOUR, END)
@@ -295,6 +295,12 @@ def _molmo2_crops(rows: int) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def _molmo2_split(batch: dict[str, Tensor], rows: int) -> list[dict[str, Tensor]]:
+    """Pooling names patches by their number in the whole batch."""
+    pieces = split_evenly(batch, rows)
+    return [p | {"image_token_pooling": p["image_token_pooling"] - 32 * row} for row, p in enumerate(pieces)]
+
+
 _WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 _MUSE_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
                 "patch_size": 4, "pos_emb_height": 2, "pos_emb_width": 2, "max_position_embeddings": 4,
@@ -377,7 +383,7 @@ MEMBERS: dict[str, Specimen] = {
     "minimax_m3_vl": Specimen(_minimax_m3_vl, _FRAMED, _blocks(16, 3 * 2 * 16, image_grid_thw=(1, 4, 4))),
     "mistral4": Specimen(_mistral4, extra=_whole_ids),  # text alone: the class has no vision tower
     "mistral_large4": Specimen(_mistral_large4, _FOUR, _mistral_images),
-    "molmo2": Specimen(_molmo2, (EXTRA, *_FOUR, END, *_FRAMED), _molmo2_crops, _image_types),
+    "molmo2": Specimen(_molmo2, (EXTRA, *_FOUR, END, *_FRAMED), _molmo2_crops, _image_types, _molmo2_split),
     "muse_glimmer": Specimen(_muse_glimmer, _FRAMED, _blocks(16, 2 * 3 * 16, image_grid_thw=(1, 4, 4))),
     "muse_spark": Specimen(_muse_spark, _FRAMED, _blocks(16, 2 * 3 * 16, image_grid_thw=(1, 4, 4))),
     "step3p7": Specimen(_step3p7, _FRAMED, images(3, 32)),
