@@ -37,12 +37,20 @@ class Layout:
         labels: int64, -100 where unsupervised; position j predicts `labels[:, j + 1]`.
         valid: bool, False on padding.
         visual: bool, True where an image, video or audio feature stands.
+        call: the arguments with which the model is then called, where expanding the visual tokens has made others
+            of the batch; None where it is called with the batch as it came.
     """
 
     input_ids: Tensor
     labels: Tensor
     valid: Tensor
     visual: Tensor
+    call: Batch | None = None
+
+
+def labels_alone(model: nn.Module, call: Batch, labels: Tensor) -> dict[str, Any]:
+    """The default of `ModelAdapter.with_labels`."""
+    return {"labels": labels}
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,8 @@ class ModelAdapter:
         embeddings, head: ids to embeddings, final hidden states to logits; what the teacher needs besides
             the decoder.
         layout: the batch (the keyword arguments of `causal_lm`'s call) as a `Layout`.
+        with_labels: `(model, call, labels [B, S])`: what to change in the call so that the model learns from these
+            labels alone, -100 elsewhere.
         position_ids: what the decoder is given as `position_ids`, or None where it makes them itself.
         run_decoder: `(decoder, embeddings [B, S, D], attention_mask [B, S], position_ids) -> hidden states` on text,
             for the teacher.
@@ -69,6 +79,7 @@ class ModelAdapter:
     embeddings: Callable[[nn.Module], nn.Module] = conventional.embeddings
     head: Callable[[nn.Module], nn.Module] = conventional.head
     layout: Callable[[nn.Module, Batch], Layout] = lambda model, batch: Layout(**conventional.layout(model, batch))
+    with_labels: Callable[[nn.Module, Batch, Tensor], dict[str, Any]] = labels_alone
     position_ids: Callable[[nn.Module, Batch], Tensor | None] = conventional.position_ids
     run_decoder: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor] = conventional.run_decoder
     padding: Padding = Padding()

@@ -58,7 +58,7 @@ def decoder(model: nn.Module) -> nn.Module:
     Raises:
         AdapterError: no such module.
     """
-    start = causal_lm(model)
+    start: Any = causal_lm(model)
     found = start.get_decoder() if hasattr(start, "get_decoder") else start
     queue = [found]
     while queue:
@@ -92,7 +92,7 @@ class CappedHead(nn.Module):
 def head(model: nn.Module) -> nn.Module:
     """`get_output_embeddings()`, with the soft cap and scale that the text config names."""
     inner = unwrap(model)
-    parts = [m for m in inner.modules() if hasattr(m, "get_output_embeddings")]
+    parts: list[Any] = [m for m in inner.modules() if hasattr(m, "get_output_embeddings")]
     projection = next((p for m in parts if (p := m.get_output_embeddings()) is not None), None)
     if projection is None:
         raise AdapterError(

@@ -156,9 +156,10 @@ class Gate:
         self.last = Decision(full, layout.labels, kept, active)
         self._waiting = (samples, candidates)
         self._count(layout, self.last)
-        changed = dict(batch)
+        changed = dict(layout.call or batch)
         if not full:
-            changed["labels"] = torch.where(kept, layout.labels, IGNORED)
+            labels = torch.where(kept, layout.labels, IGNORED)
+            changed |= self.adapter.with_labels(self._model, changed, labels)
             if changed.get("num_items_in_batch") is not None:  # the trainer's count of all labels
                 share = kept.sum() / candidates.sum()
                 changed["num_items_in_batch"] = changed["num_items_in_batch"] * share
