@@ -48,6 +48,12 @@ class Layout:
     call: Batch | None = None
 
 
+def conventional_layout(model: nn.Module, batch: Batch) -> Layout:
+    """The default of `ModelAdapter.layout`."""
+    fields: dict[str, Any] = dict(conventional.layout(model, batch))
+    return Layout(**fields)
+
+
 def labels_alone(model: nn.Module, call: Batch, labels: Tensor) -> dict[str, Any]:
     """The default of `ModelAdapter.with_labels`."""
     return {"labels": labels}
@@ -78,7 +84,7 @@ class ModelAdapter:
     decoder: Callable[[nn.Module], nn.Module] = conventional.decoder
     embeddings: Callable[[nn.Module], nn.Module] = conventional.embeddings
     head: Callable[[nn.Module], nn.Module] = conventional.head
-    layout: Callable[[nn.Module, Batch], Layout] = lambda model, batch: Layout(**conventional.layout(model, batch))
+    layout: Callable[[nn.Module, Batch], Layout] = conventional_layout
     with_labels: Callable[[nn.Module, Batch, Tensor], dict[str, Any]] = labels_alone
     position_ids: Callable[[nn.Module, Batch], Tensor | None] = conventional.position_ids
     run_decoder: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor] = conventional.run_decoder

@@ -1,4 +1,4 @@
-"""Find the adapter for a model: registered ones first, then installed plug-ins, then the conventions."""
+"""Find the adapter for a model: registered ones first, then plug-ins, then those here, then the conventions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from torch import nn
 
 from model_adapters import conventional
 from model_adapters.base import ModelAdapter
+from model_adapters.blip import BLIP
+from model_adapters.chameleon import CHAMELEON
 from model_adapters.errors import AdapterError
+from model_adapters.git import GIT
 
 ENTRY_POINTS = "regate.adapters"
+_BUILT_IN = {name: adapter for adapter in (BLIP, CHAMELEON, GIT) for name in adapter.serves}
 _REGISTERED: dict[str, ModelAdapter] = {}
 
 
@@ -46,7 +50,7 @@ def find_adapter(model: nn.Module) -> ModelAdapter:
         AdapterError: none is registered and the model does not follow the conventions; says what was searched.
     """
     names = names_of(model)
-    for table in (_REGISTERED, _plug_ins()):
+    for table in (_REGISTERED, _plug_ins(), _BUILT_IN):
         for name in names:
             if name in table:
                 return table[name]

@@ -198,11 +198,15 @@ class _Search:
             if not all(self.tokens.carried_by(a) for a in node.args[:2]):
                 continue
             for skip, inner in (node.args[:2], node.args[1::-1]):
-                if skip is inner or self.walk_back(skip, lambda n: n is end) is None:
+                if skip is inner or not self.depends(inner, previous.entry):
+                    continue
+                beside = self.walk_back(skip, lambda n: n is end)  # runs beside the block before, or after it
+                after = self.walk_back(skip, lambda n, f=inner: self.depends(f, n) and self.depends(n, end))
+                if beside is None and after is None:
                     continue
                 joint = self.unflattened(node)
                 nodes = self.between(end, joint, previous)
-                if self.depends(inner, previous.entry) and any(_has_weights(n) for n in nodes):
+                if any(_has_weights(n) for n in nodes):
                     return Block("mlp", end, joint, nodes)
         return None
 

@@ -37,7 +37,10 @@ def random_active(batch: dict[str, Tensor], seed: int = 0, share: float = 0.6) -
 
 
 def layers_of(decoder: nn.Module) -> nn.ModuleList:
-    return next(m for name in ("layers", "h", "blocks") if (m := getattr(decoder, name, None)) is not None)
+    """The first list of modules in it that is named as lists of decoder layers are."""
+    names = ("layers", "h", "blocks", "layer")
+    found = {name.rpartition(".")[2]: m for name, m in reversed(list(decoder.named_modules()))}
+    return next(found[name] for name in names if isinstance(found.get(name), nn.ModuleList))
 
 
 def run(model: nn.Module, batch: dict[str, Tensor], scope: Any, active: Tensor) -> Run:

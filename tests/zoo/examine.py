@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 import regate
 import regate_patch
-from model_adapters import find_adapter
+from model_adapters import AdapterError, find_adapter
 from tests.oracle import double, layers_of, random_active
 from tests.zoo.common import Specimen
 
@@ -192,21 +192,21 @@ def examine(name: str, specimen: Specimen) -> Findings:
         findings.layers = f"{len(layers_of(decoder))} x {type(layers_of(decoder)[0]).__name__}"
         _engine(model, decoder, specimen, findings)
         _step(specimen, findings)
-    except regate.RegateError as error:
+    except (regate.RegateError, AdapterError) as error:
         findings.refused = f"{type(error).__name__}: {error}"
     return findings
 
 
 def _engine(model: nn.Module, decoder: nn.Module, specimen: Specimen, findings: Findings) -> None:
     batch = cast(specimen.batch("none"), specimen)
-    every = batch["attention_mask"].bool()
+    every = _valid(model, batch)
     got, handle = gated(model, decoder, batch, every)
     findings.difference["identity"] = difference(got, run(model, decoder, [(batch, every)]))
     statistics = handle.statistics
     findings.attention, findings.mlp = statistics.attention, statistics.mlp
     findings.graphs = len(statistics.graphs) + statistics.other_graphs
     batch = cast(specimen.batch("right", seed=1), specimen)
-    active = random_active(batch)
+    active = random_active({"attention_mask": _valid(model, batch)})
     pieces = zip(specimen.split(batch, len(active)), active, strict=True)
     expected = alone(model, decoder, list(pieces))
     torch._dynamo.reset()
@@ -218,12 +218,16 @@ def _engine(model: nn.Module, decoder: nn.Module, specimen: Specimen, findings: 
         model.gradient_checkpointing_disable()
 
 
+def _valid(model: nn.Module, batch: Batch) -> Tensor:
+    return find_adapter(model).layout(model, batch).valid
+
+
 def _step(specimen: Specimen, findings: Findings) -> None:
     """One sparse training step by the one line of the README; its gradient against the oracle's."""
     torch._dynamo.reset()
     model = specimen.double()
     batch = cast(specimen.batch("right", seed=2), specimen)
-    gate = regate.apply(model, SPARSE, backend="eager", teacher=None)
+    gate = regate.apply(model, SPARSE, backend="eager")
     loss = model(**batch).loss
     loss.backward()
     assert gate.last is not None
