@@ -18,6 +18,7 @@ from regate_patch.errors import (
     RegateError,
     UnsupportedGraphError,
 )
+from regate_patch.inspection import inspect
 from regate_patch.rewrite import Rewrite, rewrite
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "UnsupportedGraphError",
     "active",
     "current",
+    "inspect",
     "patch",
     "rewrite",
 ]

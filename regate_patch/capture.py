@@ -47,10 +47,20 @@ _DYNAMO: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def _tracing() -> Iterator[None]:
-    """Settings under which a token axis stays a symbol of its own: equal sizes must not share one."""
+def tracing(decoder: nn.Module) -> Iterator[None]:
+    """Settings under which a token axis stays a symbol of its own (equal sizes must not share one); typed errors."""
     with torch._dynamo.config.patch(**_DYNAMO), shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-        yield
+        try:
+            yield
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, PatchError):
+                raise error.inner_exception from None
+            raise
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+            raise UnsupportedGraphError(
+                f"{type(decoder).__name__} cannot be captured as one graph, so not all of it would run on active "
+                f"positions: {error}"
+            ) from None
 
 
 @dataclass
@@ -126,18 +136,8 @@ class GatedForward:
         return output
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        with _tracing():
-            try:
-                return self.compiled(*args, **kwargs)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                if isinstance(error.inner_exception, PatchError):
-                    raise error.inner_exception from None
-                raise
-            except torch._dynamo.exc.Unsupported as error:
-                raise UnsupportedGraphError(
-                    f"{type(self.decoder).__name__} cannot be captured as one graph, so not all of it would run on "
-                    f"active positions: {error}"
-                ) from None
+        with tracing(self.decoder):
+            return self.compiled(*args, **kwargs)
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """The private backend."""

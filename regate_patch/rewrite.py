@@ -15,7 +15,7 @@ from regate_patch.blocks import find_span
 from regate_patch.checkpointing import inline, outline
 from regate_patch.graph import erase_dead, expr, is_call, is_scalar, value
 from regate_patch.insert import insert
-from regate_patch.mixers import find_mixers, sequence_candidates
+from regate_patch.mixers import find_mixers, is_attention, sequence_candidates
 from regate_patch.mutations import name_mutations
 from regate_patch.refusals import check
 from regate_patch.tokens import find_tokens
@@ -28,6 +28,8 @@ class Rewrite:
     Attributes:
         module: takes `(active_index, active_valid, *inputs of the captured graph)`.
         attention, mlp: number of blocks of each kind.
+        recurrences: operations other than attention that run along the sequence (convolutions, linear attention);
+            they run over the active positions in their order.
         flops_linear, flops_quadratic: forward FLOPs of the blocks for a row that computes n positions are
             `flops_linear * n + flops_quadratic * n**2`.
         gathers, scatters: how many the rewriter put in: one gather per live-in, one for the stream.
@@ -36,6 +38,7 @@ class Rewrite:
     module: fx.GraphModule
     attention: int
     mlp: int
+    recurrences: int
     flops_linear: int
     flops_quadratic: int
     gathers: int
@@ -79,6 +82,7 @@ def rewrite(gm: fx.GraphModule, *, observe: Observer | None = None) -> Rewrite |
         module=gm,
         attention=span.attention,
         mlp=span.mlp,
+        recurrences=sum(not is_attention(mixer) for mixer in span.mixers),
         flops_linear=linear,
         flops_quadratic=quadratic,
         gathers=gathers,

@@ -37,10 +37,12 @@ def random_active(batch: dict[str, Tensor], seed: int = 0, share: float = 0.6) -
 
 
 def layers_of(decoder: nn.Module) -> nn.ModuleList:
-    """The first list of modules in it that is named as lists of decoder layers are."""
+    """The list of modules nearest to the decoder that is named as lists of decoder layers are."""
     names = ("layers", "h", "blocks", "layer")
-    found = {name.rpartition(".")[2]: m for name, m in reversed(list(decoder.named_modules()))}
-    return next(found[name] for name in names if isinstance(found.get(name), nn.ModuleList))
+    found = [n for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and n.rpartition(".")[2] in names]
+    layers = decoder.get_submodule(min(found, key=lambda name: name.count(".")))
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 def run(model: nn.Module, batch: dict[str, Tensor], scope: Any, active: Tensor) -> Run:

@@ -43,13 +43,16 @@ class Findings:
     layers: str = ""
     attention: int = 0
     mlp: int = 0
+    recurrences: int = 0
     graphs: int = 0
     difference: dict[str, float] = field(default_factory=dict)
     refused: str = ""
 
+    tolerance: float = 1e-5
+
     @property
-    def worst(self) -> float:
-        return max(self.difference.values(), default=0.0)
+    def exact(self) -> bool:
+        return not self.refused and bool(self.difference) and max(self.difference.values()) < self.tolerance
 
 
 def first(output: Any) -> Tensor:
@@ -204,6 +207,7 @@ def _engine(model: nn.Module, decoder: nn.Module, specimen: Specimen, findings: 
     findings.difference["identity"] = difference(got, run(model, decoder, [(batch, every)]))
     statistics = handle.statistics
     findings.attention, findings.mlp = statistics.attention, statistics.mlp
+    findings.recurrences = sum(graph.recurrences for graph in statistics.last)
     findings.graphs = len(statistics.graphs) + statistics.other_graphs
     batch = cast(specimen.batch("right", seed=1), specimen)
     active = random_active({"attention_mask": _valid(model, batch)})

@@ -1,0 +1,41 @@
+"""Look at a decoder without patching it and without its weights: what would be computed on active positions?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from regate_patch.capture import Statistics, tracing
+from regate_patch.errors import NoBlocksError
+from regate_patch.rewrite import rewrite
+
+
+def inspect(decoder: nn.Module, *args: Any, **kwargs: Any) -> Statistics:
+    """Capture and rewrite `decoder` as called with these arguments, and run the call dense.
+
+    Decoder and arguments may be on the "meta" device, where no weight exists and nothing is computed.
+
+    Returns:
+        what was found: blocks, graphs, FLOPs. Nothing stays on the decoder.
+
+    Raises:
+        NoBlocksError, UnsupportedGraphError: as a patched decoder would inside `active(...)`.
+    """
+    statistics = Statistics()
+
+    def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        if (rewritten := rewrite(gm)) is None:
+            statistics.other_graphs += 1
+        else:
+            statistics.graphs.append(rewritten)
+        return gm.forward
+
+    with tracing(decoder):
+        torch.compile(decoder.forward, backend=look, dynamic=True, fullgraph=True)(*args, **kwargs)
+    statistics.last = tuple(statistics.graphs)
+    if not statistics.attention + statistics.mlp:
+        raise NoBlocksError(f"no attention block was found in {type(decoder).__name__}")
+    return statistics
