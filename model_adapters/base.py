@@ -73,7 +73,8 @@ class ModelAdapter:
         with_labels: `(model, call, labels [B, S])`: what to change in the call so that the model learns from these
             labels alone, -100 elsewhere.
         position_ids: what the decoder is given as `position_ids`, or None where it makes them itself.
-        run_decoder: `(decoder, embeddings [B, S, D], attention_mask [B, S], position_ids) -> hidden states` on text,
+        run_decoder: `(decoder, embeddings, input_ids [B, S], attention_mask [B, S], position_ids) -> hidden states`
+            [B, S, D] on text with placeholders at visual positions, given the decoder and the embeddings module,
             for the teacher.
         padding: how the teacher sees visual positions.
         visual_inputs: names of batch entries that hold pixels, for telling samples with equal text apart.
@@ -87,6 +88,6 @@ class ModelAdapter:
     layout: Callable[[nn.Module, Batch], Layout] = conventional_layout
     with_labels: Callable[[nn.Module, Batch, Tensor], dict[str, Any]] = labels_alone
     position_ids: Callable[[nn.Module, Batch], Tensor | None] = conventional.position_ids
-    run_decoder: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor] = conventional.run_decoder
+    run_decoder: Callable[[nn.Module, nn.Module, Tensor, Tensor, Tensor | None], Tensor] = conventional.run_decoder
     padding: Padding = Padding()
     visual_inputs: tuple[str, ...] = ("pixel_values", "pixel_values_videos", "input_features")

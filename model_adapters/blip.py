@@ -18,9 +18,9 @@ def _text_decoder(model: nn.Module) -> Any:
 
 
 def _run_decoder(
-    decoder: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None
+    decoder: nn.Module, embeddings: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None
 ) -> Tensor:
-    return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, is_decoder=True, use_cache=False)[0]
+    return decoder(input_ids=input_ids, attention_mask=attention_mask, is_decoder=True, use_cache=False)[0]
 
 
 BLIP = ModelAdapter(

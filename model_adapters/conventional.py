@@ -160,9 +160,24 @@ def position_ids(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def run_decoder(
-    decoder: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None
+    decoder: nn.Module,
+    embeddings: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor | None,
 ) -> Tensor:
     """Final hidden states [B, S, D] of a decoder that takes the usual keywords."""
     return decoder(
-        inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        inputs_embeds=embeddings(input_ids), attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     )[0]
+
+
+def run_decoder_on_ids(
+    decoder: nn.Module,
+    embeddings: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """The same for a decoder that makes more of the ids than embeddings (per-layer inputs)."""
+    return decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)[0]

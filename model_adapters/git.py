@@ -38,24 +38,11 @@ def _with_labels(model: nn.Module, call: Batch, labels: Tensor) -> dict[str, Any
     return {"labels": labels[:, _in_front(model, call) :]}
 
 
-class _Embeddings(nn.Module):
-    """Text embeddings with positions counted from the first text token, as after an image."""
-
-    def __init__(self, text: nn.Module, front: int) -> None:
-        super().__init__()
-        self.text, self.front = text, front
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return F.pad(self.text(input_ids[:, self.front :]), (0, 0, self.front, 0))
-
-
-def _embeddings(model: nn.Module) -> nn.Module:
-    return _Embeddings(
-        conventional.unwrap(model).git.embeddings, _decoder(model).layer[0].attention.self.image_patch_tokens
-    )
-
-
-def _run_decoder(decoder: nn.Module, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None) -> Tensor:
+def _run_decoder(
+    decoder: Any, embeddings: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None
+) -> Tensor:
+    front = decoder.layer[0].attention.self.image_patch_tokens
+    embeds = F.pad(embeddings(input_ids[:, front:]), (0, 0, front, 0))  # text positions count from the first text token
     length = embeds.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
     hidden = ~(causal & attention_mask[:, None, None, :].bool())
@@ -66,7 +53,7 @@ def _run_decoder(decoder: nn.Module, embeds: Tensor, attention_mask: Tensor, pos
 GIT = ModelAdapter(
     serves=("git",),
     decoder=_decoder,
-    embeddings=_embeddings,
+    embeddings=lambda model: conventional.unwrap(model).git.embeddings,
     layout=_layout,
     with_labels=_with_labels,
     position_ids=lambda model, batch: None,

@@ -12,10 +12,11 @@ from model_adapters.base import ModelAdapter
 from model_adapters.blip import BLIP
 from model_adapters.chameleon import CHAMELEON
 from model_adapters.errors import AdapterError
+from model_adapters.gemma import GEMMA
 from model_adapters.git import GIT
 
 ENTRY_POINTS = "regate.adapters"
-_BUILT_IN = {name: adapter for adapter in (BLIP, CHAMELEON, GIT) for name in adapter.serves}
+_BUILT_IN = {name: adapter for adapter in (BLIP, CHAMELEON, GEMMA, GIT) for name in adapter.serves}
 _REGISTERED: dict[str, ModelAdapter] = {}
 
 

@@ -89,7 +89,7 @@ class Teacher:
         needed[:, -1] = False
         with self._switched():
             with regate_patch.active(seen & needed):
-                hidden = self.adapter.run_decoder(self.decoder, self.embeddings(ids), seen.long(), positions)
+                hidden = self.adapter.run_decoder(self.decoder, self.embeddings, ids, seen.long(), positions)
             losses = label_losses(hidden, labels, wanted, head=self.head)
         if not bool(torch.isfinite(losses).all()):
             row = wanted.nonzero()[~torch.isfinite(losses)][0]

@@ -57,7 +57,7 @@ MY_ADAPTER = regate.ModelAdapter(
     embeddings=lambda model: model.embed,
     head=lambda model: model.to_logits,
     layout=my_layout,
-    run_decoder=lambda decoder, embeddings, mask, positions: decoder(embeddings),
+    run_decoder=lambda decoder, embeddings, ids, mask, positions: decoder(embeddings(ids)),
     visual_inputs=("pixels",),
 )
 

@@ -47,12 +47,17 @@ class Findings:
     graphs: int = 0
     difference: dict[str, float] = field(default_factory=dict)
     refused: str = ""
+    failed: str = ""
 
     tolerance: float = 1e-5
 
     @property
     def exact(self) -> bool:
-        return not self.refused and bool(self.difference) and max(self.difference.values()) < self.tolerance
+        return (
+            not (self.refused or self.failed)
+            and bool(self.difference)
+            and max(self.difference.values()) < self.tolerance
+        )
 
 
 def first(output: Any) -> Tensor:

@@ -41,6 +41,8 @@ def row(findings: Findings) -> str:
     if findings.refused:
         first_line = findings.refused.split("\n")[0].replace("|", "\\|")
         return f"| {findings.name} | {findings.layers} | | | refused: {first_line} | |"
+    if findings.failed:
+        return f"| {findings.name} | {findings.layers} | | | **failed**: {findings.failed.splitlines()[0]} | |"
     result = "exact, in order" if findings.recurrences else "exact"
     if not findings.exact:
         result = "**wrong**"
@@ -53,7 +55,10 @@ def _examine(name: str) -> Findings:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     torch._dynamo.reset()
-    return examine(name, members()[name])
+    try:
+        return examine(name, members()[name])
+    except Exception as error:  # one row says so, the others are examined all the same
+        return Findings(name, failed=f"{type(error).__name__}: {error}")
 
 
 def main() -> None:
@@ -74,7 +79,7 @@ def main() -> None:
     text = INTRODUCTION.format(torch=torch.__version__, transformers=transformers.__version__)
     text += "\n".join(map(row, found))
     text += f"\n\n{len(found)} types: {len(exact)} exact ({in_order} of them in order), {refused} refused, "
-    text += f"{len(found) - len(exact) - refused} wrong.\n"
+    text += f"{len(found) - len(exact) - refused} wrong or failed.\n"
     TARGET.write_text(text)
 
 
