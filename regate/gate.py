@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter, find_adapter
 from model_adapters.conventional import text_config
-from regate import difficulty, keys, reference
+from regate import difficulty, keys, reference, router
 from regate.config import Config
 from regate.errors import GateNotAppliedError, LabelsError, StoreError, UnknownArchitectureError
 from regate.hooks import Hook, call_weakly
@@ -152,6 +152,9 @@ class Gate:
         full = self.config.is_full(self.step)
         kept, samples = self._choose(batch, layout, candidates, full, sample_ids)
         active = active_positions(layout.labels, kept, layout.valid, alignment=self.config.alignment)
+        balanced = router.is_balanced(self._target, batch)
+        if full and balanced:  # the router loss reads positions that no label needs
+            active = layout.valid
         self._active = regate_patch.Active.from_mask(active)
         self.last = Decision(full, layout.labels, kept, active)
         self._waiting = (samples, candidates)
@@ -167,6 +170,8 @@ class Gate:
             changed["use_cache"] = False  # keys of positions that were not computed cannot be cached
         self._scope = contextlib.ExitStack()
         self._scope.enter_context(regate_patch.active(self._active))
+        if balanced:
+            self._scope.enter_context(router.balanced_over(self._target, self._decoder, active))
         self.counters.gate_seconds += time.perf_counter() - start - (self.counters.teacher_seconds - taught)
         return (), changed
 

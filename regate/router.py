@@ -1,0 +1,49 @@
+"""Auxiliary losses of mixture-of-experts routers, over the tokens that were computed.
+
+Models that balance their experts (Switch Transformer, arXiv 2101.03961, equations 4 to 6) average router scores over
+the tokens of `attention_mask`, by a function `load_balancing_loss_func` of their own file. Router scores of elided
+positions do not exist, so that mask must be the computed positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+_NAME = "load_balancing_loss_func"
+_FLAG = "output_router_logits"
+
+
+def is_balanced(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Does this call add a router loss?"""
+    if not hasattr(sys.modules[type(model).__module__], _NAME):
+        return False
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    asked = batch.get(_FLAG)
+    return bool(getattr(text, _FLAG, False) or getattr(config, _FLAG, False) if asked is None else asked)
+
+
+@contextlib.contextmanager
+def balanced_over(model: nn.Module, decoder: nn.Module, active: Tensor) -> Iterator[None]:
+    """While the model runs, its router loss counts the positions `active` [B, S] bool."""
+    recording = sys.modules.get("transformers.utils.output_capturing")
+    if recording is not None:  # hooks that the decoder would otherwise install behind a lock, which nobody can capture
+        recording.maybe_install_capturing_hooks(decoder)
+    module = sys.modules[type(model).__module__]
+    original = getattr(module, _NAME)
+
+    @functools.wraps(original)
+    def over_active(gate_logits: Any, num_experts: Any = None, top_k: int = 2, attention_mask: Any = None) -> Any:
+        return original(gate_logits, num_experts, top_k, active.long())
+
+    setattr(module, _NAME, over_active)
+    try:
+        yield
+    finally:
+        setattr(module, _NAME, original)

@@ -1,0 +1,43 @@
+"""Every member of the zoo is exact or refused by name, and which is which does not change unnoticed."""
+
+from __future__ import annotations
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from tests.zoo import members
+from tests.zoo.examine import examine
+
+_ENCODER_DECODER = "is an encoder-decoder"
+_NO_LABELS = "takes no labels"
+REFUSED = {
+    "florence2": _ENCODER_DECODER,
+    "pix2struct": _ENCODER_DECODER,
+    "pp_formulanet": _ENCODER_DECODER,
+    "t5gemma2": _ENCODER_DECODER,
+    "udop": _ENCODER_DECODER,
+    "vision-encoder-decoder": _ENCODER_DECODER,
+    "diffusion_gemma": _NO_LABELS,
+    "pi0": _NO_LABELS,
+    "evolla": "Data-dependent branching",
+    "minimax_m3_vl": "chooses among positions, or blocks of them",
+    "step3p7": "data-dependent expression",
+}
+
+MEMBERS = members()
+
+
+def test_no_type_is_missing() -> None:
+    assert MEMBERS.keys() >= set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", MEMBERS)
+def test_exact_or_refused(name: str) -> None:
+    findings = examine(name, MEMBERS[name])
+    if name in REFUSED:
+        assert REFUSED[name] in findings.refused
+    else:
+        assert findings.exact, findings
+        assert findings.attention + findings.mlp >= 2
+        assert findings.graphs == 1
