@@ -14,9 +14,10 @@ from model_adapters.chameleon import CHAMELEON
 from model_adapters.errors import AdapterError
 from model_adapters.gemma import GEMMA
 from model_adapters.git import GIT
+from model_adapters.idefics import IDEFICS
 
 ENTRY_POINTS = "regate.adapters"
-_BUILT_IN = {name: adapter for adapter in (BLIP, CHAMELEON, GEMMA, GIT) for name in adapter.serves}
+_BUILT_IN = {name: adapter for adapter in (BLIP, CHAMELEON, GEMMA, GIT, IDEFICS) for name in adapter.serves}
 _REGISTERED: dict[str, ModelAdapter] = {}
 
 

@@ -1,0 +1,25 @@
+"""IDEFICS (transformers: `models/idefics`): the decoder holds the vision tower and wants an image in every call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from model_adapters.base import ModelAdapter
+
+
+def _run_decoder(
+    decoder: Any, embeddings: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None
+) -> Tensor:
+    """Text sees no image: its cross-attention gate is zero wherever `image_attention_mask` is."""
+    embeds, config = embeddings(input_ids), decoder.config
+    blank = embeds.new_zeros(len(embeds), 1, 1, config.vision_config.embed_dim)
+    name = "perceiver_embeddings" if config.use_resampler else "image_encoder_embeddings"
+    return decoder(
+        inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
+        image_attention_mask=attention_mask.new_zeros(*embeds.shape[:2], 1), **{name: blank},
+    )[0]  # fmt: skip
+
+
+IDEFICS = ModelAdapter(serves=("idefics",), run_decoder=_run_decoder)
