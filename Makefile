@@ -5,13 +5,21 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test zoo models lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.demo.train
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+# Every model type of transformers, slow: half an hour on two cores.
+zoo: $(VENV)/ready
+	$(BIN)/python -m pytest tests/zoo -m zoo
+
+# The table of results, docs/models.md.
+models: $(VENV)/ready
+	$(BIN)/python -m tests.zoo.table
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

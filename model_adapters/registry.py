@@ -15,9 +15,13 @@ from model_adapters.errors import AdapterError
 from model_adapters.gemma import GEMMA
 from model_adapters.git import GIT
 from model_adapters.idefics import IDEFICS
+from model_adapters.internvl_chat import INTERNVL_CHAT
+from model_adapters.videochat2 import VIDEOCHAT2
+from model_adapters.videollama2 import VIDEOLLAMA2
 
 ENTRY_POINTS = "regate.adapters"
-_BUILT_IN = {name: adapter for adapter in (BLIP, CHAMELEON, GEMMA, GIT, IDEFICS) for name in adapter.serves}
+_HERE = (BLIP, CHAMELEON, GEMMA, GIT, IDEFICS, INTERNVL_CHAT, VIDEOCHAT2, VIDEOLLAMA2)
+_BUILT_IN = {name: adapter for adapter in _HERE for name in adapter.serves}
 _REGISTERED: dict[str, ModelAdapter] = {}
 
 

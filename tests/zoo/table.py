@@ -1,12 +1,13 @@
-"""Examine every member and write `docs/models.md`: `python -m tests.zoo.table`."""
+"""Examine every member and write `docs/models.md`, from `docs/models.json`: `make models`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import multiprocessing
 import os
-import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import transformers
 from tests.zoo import members
 from tests.zoo.examine import Findings, examine
 
-TARGET = Path("docs/models.md")
+PAGE, DATA = Path("docs/models.md"), Path("docs/models.json")
 INTRODUCTION = """# Models
 
 Every type of transformers' image-text-to-text mapping, as a tiny random model, held to a reference that runs each row
@@ -61,18 +62,8 @@ def _examine(name: str) -> Findings:
         return Findings(name, failed=f"{type(error).__name__}: {error}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*", help="examine these types only, and print their rows")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    options = parser.parse_args()
-    names, found = options.types or list(members()), []
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=8) as pool:
-        for findings in pool.imap(_examine, names):
-            found.append(findings)
-            print(row(findings), file=sys.stderr, flush=True)
-    if options.types:
-        return
+def write(found: list[Findings]) -> None:
+    """The page, from the findings of every type."""
     exact = [f for f in found if f.exact]
     in_order = sum(f.recurrences > 0 for f in exact)
     refused = sum(bool(f.refused) for f in found)
@@ -80,7 +71,21 @@ def main() -> None:
     text += "\n".join(map(row, found))
     text += f"\n\n{len(found)} types: {len(exact)} exact ({in_order} of them in order), {refused} refused, "
     text += f"{len(found) - len(exact) - refused} wrong or failed.\n"
-    TARGET.write_text(text)
+    PAGE.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", help="examine these types only; the others keep their findings")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    known = json.loads(DATA.read_text()) if DATA.exists() else {}
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=8) as pool:
+        for findings in pool.imap(_examine, options.types or list(members())):
+            print(row(findings), flush=True)
+            known[findings.name] = asdict(findings)
+            DATA.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")  # a run may be interrupted
+    write([Findings(**known[name]) for name in sorted(known)])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""Stand-ins for the three systems of the paper: class names and call structure of their authors' code, tiny, ours.
+
+Vision is one linear layer over given features; the language models are transformers' own.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from tests.zoo.common import TEXT
+
+FRAMES, FEATURES = 6, 5
+IMAGE_ID, VIDEO_ID = -200, -201
+
+
+class Videollama2Qwen2ForCausalLM(Qwen2ForCausalLM):
+    """Ids -200 and -201 become FRAMES visual positions each."""
+
+    def __init__(self) -> None:
+        super().__init__(Qwen2Config(**TEXT))
+        self.mm_projector = nn.Linear(FEATURES, 32)
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    def prepare_inputs_labels_for_multimodal(
+        self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Any, labels: Tensor, images: Tensor
+    ) -> tuple[None, Tensor, Any, Tensor, Tensor]:
+        features, rows = iter(self.mm_projector(images)), []
+        for ids, mask, row_labels in zip(input_ids, attention_mask.bool(), labels, strict=True):
+            embeds, targets = [], []
+            for token, label in zip(ids[mask], row_labels[mask], strict=True):
+                visual = bool(token < 0)
+                embeds.append(next(features) if visual else self.model.embed_tokens(token)[None])
+                targets += [-100] * FRAMES if visual else [int(label)]
+            rows.append((torch.cat(embeds), torch.tensor(targets)))
+        length = max(len(e) for e, _ in rows)
+        embeds = torch.stack([F.pad(e, (0, 0, 0, length - len(e))) for e, _ in rows])
+        expanded = torch.stack([F.pad(t, (0, length - len(t)), value=-100) for _, t in rows])
+        mask = torch.stack([torch.arange(length) < len(e) for e, _ in rows])
+        return None, mask, past_key_values, embeds, expanded
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if inputs_embeds is None:
+            input_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(input_ids, attention_mask, past_key_values, labels, images)
+            )
+        outputs = super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
+        )  # fmt: skip
+        outputs.labels = labels
+        return outputs
+
+
+class VideoChat2_it_mistral(nn.Module):
+    """Strings in; FRAMES Q-Former positions between the instruction and the text; a constant at position 0."""
+
+    def __init__(self, *, lora: bool = False) -> None:
+        super().__init__()
+        self.mistral_model: Any = MistralForCausalLM(MistralConfig(**TEXT, sliding_window=None))
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+            self.mistral_model = get_peft_model(self.mistral_model, LoraConfig(r=2, target_modules=targets))
+        self.mistral_proj = nn.Linear(FEATURES, 32)
+
+    def embed(self, words: str) -> Tensor:
+        table = self.mistral_model.get_input_embeddings()
+        return table(torch.tensor([int(w) for w in words.split()]))
+
+    def forward(self, image: Tensor, text_input: list[str], instruction: list[str]) -> dict[str, Tensor]:
+        rows = []
+        for visual, text, before in zip(self.mistral_proj(image), text_input, instruction, strict=True):
+            start = torch.ones(1, 32, dtype=visual.dtype)
+            answer = torch.tensor([int(w) for w in text.split()])
+            embeds = torch.cat([start, self.embed(before), visual, self.embed(text)])
+            ignored = torch.full((len(embeds) - len(answer),), -100)
+            rows.append((embeds, torch.cat([ignored, answer])))
+        length = max(len(e) for e, _ in rows)
+        outputs = self.mistral_model(
+            inputs_embeds=torch.stack([F.pad(e, (0, 0, 0, length - len(e))) for e, _ in rows]),
+            attention_mask=torch.stack([(torch.arange(length) < len(e)).long() for e, _ in rows]),
+            return_dict=True,
+            labels=torch.stack([F.pad(t, (0, length - len(t)), value=-100) for _, t in rows]),
+        )
+        return {"loss": outputs.loss}
+
+
+class InternVLChatModel(nn.Module):
+    """Ids expanded already; the loss outside, weighted; no `get_decoder` of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type="internvl_chat")
+        self.language_model = Qwen2ForCausalLM(Qwen2Config(**TEXT))
+        self.mlp1 = nn.Linear(FEATURES, 32)
+        self.img_context_token_id: int | None = None
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        image_flags: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        statistics: Any = None,
+        loss_weight: list[list[float]] | None = None,
+        loss_reduction_all_gather: bool = False,
+    ) -> Any:
+        embeds = self.language_model.get_input_embeddings()(input_ids).clone()
+        embeds[input_ids == self.img_context_token_id] = self.mlp1(pixel_values).flatten(0, 1)
+        outputs = self.language_model(
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
+        )
+        if labels is not None:
+            each = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+            weights = torch.ones_like(each)
+            if loss_weight is not None:
+                weights = torch.tensor(loss_weight, dtype=each.dtype)[:, 1:].flatten()
+            outputs.loss = (each * weights).sum() / weights.sum()
+        return outputs
