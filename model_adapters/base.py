@@ -5,6 +5,7 @@ conventional Hugging Face models. An adapter overrides the ones that differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,8 @@ class ModelAdapter:
         run_decoder: `(decoder, embeddings, input_ids [B, S], attention_mask [B, S], position_ids) -> hidden states`
             [B, S, D] on text with placeholders at visual positions, given the decoder and the embeddings module,
             for the teacher.
+        capturable: a context in which the decoder computes the same function by code that can be captured as one graph,
+            for the few models whose own code cannot.
         padding: how the teacher sees visual positions.
         visual_inputs: names of batch entries that hold pixels, for telling samples with equal text apart.
     """
@@ -89,5 +92,6 @@ class ModelAdapter:
     with_labels: Callable[[nn.Module, Batch, Tensor], dict[str, Any]] = labels_alone
     position_ids: Callable[[nn.Module, Batch], Tensor | None] = conventional.position_ids
     run_decoder: Callable[[nn.Module, nn.Module, Tensor, Tensor, Tensor | None], Tensor] = conventional.run_decoder
+    capturable: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
     padding: Padding = Padding()
     visual_inputs: tuple[str, ...] = ("pixel_values", "pixel_values_videos", "input_features")

@@ -12,6 +12,7 @@ from model_adapters.base import ModelAdapter
 from model_adapters.blip import BLIP
 from model_adapters.chameleon import CHAMELEON
 from model_adapters.errors import AdapterError
+from model_adapters.experts import ERNIE, STEP
 from model_adapters.gemma import GEMMA
 from model_adapters.git import GIT
 from model_adapters.idefics import IDEFICS
@@ -20,7 +21,7 @@ from model_adapters.videochat2 import VIDEOCHAT2
 from model_adapters.videollama2 import VIDEOLLAMA2
 
 ENTRY_POINTS = "regate.adapters"
-_HERE = (BLIP, CHAMELEON, GEMMA, GIT, IDEFICS, INTERNVL_CHAT, VIDEOCHAT2, VIDEOLLAMA2)
+_HERE = (BLIP, CHAMELEON, ERNIE, GEMMA, GIT, IDEFICS, INTERNVL_CHAT, STEP, VIDEOCHAT2, VIDEOLLAMA2)
 _BUILT_IN = {name: adapter for adapter in _HERE for name in adapter.serves}
 _REGISTERED: dict[str, ModelAdapter] = {}
 

@@ -170,6 +170,7 @@ class Gate:
             changed["use_cache"] = False  # keys of positions that were not computed cannot be cached
         self._scope = contextlib.ExitStack()
         self._scope.enter_context(regate_patch.active(self._active))
+        self._scope.enter_context(self.adapter.capturable(self._model))
         if balanced:
             self._scope.enter_context(router.balanced_over(self._target, self._decoder, active))
         self.counters.gate_seconds += time.perf_counter() - start - (self.counters.teacher_seconds - taught)

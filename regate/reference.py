@@ -88,7 +88,7 @@ class Teacher:
         needed = wanted.flip(1).cummax(1).values.flip(1).roll(-1, 1)  # up to the last predictor
         needed[:, -1] = False
         with self._switched():
-            with regate_patch.active(seen & needed):
+            with regate_patch.active(seen & needed), self.adapter.capturable(self.model):
                 hidden = self.adapter.run_decoder(self.decoder, self.embeddings, ids, seen.long(), positions)
             losses = label_losses(hidden, labels, wanted, head=self.head)
         if not bool(torch.isfinite(losses).all()):

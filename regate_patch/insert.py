@@ -130,8 +130,20 @@ class _Inserter:
 
     def enter(self, node: fx.Node) -> None:
         """Replace everything that `node` reads from outside by its compact form."""
+        if is_call(node, "masked_scatter") and not set(node.args[1:]) & self.compact:
+            self.scatter_by_mask(node)
+            return
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda v: self.compacted(v, node))
         node.args, node.kwargs = args, kwargs
+
+    def scatter_by_mask(self, node: fx.Node) -> None:
+        """`x.masked_scatter(mask, source)` with a live-in source, which lists values for the mask's tokens."""
+        x, mask, source = (n for n in node.args if isinstance(n, fx.Node))
+        sizes = shape(mask)
+        if sizes[:2] != (self.tokens.batch, self.tokens.length) or len(sizes) != len(shape(x)):
+            raise UnsupportedGraphError(f"a masked_scatter whose mask is not [B, S, ...]: {where(node)}")
+        node.op, node.target = "call_function", ops.masked_scatter_tokens
+        node.args = (self.compacted(x, node), mask, source, self.index)
 
     def compacted(self, v: fx.Node, user: fx.Node) -> fx.Node:
         """`v` as `user`, inside a block, must see it."""
@@ -155,7 +167,7 @@ class _Inserter:
         gathered = self.gathered(v, tuple(axes), user)
         if self.chooses and value(v).dtype == torch.bool and len(axes) == 2:
             return self.without_filling(gathered, user)
-        if value(v).dtype == torch.bool and user.target in (operator.getitem, ops.write):
+        if value(v).dtype == torch.bool and user.target in (operator.getitem, ops.write, "masked_scatter"):
             return self.make(("valid", gathered), user, ops.only_valid, (gathered, self.valid), v)
         return gathered
 

@@ -75,6 +75,17 @@ def select_tokens(x: Tensor, mask: Tensor, index: Tensor, valid: Tensor, dim: in
     return x.index_select(dim, active[mask].nonzero().squeeze(1))
 
 
+def masked_scatter_tokens(x: Tensor, mask: Tensor, source: Tensor, index: Tensor) -> Tensor:
+    """`x.masked_scatter(mask, source)` on active positions, `mask` [B, S, ...] and `source` at full length.
+
+    `source` lists values for the mask's tokens in order; those of inactive ones are passed over.
+    """
+    full = torch.broadcast_to(mask, (*mask.shape[:2], *x.shape[2:]))
+    placed = torch.zeros(full.shape, dtype=x.dtype, device=x.device).masked_scatter(full, source)
+    rank = x.dim()
+    return torch.where(gather_tokens(full, index, (1,), 0, rank), gather_tokens(placed, index, (1,), 0, rank), x)
+
+
 def only_valid(mask: Tensor, valid: Tensor) -> Tensor:
     """A gathered boolean [B, K, ...] token mask, False on the filling."""
     return mask & valid.reshape(valid.shape + (1,) * (mask.dim() - 2))

@@ -31,7 +31,14 @@ from regate_patch.mixers import (
 )
 from regate_patch.tokens import Tokens
 
-_INDEXING = (operator.getitem, ops.write, "index_select", "gather", "take_along_dim", torch.gather)
+_INDEXING = (operator.getitem, ops.write)  # x[key]
+_INDEXING_ALONG = (  # f(x, dim, index)
+    torch.gather, torch.scatter, torch.index_select, "gather", "scatter", "scatter_", "scatter_add", "scatter_add_",
+    "index_select", "index_add", "index_add_", "index_copy", "index_copy_", "index_fill_", "take_along_dim",
+)  # fmt: skip
+_PRODUCTS = (torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm", "__matmul__")
+_WINDOWS = ("pool", "conv2d", "conv3d", "conv_transpose", "interpolate", "batch_norm", "instance_norm", "fft_")
+_NORMALISING = ("softmax", "log_softmax", "softmin", "cosine_similarity")
 _LIKE = (
     torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
     "new_zeros", "new_ones", "new_empty", "new_full",
@@ -74,6 +81,8 @@ def check(span: Span, tokens: Tokens) -> None:
         if is_tensor(node):
             checker.check_sizes(node)
             checker.check_reduction(node)
+            checker.check_sum(node)
+            checker.check_window(node)
             checker.check_indexing(node)
 
 
@@ -101,6 +110,45 @@ class _Checker:
             return
         if any(is_tensor(s) and value(s).is_floating_point() and self.tokens.on(s) for s in node.all_input_nodes):
             refuse(node, "it reduces over tokens")
+
+    def check_sum(self, node: fx.Node) -> None:
+        """Only attention hides the filling of short rows: no other product may sum over positions."""
+        operands: list[Any] = []
+        if is_call(node, *_PRODUCTS):
+            operands = [node.args[0]]
+        elif is_call(node, torch.einsum) and isinstance(node.args[0], str):
+            operands = self.summed_over_tokens(node.args[0], list(nodes_in(node.args[1:])))
+        for x in operands:
+            if is_tensor(x) and shape(x)[-1] == self.tokens.length and not self.is_attention_weight(x):
+                refuse(node, "it sums over tokens, other than by attention")
+
+    def summed_over_tokens(self, equation: str, operands: list[fx.Node]) -> list[fx.Node]:
+        """The operands of an einsum that end in a token axis which its result does not have."""
+        inputs, _, result = equation.replace(" ", "").partition("->")
+        return [x for x, letters in zip(operands, inputs.split(","), strict=False) if letters[-1:] not in result]
+
+    def is_attention_weight(self, node: Any, limit: int = 12) -> bool:
+        """Was it made from an attention's softmax, through values that keep the axis of keys?"""
+        frontier = [node]
+        for _ in range(limit):
+            if any(is_attention(n) and n in self.mixers for n in frontier):
+                return True
+            sources = [s for n in frontier for s in n.all_input_nodes if is_tensor(s) and value(s).dim()]
+            frontier = [s for s in sources if shape(s)[-1] - self.tokens.length in (0, 1)]
+        return False
+
+    def check_window(self, node: fx.Node) -> None:
+        """Operations that mix neighbours, or normalise over tokens, and keep the shape."""
+        name = str(getattr(node.target, "__name__", node.target))
+        source = node.args[0] if node.args else None
+        if not is_tensor(source) or not self.tokens.carried_by(source):
+            return
+        if any(word in name for word in _WINDOWS):
+            refuse(node, "it mixes tokens")
+        if name in _NORMALISING and node not in self.mixers:
+            dim = argument(node, 1, "dim", -1)
+            if isinstance(dim, int) and shape(source)[dim] == self.tokens.length:
+                refuse(node, "it is normalised over tokens, and is no attention")
 
     def check_order(self, node: fx.Node) -> None:
         if is_call(node, *_TOPK):
@@ -152,13 +200,31 @@ class _Checker:
         return all(is_call(user, operator.getitem) and _is_prefix(user.args[1], length) for user in node.users)
 
     def check_indexing(self, node: fx.Node) -> None:
-        if not is_call(node, *_INDEXING):
+        if is_call(node, *_INDEXING):
+            keys = nodes_in(node.args[1])
+        elif is_call(node, *_INDEXING_ALONG):
+            dim, index = argument(node, 1, "dim", -1), argument(node, 2, "index")
+            size = shape(node.args[0])[dim] if isinstance(dim, int) else self.tokens.length
+            keys = nodes_in(index) if size.free_symbols & self.lists_tokens else ()
+        else:
             return
-        for key in nodes_in((node.args[1:2], node.kwargs.get("index"))):
-            if not is_tensor(key) or key in self.inside or value(key).dtype == torch.bool:
+        for key in keys:
+            if (numbers := self.position_numbers(key)) is not None:
+                refuse(node, f"it picks positions by number, from {where(numbers)}")
+
+    def position_numbers(self, key: Any) -> fx.Node | None:
+        """The whole numbers per token, made outside the span, that an index was made of."""
+        pending, seen = [key], set()
+        while pending:
+            node = pending.pop()
+            if not is_tensor(node) or value(node).is_floating_point() or value(node).dtype == torch.bool:
                 continue
-            if any(s.free_symbols & self.lists_tokens for s in shape(key)):
-                refuse(node, f"it picks positions by number, from {where(key)}")
+            if node not in self.inside and any(s.free_symbols & self.lists_tokens for s in shape(node)):
+                return node
+            if node in self.inside and node not in seen:
+                seen.add(node)
+                pending.extend(node.all_input_nodes)
+        return None
 
 
 def _reads_form_only(node: fx.Node) -> bool:

@@ -37,6 +37,11 @@ def _call(decoder: nn.Module) -> Tensor:
 ODD: dict[str, Callable[[Tensor], Tensor]] = {
     "convolution": lambda x: F.conv1d(x.mT, torch.ones(8, 8, 3), padding=1).mT,
     "roll": lambda x: x.roll(1, 1),
+    "centred window": lambda x: F.avg_pool1d(x.mT, 3, stride=1, padding=1).mT,
+    "attention without softmax": lambda x: (x @ x.mT).relu() @ x,
+    "einsum over tokens": lambda x: torch.einsum("bqk,bkd->bqd", (x @ x.mT).relu(), x),
+    "weights over tokens": lambda x: x * x.softmax(1),
+    "scatter by number": lambda x: x.scatter(1, torch.arange(x.shape[1])[None, :, None].expand_as(x), x),
     "mean over tokens": lambda x: x - x.mean(1, keepdim=True),
     "every other token": lambda x: x[:, ::2].repeat_interleave(2, 1),
     "positions by number": lambda x: x[torch.arange(x.shape[0])[:, None], torch.arange(x.shape[1])[None]],
