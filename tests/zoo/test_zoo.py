@@ -19,6 +19,7 @@ REFUSED = {
     "vision-encoder-decoder": _ENCODER_DECODER,
     "diffusion_gemma": _NO_LABELS,
     "pi0": _NO_LABELS,
+    "glm5_next": "picks positions by number",
     "evolla": "Data-dependent branching",
     "minimax_m3_vl": "chooses among positions, or blocks of them",
     "qwen4_exp": "data-dependent expression",
