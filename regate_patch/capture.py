@@ -195,7 +195,13 @@ def _inner(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
         return gm(*inputs)
 
-    return torch.compile(run, backend=backend, dynamic=True, fullgraph=True)
+    compiled = torch.compile(run, backend=backend, dynamic=True, fullgraph=True)
+
+    def run_any_size(*inputs: Any) -> Any:
+        with torch._dynamo.config.patch(specialize_int=False):  # here the ints are B and S
+            return compiled(*inputs)
+
+    return run_any_size
 
 
 def _check_length(chosen: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

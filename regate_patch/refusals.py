@@ -213,17 +213,21 @@ class _Checker:
                 refuse(node, f"it picks positions by number, from {where(numbers)}")
 
     def position_numbers(self, key: Any) -> fx.Node | None:
-        """The whole numbers per token, made outside the span, that an index was made of."""
+        """The whole numbers per token, made outside the span, that an index was made of.
+
+        A list of all rows' tokens, such as `arange(B*S)`, is made again from K and numbers what is computed.
+        """
         pending, seen = [key], set()
         while pending:
             node = pending.pop()
-            if not is_tensor(node) or value(node).is_floating_point() or value(node).dtype == torch.bool:
+            if node in seen or not is_tensor(node):
                 continue
-            if node not in self.inside and any(s.free_symbols & self.lists_tokens for s in shape(node)):
+            if value(node).is_floating_point() or value(node).dtype == torch.bool:
+                continue
+            if node not in self.inside and any(s in self.lists_tokens or self.tokens.pads(s) for s in shape(node)):
                 return node
-            if node in self.inside and node not in seen:
-                seen.add(node)
-                pending.extend(node.all_input_nodes)
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
         return None
 
 

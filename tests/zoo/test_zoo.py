@@ -21,7 +21,7 @@ REFUSED = {
     "pi0": _NO_LABELS,
     "glm5_next": "picks positions by number",
     "evolla": "Data-dependent branching",
-    "minimax_m3_vl": "chooses among positions, or blocks of them",
+    "minimax_m3_vl": "picks positions by number",
     "qwen4_exp": "data-dependent expression",
 }
 
