@@ -13,12 +13,16 @@ from regate.errors import RegateError
 from regate.gate import Decision, Gate
 from regate.report import Report
 from regate.store import Store
+from regate.trainer import GateCallback, register
 from regate.version import __version__
+
+register()
 
 __all__ = [
     "Config",
     "Decision",
     "Gate",
+    "GateCallback",
     "Layout",
     "ModelAdapter",
     "Padding",

@@ -44,6 +44,7 @@ def apply(
 
     Raises:
         UnknownArchitectureError: no adapter serves the model.
+        UnsupportedShardingError: DeepSpeed ZeRO-3 or FSDP1.
         StoreMismatchError: the store's reference losses were made by another teacher.
         ConfigError: a setting out of range.
     """
@@ -75,11 +76,15 @@ def remove(model: nn.Module) -> None:
     Raises:
         GateNotAppliedError: no gate is on this model.
     """
-    for module in [unwrap(model), *model.modules()]:
-        if (gate := _gate_on(module)) is not None:
-            gate.remove()
-            return
-    raise GateNotAppliedError(f"no gate is applied to this {type(model).__name__}")
+    gate = gate_of(model)
+    if gate is None:
+        raise GateNotAppliedError(f"no gate is applied to this {type(model).__name__}")
+    gate.remove()
+
+
+def gate_of(model: nn.Module) -> Gate | None:
+    """The gate on a model or inside what wraps it, or None."""
+    return next((gate for m in [unwrap(model), *model.modules()] if (gate := _gate_on(m)) is not None), None)
 
 
 def _gate_on(module: nn.Module) -> Gate | None:

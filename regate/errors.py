@@ -25,6 +25,22 @@ class GateNotAppliedError(RegateError):
     """The model has no gate, or the gate lacks what the call needs."""
 
 
+class NotGatedError(RegateError):
+    """The model's parameters were stepped on a sparse step that no gated forward had prepared."""
+
+
+class CheckpointError(RegateError):
+    """A checkpoint lacks the gate's state, or it cannot be read."""
+
+
+class UnsupportedShardingError(RegateError):
+    """The model is split over ranks in a way that the gate cannot see through."""
+
+
+class RankError(RegateError):
+    """Ranks could not tell each other what they learnt."""
+
+
 class StoreError(RegateError):
     """The store cannot be opened, or lacks what was asked of it."""
 
@@ -42,14 +58,18 @@ class StoreFullError(StoreError):
 
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "GateNotAppliedError",
     "LabelsError",
     "NonFiniteLossError",
+    "NotGatedError",
+    "RankError",
     "RegateError",
     "StoreCorruptError",
     "StoreError",
     "StoreFullError",
     "StoreMismatchError",
     "UnknownArchitectureError",
+    "UnsupportedShardingError",
 ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,14 +28,22 @@ from tqdm.auto import tqdm
 import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter, find_adapter
 from model_adapters.conventional import text_config
-from regate import difficulty, keys, reference, router
+from regate import checkpoint, difficulty, keys, reference, router
 from regate.config import Config
-from regate.errors import GateNotAppliedError, LabelsError, StoreError, UnknownArchitectureError
+from regate.errors import (
+    GateNotAppliedError,
+    LabelsError,
+    NotGatedError,
+    StoreError,
+    UnknownArchitectureError,
+)
 from regate.hooks import Hook, call_weakly
-from regate.loss import label_losses
-from regate.report import Counters, Report
+from regate.outputs import kept_losses, rescale
+from regate.report import Counters, Report, Stopwatch
 from regate.selection import IGNORED, active_positions, keep_highest, predicted
-from regate.store import Store
+from regate.sharding import refuse_opaque
+from regate.sharing import Exchange
+from regate.store import Store, Table
 
 log = logging.getLogger("regate")
 TeacherChoice = Literal["auto", "4bit", "precomputed"] | nn.Module | None
@@ -86,10 +95,15 @@ class Gate:
         self.counters = Counters()
         self.last: Decision | None = None
         self.step = 0
-        self._stepped = False
+        self.watch = Stopwatch()
+        self.exchange = Exchange(store)
+        self.on_unsupported = on_unsupported
+        self._stepped: set[int] = set()  # optimizers that stepped since the last gated forward
+        self._without_labels = 0  # training forwards since then
         self._counted_step = -1
         self._notes: list[str] = []
         self._pending: list[_Pending] = []
+        self._hidden_states: Tensor | None = None
         self._scope: contextlib.ExitStack | None = None
         self._active: regate_patch.Active | None = None
         self._model = model
@@ -107,6 +121,7 @@ class Gate:
         self._hooks = [
             self._target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
             self._target.register_forward_hook(Hook(self._after), with_kwargs=True, always_call=True),
+            self._decoder.register_forward_hook(Hook(self._after_decoder)),
             register_optimizer_step_post_hook(call_weakly(self._on_optimizer_step)),
         ]
 
@@ -136,7 +151,11 @@ class Gate:
             return args, kwargs
         batch = self._by_name(args, kwargs)
         if batch.get("labels") is None:
+            self._without_labels += 1
             return args, kwargs
+        self._advance()
+        if self.counters.labels_seen == 0:  # sharding comes after `apply`, before the first step
+            refuse_opaque(self._target)
         if self._handle.statistics.failed is not None:  # on_unsupported="warn": the decoder runs dense
             self.counters.forwards_ungated += 1
             return args, kwargs
@@ -147,7 +166,6 @@ class Gate:
         if not bool(candidates.any()):
             self.counters.forwards_ungated += 1
             return args, kwargs
-        self._advance()
         self.flush()
         full = self.config.is_full(self.step)
         kept, samples = self._choose(batch, layout, candidates, full, sample_ids)
@@ -177,13 +195,14 @@ class Gate:
         return (), changed
 
     @torch.compiler.disable
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden_states, self._hidden_states = self._hidden_states, None
         if self._scope is None:
-            return
+            return None
         self._close_scope()
         active, self._active = self._active, None
         if output is None:  # the forward raised
-            return
+            return None
         assert active is not None
         assert self.last is not None
         if not active.ran and self._handle.statistics.failed is None:
@@ -194,18 +213,55 @@ class Gate:
         start = time.perf_counter()
         rows, length = self.last.labels.shape
         self._count_flops(rows, length, active.index.shape[1])
-        self._observe(output)
+        self._observe(output, hidden_states)
+        if not self.last.full:
+            output = rescale(output, self._waiting[1], self.last.kept)
         self.counters.gate_seconds += time.perf_counter() - start
+        return output
+
+    @torch.compiler.disable
+    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._scope is not None:
+            found = getattr(output, "last_hidden_state", None)
+            self._hidden_states = found if found is not None else output[0]
 
     def _on_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._stepped:
-            own = {id(p) for p in self._target.parameters()}
-            self._stepped = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        own = {id(p) for p in self._target.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            return
+        if id(optimizer) in self._stepped:  # a second time, and no gated forward between
+            self._missed()
+        if not self._stepped:  # the first of the model's optimizers
+            self.watch.step(full=self.config.is_full(self.step))
+            self.exchange.tick()
+        self._stepped.add(id(optimizer))
+
+    def _missed(self) -> None:
+        """An optimizer step was made of forwards that were not gated."""
+        self._stepped.clear()
+        self.step += 1
+        if self.config.is_full(self.step):
+            return
+        self.counters.steps_missed += 1
+        name = type(self._target).__name__
+        why = (
+            f"{self._without_labels} training forward(s) of {name} got no `labels`. Pass them to the model; a trainer "
+            "keeps them back for label smoothing or for a loss function of its own"
+            if self._without_labels
+            else f"no training forward of {name} was called. What computes the loss must call the model itself, not "
+            "its `forward` or its parts"
+        )
+        problem = f"step {self.step} should be sparse, but its parameters were updated without gating: {why}."
+        if self.on_unsupported == "raise":
+            raise NotGatedError(problem)
+        self._note(problem.replace(f"step {self.step}", "a step"))
 
     def _advance(self) -> None:
         """Micro-batches of one optimizer step share one decision: count steps, not forwards."""
         if self._stepped:
-            self.step, self._stepped = self.step + 1, False
+            self.step += 1
+            self._stepped.clear()
+        self._without_labels = 0
 
     def _close_scope(self) -> None:
         if self._scope is not None:
@@ -286,26 +342,19 @@ class Gate:
         start = time.perf_counter()
         rows = [text.index(key) for key in missing]
         losses = self._teacher.losses(batch, layout, rows)
-        self.store.put("reference", {k: x.numpy() for k, x in zip(missing, losses, strict=True)})
+        self._put("reference", {k: x.numpy() for k, x in zip(missing, losses, strict=True)})
         self.counters.teacher_samples += len(rows)
         self.counters.teacher_seconds += time.perf_counter() - start
 
     # -- learning from the forward ----------------------------------------------------------------------
 
-    def _observe(self, output: Any) -> None:
+    def _observe(self, output: Any, hidden_states: Tensor | None) -> None:
         assert self.last is not None
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        labels, kept = self.last.labels, self.last.kept
-        if logits is None or logits.shape[:2] != labels.shape:
-            got = None if logits is None else list(logits.shape)
-            raise LabelsError(
-                f"difficulties need the model's logits [B, S, V] = [{labels.shape[0]}, {labels.shape[1]}, V]; "
-                f"its output has {got}"
-            )
-        losses = label_losses(logits.detach(), labels, kept)
+        kept = self.last.kept
+        losses = kept_losses(output, self.last.labels, kept, hidden_states=hidden_states, head=self._head)
         samples, candidates = self._waiting
         self._pending.append(_Pending(samples, candidates, kept, losses))
-        self.prior.observe(labels[kept], losses)
+        self.prior.observe(self.last.labels[kept], losses)
 
     def flush(self) -> None:
         """Write the difficulties of earlier forwards to the store."""
@@ -318,7 +367,11 @@ class Gate:
             m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay).cpu()
             counts = item.candidates.sum(1).tolist()
             rows = m[item.candidates.cpu()].split(counts)
-            self.store.put("difficulty", {k: r.numpy() for k, r in zip(item.keys, rows, strict=True) if len(r)})
+            self._put("difficulty", {k: r.numpy() for k, r in zip(item.keys, rows, strict=True) if len(r)})
+
+    def _put(self, table: Table, records: dict[bytes, np.ndarray]) -> None:
+        self.store.put(table, records)
+        self.exchange.add(table, records)
 
     def _count(self, layout: Layout, decision: Decision) -> None:
         c = self.counters
@@ -376,6 +429,8 @@ class Gate:
             "attention_blocks": statistics.attention,
             "mlp_blocks": statistics.mlp,
             "graphs": len(statistics.graphs) + statistics.other_graphs,
+            "recompiles": statistics.recompiles,
+            **self.watch.medians(),
         }
         notes = list(self._notes)
         if self._handle.statistics.failed is not None:
@@ -383,27 +438,46 @@ class Gate:
         return Report(self.counters, found, notes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Schedule position, prior and counters; difficulties too while the store is a temporary one."""
+        """Schedule position, prior, counters and difficulties; tensors and plain numbers only."""
         self.flush()
-        state = {
-            "step": self.step + self._stepped,
+        return {
+            "step": self.step + bool(self._stepped),
             "counters": asdict(self.counters),
             "prior": self.prior.state_dict(),
+            "difficulty": checkpoint.pack(self.store.items("difficulty")),
         }
-        if self.store.temporary:
-            state["difficulty"] = dict(self.store.items("difficulty"))
-        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken; the store's difficulties become those of then."""
         self._pending.clear()
-        self.step, self._stepped = state["step"], False
+        self._stepped.clear()
+        self.step = state["step"]
         self.counters.load(state["counters"])
         self._counted_step = self.step - 1
         self.prior.load_state_dict(state["prior"])
-        if "difficulty" in state:
-            self.store.clear("difficulty")
-            self.store.put("difficulty", state["difficulty"])
+        self.store.clear("difficulty")
+        self.store.put("difficulty", dict(checkpoint.unpack(state["difficulty"])))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `state_dict` into a checkpoint's folder, atomically. With several ranks, every rank must call it.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        self.flush()
+        self.exchange.finish()
+        state = self.state_dict()
+        if checkpoint.rank() != 0:
+            del state["difficulty"]  # rank 0 has them all by now
+        checkpoint.save(folder, state)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Continue from what `save` wrote, with as many ranks as there are now.
+
+        Raises:
+            CheckpointError: the folder holds no state of a gate, or it cannot be read.
+        """
+        self.load_state_dict(checkpoint.load(folder))
 
     def remove(self) -> None:
         """Take the gate off; the model is as it was before `apply`."""

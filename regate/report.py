@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from statistics import median
 
 Number = int | float
 
@@ -14,6 +17,7 @@ class Counters:
 
     steps_full: int = 0
     steps_sparse: int = 0
+    steps_missed: int = 0
     forwards_ungated: int = 0
     labels_seen: int = 0
     labels_kept: int = 0
@@ -29,6 +33,26 @@ class Counters:
     def load(self, state: Mapping[str, Number]) -> None:
         for field in fields(self):
             setattr(self, field.name, state.get(field.name, getattr(self, field.name)))
+
+
+class Stopwatch:
+    """Wall time from optimizer step to optimizer step, full and sparse ones apart: medians of the last `window`."""
+
+    def __init__(self, window: int = 101) -> None:
+        self._seconds: dict[bool, deque[float]] = {full: deque(maxlen=window) for full in (True, False)}
+        self._last: float | None = None
+
+    def step(self, *, full: bool) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds[full].append(now - self._last)
+        self._last = now
+
+    def medians(self) -> dict[str, float]:
+        """Seconds per full and per sparse step, and their ratio; 0.0 where there was none yet."""
+        full, sparse = (median(self._seconds[kind] or [0.0]) for kind in (True, False))
+        measured = full / sparse if full and sparse else 0.0
+        return {"seconds_per_full_step": full, "seconds_per_sparse_step": sparse, "speedup_measured": measured}
 
 
 class Report(Mapping[str, Number]):
@@ -52,8 +76,9 @@ class Report(Mapping[str, Number]):
     def __str__(self) -> str:
         n = self._numbers
         lines = [
-            f"decoder    {n['attention_blocks']} attention and {n['mlp_blocks']} MLP blocks in {n['graphs']} graph(s)",
-            f"steps      {n['steps_full']} full, {n['steps_sparse']} sparse",
+            f"decoder    {n['attention_blocks']} attention and {n['mlp_blocks']} MLP blocks in {n['graphs']} graph(s), "
+            f"{n['recompiles']} of them recompiled",
+            f"steps      {n['steps_full']} full, {n['steps_sparse']} sparse, {n['steps_missed']} sparse without gating",
             f"labels     {n['labels_kept']:,} of {n['labels_seen']:,} kept{_share(n['labels_kept'], n['labels_seen'])}",
             f"positions  {n['positions_computed']:,} of {n['positions_seen']:,} computed"
             f"{_share(n['positions_computed'], n['positions_seen'])}",
@@ -61,6 +86,11 @@ class Report(Mapping[str, Number]):
             f"gating     {n['gate_seconds']:.1f} s on the host",
             f"FLOPs      {n['speedup_possible']:.2f}x fewer in decoder and head than the same steps dense",
         ]
+        if n["speedup_measured"]:
+            lines.append(
+                f"time       {n['seconds_per_full_step']:.3f} s per full step, {n['seconds_per_sparse_step']:.3f} s "
+                f"per sparse one: {n['speedup_measured']:.2f}x measured"
+            )
         return "\n".join(lines + [f"note       {note}" for note in self.notes])
 
 

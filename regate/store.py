@@ -46,6 +46,11 @@ _DAMAGED = (
 _NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
 
 
+def half(losses: np.ndarray) -> np.ndarray:
+    """Losses as they are stored: float16, saturating at its largest value."""
+    return np.clip(losses, -_HALF_MAX, _HALF_MAX).astype(_HALF)
+
+
 class Store:
     """Reference losses and difficulties on disk.
 
@@ -115,7 +120,7 @@ class Store:
             losses = records[key]
             if not np.isfinite(losses).all():
                 raise StoreError(f"losses of sample {key.hex()} are not finite; they are not stored")
-            encoded.append((key, np.clip(losses, -_HALF_MAX, _HALF_MAX).astype(_HALF).tobytes()))
+            encoded.append((key, half(losses).tobytes()))
         with self._transaction(write=True) as (txn, files):
             for key, value in encoded:
                 txn.put(key, value, db=files.tables[table], overwrite=table == "difficulty")

@@ -43,6 +43,7 @@ _DYNAMO: dict[str, Any] = {
     "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
     "fail_on_recompile_limit_hit": True,  # never fall back to eager, where nothing would be elided
     "recompile_limit": 64,
+    "optimize_ddp": False,  # cuts graphs at gradient buckets: blocks would no longer be whole
 }
 
 
@@ -70,6 +71,7 @@ class Statistics:
     Attributes:
         graphs: one `Rewrite` per captured graph that holds attention.
         other_graphs: captured graphs without attention, which run as they are.
+        recompiles: graphs of both kinds captured after the first call had ended.
         calls: calls under `active(...)`.
         last: the rewrites that the last such call ran, in order (one graph may run once per layer).
         failed: why the decoder runs dense since (`on_unsupported="warn"`), or None.
@@ -77,6 +79,7 @@ class Statistics:
 
     graphs: list[Rewrite] = field(default_factory=list)
     other_graphs: int = 0
+    recompiles: int = 0
     calls: int = 0
     last: tuple[Rewrite, ...] = ()
     failed: str | None = None
@@ -104,16 +107,14 @@ class GatedForward:
         decoder: nn.Module,
         backend: Backend,
         on_unsupported: OnUnsupported,
-        allow_graph_breaks: bool,
+        allow_graph_breaks: bool | None,
         observe: Observer | None,
     ) -> None:
         self.decoder, self.backend, self.observe = decoder, backend, observe
-        self.on_unsupported = on_unsupported
+        self.on_unsupported, self.allow_graph_breaks = on_unsupported, allow_graph_breaks
         self.forward = decoder.forward
         self.statistics = Statistics()
-        self.compiled = torch.compile(
-            self.forward, backend=self._compile, dynamic=True, fullgraph=not allow_graph_breaks
-        )
+        self.compiled: Callable[..., Any] | None = None
         functools.update_wrapper(self, self.forward, updated=())
         self.__signature__ = inspect.signature(self.forward)
 
@@ -123,10 +124,10 @@ class GatedForward:
         if chosen is None or self.statistics.failed is not None:
             return self.forward(*args, **kwargs)
         _check_length(chosen, args, kwargs)
-        ran_before = len(chosen.ran)
+        ran_before, graphs_before = len(chosen.ran), len(self.statistics.graphs) + self.statistics.other_graphs
         try:
             output = self._run(*args, **kwargs)
-            self._check_ran(chosen.ran[ran_before:])
+            self._check_ran(chosen.ran[ran_before:], graphs_before)
         except (UnsupportedGraphError, NoBlocksError) as error:
             if self.on_unsupported == "raise":
                 raise
@@ -136,6 +137,9 @@ class GatedForward:
         return output
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.compiled is None:  # only now: the decoder may have been sharded since `patch`
+            breaks = _is_sharded(self.decoder) if self.allow_graph_breaks is None else self.allow_graph_breaks
+            self.compiled = torch.compile(self.forward, backend=self._compile, dynamic=True, fullgraph=not breaks)
         with tracing(self.decoder):
             return self.compiled(*args, **kwargs)
 
@@ -157,7 +161,7 @@ class GatedForward:
 
         return run_on_active_positions
 
-    def _check_ran(self, ran: list[Rewrite]) -> None:
+    def _check_ran(self, ran: list[Rewrite], graphs_before: int) -> None:
         statistics, name = self.statistics, type(self.decoder).__name__
         blocks, expected = sum(r.attention + r.mlp for r in ran), statistics.attention + statistics.mlp
         if blocks == 0:
@@ -171,6 +175,8 @@ class GatedForward:
                 f"{name} ran {blocks} rewritten blocks where it has {expected}: part of it fell back to "
                 "running every position. Run with TORCH_LOGS=graph_breaks,recompiles to see why."
             )
+        if statistics.calls:
+            statistics.recompiles += len(statistics.graphs) + statistics.other_graphs - graphs_before
         statistics.calls += 1
         statistics.last = tuple(ran)
 
@@ -186,6 +192,15 @@ class GatedForward:
 
 def _class_forward(decoder: nn.Module) -> types.MethodType:
     return types.MethodType(type(decoder).forward, decoder)
+
+
+def _is_sharded(decoder: nn.Module) -> bool:
+    """Do FSDP2's hooks, which Dynamo cannot capture, hang on the layers?"""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in decoder.modules())
 
 
 def _inner(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
@@ -252,7 +267,7 @@ def patch(
     *,
     backend: Backend = "inductor",
     on_unsupported: OnUnsupported = "raise",
-    allow_graph_breaks: bool = False,
+    allow_graph_breaks: bool | None = None,
     observe: Observer | None = None,
 ) -> Handle:
     """Let `decoder` compute only the active positions inside `with regate_patch.active(...)`.
@@ -265,8 +280,9 @@ def patch(
         backend: how the rewritten graph is run: "inductor", "eager" (no compiler needed), or anything that
             `torch.compile(backend=...)` takes.
         on_unsupported: "raise" the errors below, or "warn" once and run every position from then on.
-        allow_graph_breaks: let Dynamo cut the decoder into several graphs, for hooks that cut it between layers (as
-            those of FSDP2). What runs between the graphs is not looked at: it must not mix tokens.
+        allow_graph_breaks: let Dynamo cut the decoder into several graphs, for hooks that cut it between layers. What
+            runs between the graphs is not looked at: it must not mix tokens. None allows it where the cuts are
+            FSDP2's.
         observe: called with (pass name, graph) after each pass, to look into the rewriter.
 
     Raises (when the decoder is first called inside `active`):

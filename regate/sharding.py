@@ -1,0 +1,25 @@
+"""Ways of splitting a model over ranks that the gate cannot see through are refused by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from regate.errors import UnsupportedShardingError
+
+
+def refuse_opaque(model: nn.Module) -> None:
+    """DDP and FSDP2 are fine; what hides parameters from a module's own forward is not.
+
+    Raises:
+        UnsupportedShardingError: DeepSpeed ZeRO-3, or FSDP1.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        kind = "DeepSpeed ZeRO-3"
+    elif any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        kind = "FSDP1"
+    else:
+        return
+    raise UnsupportedShardingError(
+        f"{kind} gathers parameters in ways that a captured decoder would bypass; use FSDP2 (`fsdp_version: 2` in "
+        "accelerate's config, or `torch.distributed.fsdp.fully_shard`), DDP, or DeepSpeed ZeRO-2"
+    )

@@ -1,0 +1,120 @@
+"""The gate in Hugging Face's `Trainer` and those made from it (TRL): numbers in its log, state in its checkpoints.
+
+`import regate` adds the callback to those that every trainer made later has by default; it does nothing for a model
+without a gate. A trainer made before that needs `trainer.add_callback(regate.GateCallback())`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_CALLBACKS
+from transformers.trainer_callback import ExportableState
+
+from regate import checkpoint
+from regate.api import gate_of
+from regate.errors import CheckpointError, ConfigError
+from regate.gate import Gate
+
+log = logging.getLogger("regate")
+
+
+class GateCallback(TrainerCallback, ExportableState):
+    """Logs `regate/...` numbers, saves the gate with each checkpoint, and loads it when training resumes."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **others: Any,
+    ) -> None:
+        """Raises `CheckpointError` where a gated run is resumed whose gate state cannot be found."""
+        gate = _gate(model)
+        if gate is None:
+            return
+        loss_type = getattr(args, "loss_type", "nll")  # TRL's
+        if loss_type != "nll" and gate.config.keep < 1:
+            raise ConfigError(
+                f"loss_type={loss_type!r} weighs labels by what is summed over them, and sparse steps rescale "
+                "that sum; use loss_type='nll', or regate.Config(keep=1.0)"
+            )
+        self._before = dict(gate.report())
+        if state.global_step in (0, gate.step):
+            return
+        folders = [_folder(args, state)]
+        if isinstance(args.resume_from_checkpoint, str):
+            folders.append(Path(args.resume_from_checkpoint))
+        for folder in folders:
+            if (folder / checkpoint.NAME).exists():
+                gate.load(folder)
+                self._before = dict(gate.report())
+                return
+        if type(self).__name__ in (state.stateful_callbacks or ()):
+            raise CheckpointError(
+                f"the run was gated, but {' and '.join(map(str, folders))} hold no {checkpoint.NAME}. Call "
+                "gate.load(folder) with the checkpoint's folder before trainer.train(resume_from_checkpoint=folder)"
+            )
+        log.warning("the checkpoint is of a run without a gate; its schedule goes on at step %d", state.global_step)
+        gate.step = state.global_step
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **others: Any,
+    ) -> None:
+        if (gate := _gate(model)) is not None:
+            gate.save(_folder(args, state))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        logs: dict[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        """Shares since the last log; trackers read `logs` after this callback, and the history is kept already."""
+        gate = _gate(model)
+        if gate is None or logs is None or "loss" not in logs:
+            return
+        now, before = dict(gate.report()), self._before
+        self._before = now
+        new = {name: now[name] - before[name] for name in now}
+        if not new["positions_seen"]:
+            return
+        numbers = {
+            "regate/active_tokens": new["positions_computed"] / new["positions_seen"],
+            "regate/kept_labels": new["labels_kept"] / max(new["labels_seen"], 1),
+            "regate/speedup_estimate": new["flops_dense"] / max(new["flops_computed"], 1.0),
+        }
+        logs.update(numbers)
+        if state.log_history:
+            state.log_history[-1].update(numbers)
+
+    def state(self) -> dict[str, Any]:
+        """Says in `trainer_state.json` that the run was gated; the state itself is in its own file."""
+        return {"args": {}, "attributes": {}}
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+
+
+def _gate(model: nn.Module | None) -> Gate | None:
+    return None if model is None else gate_of(model)
+
+
+def register() -> None:
+    """Make the callback a default of the trainers that are made from now on."""
+    if GateCallback not in DEFAULT_CALLBACKS:
+        DEFAULT_CALLBACKS.append(GateCallback)  # type: ignore[arg-type]
