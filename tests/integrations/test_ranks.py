@@ -1,0 +1,67 @@
+"""Two ranks train as one process does, and know of each other's samples."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integrations.ranks import CELLS, STEPS, Cell, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found, for all cells: starting processes costs more than training in them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "tests.integrations.ranks", str(folder)]
+    running = [
+        subprocess.Popen(command, cwd=ROOT, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=500) for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_ranks_train_as_one_process(cell: Cell, ranks: list[dict[str, Any]]) -> None:
+    alone, found = train(cell, None), [rank[str(cell)] for rank in ranks]
+    for rank, of_rank in enumerate(found):
+        for step in range(STEPS):
+            assert torch.equal(of_rank["kept"][step], alone["kept"][2 * step + rank])
+            assert of_rank["losses"][step] == pytest.approx(alone["losses"][2 * step + rank], abs=1e-9)
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(of_rank["weights"][name], weight, atol=1e-9, rtol=0)
+        report = of_rank["report"]
+        assert (report["steps_full"], report["steps_sparse"]) == (1, STEPS - 1)
+        assert report["attention_blocks"] == report["mlp_blocks"] == 2
+        assert report["positions_computed"] < report["positions_seen"]
+
+
+@pytest.mark.parametrize("cell", CELLS[:1], ids=str)
+def test_difficulties_reach_the_other_rank(cell: Cell, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank[str(cell)]["difficulty"] for rank in ranks)
+    assert len(first) == 4  # two samples of each rank
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert ranks[0][str(cell)]["sent"] > 0
+
+
+def test_checkpoints_of_several_ranks(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["checkpoints"] == {"step": 2, "samples": 4, "files": ["regate-rank1.pt", "regate.pt"]}
