@@ -26,6 +26,8 @@ log = logging.getLogger("regate")
 class GateCallback(TrainerCallback, ExportableState):
     """Logs `regate/...` numbers, saves the gate with each checkpoint, and loads it when training resumes."""
 
+    gated = False  # is the run?
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -36,6 +38,7 @@ class GateCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Raises `CheckpointError` where a gated run is resumed whose gate state cannot be found."""
         gate = _gate(model)
+        self.gated = gate is not None
         if gate is None:
             return
         loss_type = getattr(args, "loss_type", "nll")  # TRL's
@@ -55,7 +58,7 @@ class GateCallback(TrainerCallback, ExportableState):
                 gate.load(folder)
                 self._before = dict(gate.report())
                 return
-        if type(self).__name__ in (state.stateful_callbacks or ()):
+        if _was_gated(state):
             raise CheckpointError(
                 f"the run was gated, but {' and '.join(map(str, folders))} hold no {checkpoint.NAME}. Call "
                 "gate.load(folder) with the checkpoint's folder before trainer.train(resume_from_checkpoint=folder)"
@@ -103,7 +106,13 @@ class GateCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Says in `trainer_state.json` that the run was gated; the state itself is in its own file."""
-        return {"args": {}, "attributes": {}}
+        return {"args": {}, "attributes": {"gated": self.gated}}
+
+
+def _was_gated(state: TrainerState) -> bool:
+    callbacks: Any = state.stateful_callbacks or {}  # as read from JSON
+    stored = callbacks.get(GateCallback.__name__, {})
+    return bool(stored.get("attributes", {}).get("gated"))
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
