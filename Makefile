@@ -5,13 +5,17 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test zoo models lint clean
+.PHONY: demo test matrix zoo models lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.demo.train
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+# Trainers, several processes, kinds of batches, every example: ten minutes on two cores.
+matrix: $(VENV)/ready
+	$(BIN)/python -m pytest tests/integrations tests/examples -m matrix
 
 # Every model type of transformers, slow: half an hour on two cores.
 zoo: $(VENV)/ready

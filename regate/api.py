@@ -19,7 +19,7 @@ def apply(
     config: Config | None = None,
     *,
     adapter: ModelAdapter | None = None,
-    backend: regate_patch.Backend | None = None,
+    backend: regate_patch.Backend = "auto",
     teacher: TeacherChoice = "auto",
     store: Store | str | None = None,
     on_unsupported: OnUnsupported = "raise",
@@ -33,7 +33,7 @@ def apply(
         model: a multimodal causal language model, plain or wrapped by PEFT or DDP.
         config: see `Config`.
         adapter: how to serve the architecture; None finds it (`register_adapter`, plug-ins, conventions).
-        backend: how rewritten graphs run; None is "inductor" on CUDA and "eager" elsewhere.
+        backend: how rewritten graphs run; "auto" is "inductor" on CUDA and "eager" elsewhere.
         teacher: "auto" keeps a frozen copy of the language model (with PEFT: the base model, no copy) for samples
             whose reference loss is not stored; "4bit" quantises that copy (bitsandbytes); "precomputed" keeps none
             (call `gate.precompute` first); a module is a multimodal model whose language model is the teacher; None
@@ -57,8 +57,6 @@ def apply(
         raise UnknownArchitectureError(str(error)) from error
     if (existing := _gate_on(target)) is not None:
         existing.remove()
-    if backend is None:
-        backend = "inductor" if next(model.parameters()).is_cuda else "eager"
     return Gate(
         model,
         config or Config(),

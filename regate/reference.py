@@ -24,6 +24,7 @@ from regate.errors import NonFiniteLossError
 from regate.loss import label_losses
 from regate.quantize import to_4bit
 from regate.selection import predicted
+from regate.sharding import refuse_sharded
 
 Source = Literal["copy", "4bit", "live", "given"]
 
@@ -35,8 +36,8 @@ class Teacher:
         model: the multimodal model it belongs to.
         adapter: how to find the language model and its inputs.
         backend: of the engine.
-        source: "copy" takes a frozen copy of the language model now (bfloat16 on CUDA), "4bit" one whose linear
-            layers are quantised. "live" uses the model's own,
+        source: "copy" takes a frozen copy of the language model now (in bfloat16 once it is on CUDA), "4bit" one
+            whose linear layers are quantised. "live" uses the model's own,
             which the gate has patched, as it is at each call: before training starts, or with PEFT adapters, which
             are switched off for the call. "given" freezes and patches the language model of `model`, another one.
     """
@@ -53,10 +54,10 @@ class Teacher:
         self.model, self.adapter, self.source = model, adapter, source
         parts: Any = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
         self.handle: regate_patch.Handle | None = None
-        if source in ("copy", "4bit"):  # one deepcopy of all parts keeps tied weights tied
-            parts = copy.deepcopy(parts)
-            if next(parts[1].parameters()).is_cuda:
-                parts = tuple(part.to(torch.bfloat16) for part in parts)
+        if source in ("copy", "4bit"):
+            refuse_sharded(model)
+            parts = copy.deepcopy(parts)  # one deepcopy of all parts keeps tied weights tied
+            _halve_on_cuda(parts)
             if source == "4bit":
                 to_4bit(parts[1])
         self.embeddings, self.decoder, self.head = parts
@@ -65,6 +66,14 @@ class Teacher:
                 part.requires_grad_(False).eval()
             self.handle = regate_patch.patch(self.decoder, backend=backend, on_unsupported=on_unsupported)
 
+    def _follow(self, device: torch.device) -> None:
+        """A copy made before the model was moved goes where the batches are."""
+        if self.source not in ("copy", "4bit") or next(self.embeddings.parameters()).device == device:
+            return
+        parts = [part.to(device) for part in (self.embeddings, self.decoder, self.head)]
+        if self.source == "copy":
+            _halve_on_cuda(parts)
+
     @torch.no_grad()
     def losses(self, batch: Batch, layout: Layout, rows: Sequence[int] | None = None) -> list[Tensor]:
         """Reference losses of the batch's rows (or of `rows`), each [n_labels] float32 on the CPU.
@@ -72,6 +81,7 @@ class Teacher:
         Raises:
             NonFiniteLossError: the teacher's loss is NaN or infinite.
         """
+        self._follow(layout.labels.device)
         chosen = torch.arange(len(layout.labels)) if rows is None else torch.tensor(list(rows))
         chosen = chosen.to(layout.labels.device)
         labels, valid = layout.labels[chosen], layout.valid[chosen]
@@ -150,6 +160,13 @@ class Teacher:
     def close(self) -> None:
         if self.handle is not None:
             self.handle.remove()
+
+
+def _halve_on_cuda(parts: Sequence[nn.Module]) -> None:
+    """Parameters to bfloat16; buffers stay, for rotary frequencies in bfloat16 are wrong at far positions."""
+    for parameter in (p for part in parts for p in part.parameters()):
+        if parameter.is_cuda and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def uses_peft(model: nn.Module) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from regate.errors import UnsupportedShardingError
 
@@ -23,3 +25,16 @@ def refuse_opaque(model: nn.Module) -> None:
         f"{kind} gathers parameters in ways that a captured decoder would bypass; use FSDP2 (`fsdp_version: 2` in "
         "accelerate's config, or `torch.distributed.fsdp.fully_shard`), DDP, or DeepSpeed ZeRO-2"
     )
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """A teacher is copied from whole parameters.
+
+    Raises:
+        UnsupportedShardingError: FSDP2 has split them already.
+    """
+    if dist.is_available() and any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise UnsupportedShardingError(
+            "the teacher cannot be copied from a model that FSDP2 has split: call regate.apply before fully_shard or "
+            "accelerator.prepare, or pass teacher='precomputed' or None"
+        )

@@ -148,9 +148,9 @@ class GatedForward:
         rewritten = rewrite(gm, observe=self.observe)
         if rewritten is None:
             self.statistics.other_graphs += 1
-            return _inner(gm, self.backend)
+            return _inner(gm, self._backend())
         self.statistics.graphs.append(rewritten)
-        run = _inner(rewritten.module, self.backend)
+        run = _inner(rewritten.module, self._backend())
 
         def run_on_active_positions(*inputs: Any) -> Any:
             chosen = current()
@@ -160,6 +160,12 @@ class GatedForward:
             return run(chosen.index, chosen.valid, *inputs)
 
         return run_on_active_positions
+
+    def _backend(self) -> Backend:
+        """What "auto" means where the decoder is by now."""
+        if self.backend != "auto":
+            return self.backend
+        return "inductor" if next(self.decoder.parameters()).is_cuda else "eager"
 
     def _check_ran(self, ran: list[Rewrite], graphs_before: int) -> None:
         statistics, name = self.statistics, type(self.decoder).__name__
@@ -277,8 +283,8 @@ def patch(
 
     Args:
         decoder: the module that owns the decoder layers, called with hidden states or embeddings [B, S, D].
-        backend: how the rewritten graph is run: "inductor", "eager" (no compiler needed), or anything that
-            `torch.compile(backend=...)` takes.
+        backend: how the rewritten graph is run: "inductor", "eager" (no compiler needed), "auto" (inductor where the
+            decoder is on CUDA when it first runs, else eager), or anything that `torch.compile(backend=...)` takes.
         on_unsupported: "raise" the errors below, or "warn" once and run every position from then on.
         allow_graph_breaks: let Dynamo cut the decoder into several graphs, for hooks that cut it between layers. What
             runs between the graphs is not looked at: it must not mix tokens. None allows it where the cuts are

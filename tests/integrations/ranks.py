@@ -1,6 +1,6 @@
 """What each rank of `test_ranks` runs, and the single process that it is held to.
 
-    python -m tests.integrations.ranks FOLDER        (under torchrun, or with RANK and WORLD_SIZE set)
+python -m tests.integrations.ranks FOLDER        (under torchrun, or with RANK and WORLD_SIZE set)
 """
 
 from __future__ import annotations

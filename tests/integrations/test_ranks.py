@@ -14,6 +14,7 @@ import torch
 
 from tests.integrations.ranks import CELLS, STEPS, Cell, train
 
+pytestmark = pytest.mark.matrix
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,0 +1,43 @@
+"""Models split over ranks in ways that would hide the decoder from the gate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import regate
+from regate.errors import UnsupportedShardingError
+from tests.zoo import CORE
+
+SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
+
+
+def test_zero3_is_refused() -> None:
+    """DeepSpeed marks parameters with `ds_id`, usually after `apply`, when the engine is made."""
+    model = CORE["llava"].build()
+    regate.apply(model, SPARSE, teacher=None)
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(UnsupportedShardingError, match=r"ZeRO-3.*use FSDP2"):
+        model(**CORE["llava"].batch())
+
+
+def test_fsdp1_is_refused() -> None:
+    class FullyShardedDataParallel(nn.Identity):
+        """Has the name of torch's."""
+
+    model = CORE["llava"].build()
+    regate.apply(model, SPARSE, teacher=None)
+    model.model.language_model.layers[0].wrapper = FullyShardedDataParallel()
+    with pytest.raises(UnsupportedShardingError, match="FSDP1"):
+        model(**CORE["llava"].batch())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_moved_after_apply() -> None:
+    model = CORE["llava"].build()
+    gate = regate.apply(model, SPARSE, backend="eager")
+    model.cuda()
+    model(**{k: v.cuda() for k, v in CORE["llava"].batch().items()}).loss.backward()
+    assert gate.report()["teacher_samples"] == 2
