@@ -82,6 +82,7 @@ def pack(records: Iterable[tuple[bytes, np.ndarray]]) -> dict[str, Tensor]:
 def unpack(packed: dict[str, Tensor]) -> Iterator[tuple[bytes, np.ndarray]]:
     """The records that `pack` was given."""
     rows = packed["losses"].numpy().astype(np.float32)
-    ends = packed["lengths"].cumsum(0).tolist()
-    for key, start, end in zip(packed["keys"].numpy(), [0, *ends[:-1]], ends, strict=True):
+    ends = packed["lengths"].cumsum(0)
+    starts = ends - packed["lengths"]
+    for key, start, end in zip(packed["keys"].numpy(), starts.tolist(), ends.tolist(), strict=True):
         yield key.tobytes(), rows[start:end]
