@@ -138,8 +138,11 @@ class GatedForward:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.compiled is None:  # only now: the decoder may have been sharded since `patch`
-            breaks = _is_sharded(self.decoder) if self.allow_graph_breaks is None else self.allow_graph_breaks
-            self.compiled = torch.compile(self.forward, backend=self._compile, dynamic=True, fullgraph=not breaks)
+            if self.allow_graph_breaks is None:
+                self.allow_graph_breaks = _is_sharded(self.decoder)
+            self.compiled = torch.compile(
+                self.forward, backend=self._compile, dynamic=True, fullgraph=not self.allow_graph_breaks
+            )
         with tracing(self.decoder):
             return self.compiled(*args, **kwargs)
 
@@ -176,7 +179,7 @@ class GatedForward:
                 "from it (searched: scaled dot-product attention; softmax between matrix products). "
                 "Use attn_implementation='sdpa' or 'eager', and check that this module holds the decoder layers."
             )
-        if blocks < expected:
+        if self.allow_graph_breaks and blocks < expected:  # else it is one graph, and all of it ran
             raise NotElidedError(
                 f"{name} ran {blocks} rewritten blocks where it has {expected}: part of it fell back to "
                 "running every position. Run with TORCH_LOGS=graph_breaks,recompiles to see why."

@@ -25,7 +25,7 @@ from regate_patch import ops
 from regate_patch.blocks import Span
 from regate_patch.errors import UnsupportedGraphError
 from regate_patch.graph import argument, expr, is_call, is_scalar, is_tensor, shape, sort_topologically, value, where
-from regate_patch.mixers import SDPA, attends_to_tokens, is_attention
+from regate_patch.mixers import PAD, SDPA, attends_to_tokens, is_attention
 from regate_patch.refusals import chooses_positions, chosen_axes
 from regate_patch.tokens import Tokens
 
@@ -65,6 +65,7 @@ class _Inserter:
         with graph.inserting_after(last):
             self.count = graph.call_method("size", (self.index, 1))
         self.made: dict[Any, fx.Node] = {}
+        self.cut: dict[fx.Node, sympy.Expr] = {}  # values without the padding that their captured shape still has
         self.chosen = chosen_axes(span, tokens)
         self.chooses = any(chooses_positions(node, tokens) for node in span.nodes)
 
@@ -133,8 +134,37 @@ class _Inserter:
         if is_call(node, "masked_scatter") and not set(node.args[1:]) & self.compact:
             self.scatter_by_mask(node)
             return
+        if is_call(node, "view", "reshape"):
+            self.cut_padding(node)
+        self.follow_cut(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda v: self.compacted(v, node))
         node.args, node.kwargs = args, kwargs
+
+    def cut_padding(self, node: fx.Node) -> None:
+        """`x.view(B, S, ...)` of a padded x: at capture S was whole chunks and nothing had to be cut; K is not."""
+        x, *sizes = node.args
+        for axis, (size, wanted) in enumerate(zip(shape(x), sizes, strict=False)):
+            if self.tokens.pads(size) and is_scalar(wanted) and expr(value(wanted)) == self.tokens.length:
+                with self.graph.inserting_before(node):
+                    x = self.graph.call_method("narrow", (x, axis, 0, self.count))
+                x.meta |= {k: m for k, m in node.meta.items() if k in ("checkpoint", "stack_trace")}
+                x.meta["example_value"] = value(node.args[0])
+                self.compact.add(x)
+                self.cut[x] = size
+        node.args = (x, *node.args[1:])
+
+    def follow_cut(self, node: fx.Node) -> None:
+        """After the cut, a size that is written as the padded one is K."""
+        padded = {self.cut[source] for source in node.all_input_nodes if source in self.cut}
+        if not padded or not is_tensor(node) or is_call(node, *PAD):
+            return
+
+        def shortened(v: fx.Node) -> fx.Node:
+            return self.count if is_scalar(v) and expr(value(v)) in padded else v
+
+        node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), shortened)
+        if size := padded & set(shape(node)):
+            self.cut[node] = size.pop()
 
     def scatter_by_mask(self, node: fx.Node) -> None:
         """`x.masked_scatter(mask, source)` with a live-in source, which lists values for the mask's tokens."""

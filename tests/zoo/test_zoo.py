@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+import regate_patch
+from model_adapters import find_adapter
+from tests.oracle import random_active
 from tests.zoo import members
-from tests.zoo.examine import examine
+from tests.zoo.examine import alone, cast, difference, examine, run
 
 _ENCODER_DECODER = "is an encoder-decoder"
 _NO_LABELS = "takes no labels"
@@ -48,3 +51,22 @@ def test_exact_or_refused(name: str) -> None:
         assert findings.exact, findings
         assert findings.attention + findings.mlp >= 2
         assert findings.graphs == 1
+
+
+@pytest.mark.zoo
+def test_lengths_of_whole_chunks() -> None:
+    """Captured where a chunked recurrence has nothing to pad, run where K is no whole number of chunks."""
+    specimen = MEMBERS["nemotron_h_omni"]
+    model = specimen.double()
+    decoder = find_adapter(model).decoder(model)
+    handle = regate_patch.patch(decoder, backend="eager")
+    for length in (24, 40, 43):  # chunks of 8
+        other = specimen.batch("none", answer=9)["input_ids"].shape[1] - 9
+        batch = cast(specimen.batch("none", answer=length - other), specimen)
+        active = random_active(batch)
+        expected = alone(model, decoder, list(zip(specimen.split(batch, 2), active, strict=True)))
+        with regate_patch.active(active):
+            got = run(model, decoder, [(batch, active)])
+        assert difference(got, expected) < 1e-5
+        assert len(handle.statistics.graphs) == (1 if length < 43 else 2)
+    handle.remove()
