@@ -15,7 +15,7 @@ test: $(VENV)/ready
 
 # Trainers, several processes, kinds of batches, every example: ten minutes on two cores.
 matrix: $(VENV)/ready
-	$(BIN)/python -m pytest tests/integrations tests/examples -m matrix
+	$(BIN)/python -m pytest tests/integrations tests/examples -m matrix --dist loadfile
 
 # Every model type of transformers, slow: half an hour on two cores.
 zoo: $(VENV)/ready
