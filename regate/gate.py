@@ -99,6 +99,7 @@ class Gate:
         self.exchange = Exchange(store)
         self.on_unsupported = on_unsupported
         self._stepped: set[int] = set()  # optimizers that stepped since the last gated forward
+        self._optimizer_known = False
         self._without_labels = 0  # training forwards since then
         self._counted_step = -1
         self._notes: list[str] = []
@@ -227,9 +228,11 @@ class Gate:
 
     def _on_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         own = {id(p) for p in self._target.parameters()}
-        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            return
-        if id(optimizer) in self._stepped:  # a second time, and no gated forward between
+        holds = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        self._optimizer_known |= holds
+        if not holds and self._optimizer_known:
+            return  # another model's; until one with our parameters is seen, it may hold master copies of them
+        if holds and id(optimizer) in self._stepped:  # a second time, and no gated forward between
             self._missed()
         if not self._stepped:  # the first of the model's optimizers
             self.watch.step(full=self.config.is_full(self.step))

@@ -23,7 +23,7 @@ def refuse_opaque(model: nn.Module) -> None:
         return
     raise UnsupportedShardingError(
         f"{kind} gathers parameters in ways that a captured decoder would bypass; use FSDP2 (`fsdp_version: 2` in "
-        "accelerate's config, or `torch.distributed.fsdp.fully_shard`), DDP, or DeepSpeed ZeRO-2"
+        "accelerate's config, or `torch.distributed.fsdp.fully_shard`) or DDP"
     )
 
 

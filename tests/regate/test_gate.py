@@ -123,6 +123,25 @@ def test_micro_batches_share_the_decision() -> None:
     assert gate.report()["steps_sparse"] == 1
 
 
+def test_optimizers_of_master_copies_and_of_others_are_told_apart() -> None:
+    """Mixed-precision optimizers step copies of the weights; another model's optimizer is not ours to count."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    gate = regate.apply(model, FULL, teacher=None)
+    copies = torch.optim.SGD([nn.Parameter(p.detach().clone()) for p in model.parameters()], lr=0.0)
+    for _ in range(3):
+        model(**batch)
+        copies.step()
+    assert gate.state_dict()["step"] == 3
+    ours, other = torch.optim.SGD(model.parameters(), lr=0.0), copies
+    for _ in range(2):
+        model(**batch).loss.backward()
+        ours.step()
+        other.step()
+        other.step()
+    assert gate.state_dict()["step"] == 5
+    assert gate.report()["steps_missed"] == 0
+
+
 def test_trainers_own_label_count_is_rescaled() -> None:
     """A sum over kept labels divided by the count of all would shrink sparse steps' gradients."""
     batch, losses = CORE["llava"].batch("none"), []
