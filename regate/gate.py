@@ -156,7 +156,7 @@ class Gate:
             return args, kwargs
         self._advance()
         if self.counters.labels_seen == 0:  # sharding comes after `apply`, before the first step
-            refuse_opaque(self._target)
+            refuse_opaque(module)
         if self._handle.statistics.failed is not None:  # on_unsupported="warn": the decoder runs dense
             self.counters.forwards_ungated += 1
             return args, kwargs
@@ -224,7 +224,9 @@ class Gate:
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._scope is not None:
             found = getattr(output, "last_hidden_state", None)
-            self._hidden_states = found if found is not None else output[0]
+            if found is None:
+                found = output if isinstance(output, Tensor) else output[0]
+            self._hidden_states = found
 
     def _on_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         own = {id(p) for p in self._target.parameters()}

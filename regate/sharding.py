@@ -13,8 +13,13 @@ def refuse_opaque(model: nn.Module) -> None:
     """DDP and FSDP2 are fine; what hides parameters from a module's own forward is not.
 
     Raises:
-        UnsupportedShardingError: DeepSpeed ZeRO-3, or FSDP1.
+        UnsupportedShardingError: DeepSpeed ZeRO-3, FSDP1, or nn.DataParallel.
     """
+    if getattr(model, "_is_replica", False):
+        raise UnsupportedShardingError(
+            "nn.DataParallel (Trainer's choice for one process that sees several GPUs) runs copies of the model in "
+            "threads; start one process per GPU with torchrun or accelerate launch, or show it a single GPU"
+        )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         kind = "DeepSpeed ZeRO-3"
     elif any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):

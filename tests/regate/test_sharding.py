@@ -33,6 +33,15 @@ def test_fsdp1_is_refused() -> None:
         model(**CORE["llava"].batch())
 
 
+def test_data_parallel_is_refused() -> None:
+    """Its copies of the model are marked so by torch."""
+    model = CORE["llava"].build()
+    regate.apply(model, SPARSE, teacher=None)
+    model._is_replica = True
+    with pytest.raises(UnsupportedShardingError, match="torchrun"):
+        model(**CORE["llava"].batch())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_model_moved_after_apply() -> None:
