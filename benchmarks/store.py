@@ -1,6 +1,6 @@
 """What the store costs at scale: disk, memory, and time per batch.
 
-    python benchmarks/store.py --samples 1000000 --labels 100 --out benchmarks/results/store.json
+    python -m benchmarks.store --samples 1000000 --labels 100 --out benchmarks/results/store.json
 
 Fills both tables, then goes through the samples once in random order as training does: per batch, read the
 references and the difficulties, write the difficulties back.
@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +19,7 @@ import lmdb
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.machine import described
 from regate.store import TABLES, Store
 
 
@@ -33,11 +31,6 @@ def memory() -> dict[str, int]:
     """Resident bytes of this process: anonymous, and file-backed, which the kernel may drop for others."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(status[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon", "RssFile")}
-
-
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def main() -> None:
@@ -104,11 +97,8 @@ def main() -> None:
         return {name: round(s * 1e6, 1) for name, s in {"mean": float(np.mean(seconds)), **found}.items()}
 
     result = {
-        "command": " ".join(["python", *sys.argv]),
-        "python": platform.python_version(),
-        "lmdb": lmdb.__version__,
+        **described("benchmarks.store", "lmdb"),
         "liblmdb": ".".join(map(str, lmdb.version())),
-        "device": {"cpu": cpu(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
         "samples": args.samples,
         "labels": args.labels,
         "batch": args.batch,

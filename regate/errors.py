@@ -17,6 +17,10 @@ class LabelsError(RegateError, ValueError):
     """Labels do not fit the decoder's positions or the vocabulary."""
 
 
+class PackedRowsError(RegateError, ValueError):
+    """A row of the batch holds several samples."""
+
+
 class NonFiniteLossError(RegateError):
     """The teacher's loss is NaN or infinite."""
 
@@ -64,6 +68,7 @@ __all__ = [
     "LabelsError",
     "NonFiniteLossError",
     "NotGatedError",
+    "PackedRowsError",
     "RankError",
     "RegateError",
     "StoreCorruptError",

@@ -91,6 +91,8 @@ class _Inserter:
             return self.scalar_outside(node)
         sizes, entry = shape(node), self.span.entry
         axes = [d for d, size in enumerate(sizes) if size == self.tokens.length]
+        if not self.tokens.mentioned_by(node) and not value(node).is_floating_point():
+            return node  # a record of what was computed, such as the outlier columns of an 8-bit product
         with self.graph.inserting_after(node):
             if sizes == shape(entry) and value(node).dtype == value(entry).dtype:
                 dim, batch_dim = axes[0], self.batch_axis(entry, entry)[0]

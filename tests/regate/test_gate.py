@@ -336,7 +336,7 @@ def test_nonfinite_student_losses_are_not_remembered() -> None:
     gate.flush()
     assert gate.report()["nonfinite_losses"] > 0
     assert all((v == -1).all() for _, v in gate.store.items("difficulty"))
-    assert torch.isfinite(gate.prior.mean).all()
+    assert torch.isfinite(gate.scorer.prior.mean).all()
 
 
 def test_unknown_architecture() -> None:

@@ -1,0 +1,31 @@
+"""What a figure was measured on, kept beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def described(module: str, *packages: str) -> dict[str, Any]:
+    """The command that was given to `python -m module`, versions of `packages`, and the device."""
+    device: dict[str, Any] = {"cpu": cpu(), "cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 2)}
+    if "torch" in packages:
+        import torch
+
+        if torch.cuda.is_available():
+            device["gpu"] = torch.cuda.get_device_name()
+    return {
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device": device,
+    }
