@@ -123,8 +123,7 @@ class Exchange:
                 "number of optimizer steps; a rank that stopped shows its own error."
             ) from flight.error
         own = flight.received[dist.get_rank()].home
-        for message in flight.received:
-            if message.home != own:
-                for table, records in message.records.items():
-                    self.store.put(table, records)
+        others = [message.records for message in flight.received if message.home != own]
+        for table in TABLES:
+            self.store.put(table, {k: v for records in others for k, v in records[table].items()})
         self._one_file = all(message.home == own for message in flight.received)

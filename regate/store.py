@@ -48,6 +48,8 @@ _NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errn
 
 def half(losses: np.ndarray) -> np.ndarray:
     """Losses as they are stored: float16, saturating at its largest value."""
+    if losses.dtype == _HALF:
+        return losses
     return np.clip(losses, -_HALF_MAX, _HALF_MAX).astype(_HALF)
 
 

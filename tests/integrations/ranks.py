@@ -34,14 +34,16 @@ class Cell:
     wrap: str
     weights: str
     checkpointing: bool
+    backend: str = "eager"
 
     def __str__(self) -> str:
-        return f"{self.wrap}-{self.weights}{'-checkpointing' * self.checkpointing}"
+        return f"{self.wrap}-{self.weights}{'-checkpointing' * self.checkpointing}-{self.backend}"
 
 
 CELLS = [
     Cell("ddp", "full", False),
     Cell("ddp", "lora", True),
+    Cell("ddp", "lora", False, "inductor"),
     Cell("fsdp2", "full", False),
     Cell("fsdp2", "full", True),
     Cell("fsdp2", "lora", False),
@@ -78,7 +80,7 @@ def train(cell: Cell, rank: int | None) -> dict[str, Any]:
     """A few steps; `rank=None` is one process that accumulates the gradients of both ranks' batches."""
     torch._dynamo.reset()
     model = build(cell)
-    gate = regate.apply(model, CONFIG)
+    gate = regate.apply(model, CONFIG, backend=cell.backend)
     gate.exchange.every = 1
     called = model if rank is None else wrapped(model, cell.wrap)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -106,5 +106,7 @@ def test_quantized_student(bits: int, tmp_path: Path) -> None:
     report = gate.report()
     assert report["steps_sparse"] == 4
     assert report["positions_computed"] < report["positions_seen"]
+    assert report["attention_blocks"] == report["mlp_blocks"] == 2
+    assert report["speedup_possible"] > 1.05
     assert report["teacher_samples"] == len(batch["input_ids"])
     assert losses[-1] < losses[0]
