@@ -5,6 +5,7 @@ python -m tests.integrations.ranks FOLDER        (under torchrun, or with RANK a
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ CELLS = [
     Cell("fsdp2", "full", True),
     Cell("fsdp2", "lora", False),
 ]
+if importlib.util.find_spec("deepspeed"):  # which compiles a kernel for a minute before it runs on a CPU
+    CELLS.append(Cell("zero2", "full", False))
 
 
 def build(cell: Cell) -> nn.Module:
@@ -76,23 +79,51 @@ def wrapped(model: nn.Module, wrap: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def zero(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any:
+    """The model in DeepSpeed's engine."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    settings = {"stage": stage, "overlap_comm": False}
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": settings, "zero_allow_untested_optimizer": True}
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def refused_by_zero3(rank: int) -> str:
+    model = CORE["llava"].build()
+    regate.apply(model, CONFIG, teacher=None)
+    engine = zero(model, torch.optim.SGD(model.parameters(), lr=0.1), 3)
+    try:
+        engine(**CORE["llava"].batch("right", seed=rank))
+    except regate.RegateError as error:
+        return f"{type(error).__name__}: {error}"
+    return "not refused"
+
+
 def train(cell: Cell, rank: int | None) -> dict[str, Any]:
     """A few steps; `rank=None` is one process that accumulates the gradients of both ranks' batches."""
     torch._dynamo.reset()
     model = build(cell)
     gate = regate.apply(model, CONFIG, backend=cell.backend)
     gate.exchange.every = 1
-    called = model if rank is None else wrapped(model, cell.wrap)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    sharded = cell.wrap in ("ddp", "fsdp2") and rank is not None
+    called: Any = wrapped(model, cell.wrap) if sharded else model
+    optimizer: Any = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    if cell.wrap == "zero2" and rank is not None:
+        called = optimizer = zero(model, optimizer, 2)
     losses, kept = [], []
     for _ in range(STEPS):
         for micro in (0, 1) if rank is None else (rank,):
             loss = called(**batch_of(micro)).loss
-            (loss / 2 if rank is None else loss).backward()
+            if called is optimizer:
+                called.backward(loss)
+            else:
+                (loss / 2 if rank is None else loss).backward()
             losses.append(float(loss.detach()))
             kept.append(gate.last.kept if gate.last else None)
         optimizer.step()
-        optimizer.zero_grad()
+        if called is not optimizer:
+            optimizer.zero_grad()
     gate.flush()
     gate.exchange.finish()
     weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -126,6 +157,8 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     found: dict[str, Any] = {str(cell): train(cell, rank) for cell in CELLS}
+    if importlib.util.find_spec("deepspeed"):
+        found["zero3"] = refused_by_zero3(rank)
     found["checkpoints"] = checkpoints(rank, folder / "checkpoint")
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()
