@@ -91,7 +91,9 @@ class Gate:
         self._decoder = adapter.decoder(model)
         self._head = adapter.head(model)
         self._vocabulary = getattr(text_config(self._target), "vocab_size", None) or _rows_of(self._head)
-        self._handle = regate_patch.patch(self._decoder, backend=backend, on_unsupported=on_unsupported)
+        self._handle = regate_patch.patch(
+            self._decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True
+        )
         self._teacher = self._make_teacher(teacher, backend, on_unsupported)
         if self._teacher is not None:
             self.store.bind(self._teacher.fingerprint())

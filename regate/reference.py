@@ -64,7 +64,9 @@ class Teacher:
         if source != "live":
             for part in parts:
                 part.requires_grad_(False).eval()
-            self.handle = regate_patch.patch(self.decoder, backend=backend, on_unsupported=on_unsupported)
+            self.handle = regate_patch.patch(
+                self.decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True
+            )
 
     def _follow(self, device: torch.device) -> None:
         """A copy made before the model was moved goes where the batches are."""

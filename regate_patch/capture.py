@@ -108,9 +108,11 @@ class GatedForward:
         backend: Backend,
         on_unsupported: OnUnsupported,
         allow_graph_breaks: bool | None,
+        padding_elided: bool,
         observe: Observer | None,
     ) -> None:
         self.decoder, self.backend, self.observe = decoder, backend, observe
+        self.padding_elided = padding_elided
         self.on_unsupported, self.allow_graph_breaks = on_unsupported, allow_graph_breaks
         self.forward = decoder.forward
         self.statistics = Statistics()
@@ -148,7 +150,7 @@ class GatedForward:
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """The private backend."""
-        rewritten = rewrite(gm, observe=self.observe)
+        rewritten = rewrite(gm, padding_elided=self.padding_elided, observe=self.observe)
         if rewritten is None:
             self.statistics.other_graphs += 1
             return _inner(gm, self._backend())
@@ -277,6 +279,7 @@ def patch(
     backend: Backend = "inductor",
     on_unsupported: OnUnsupported = "raise",
     allow_graph_breaks: bool | None = None,
+    padding_elided: bool = False,
     observe: Observer | None = None,
 ) -> Handle:
     """Let `decoder` compute only the active positions inside `with regate_patch.active(...)`.
@@ -292,6 +295,8 @@ def patch(
         allow_graph_breaks: let Dynamo cut the decoder into several graphs, for hooks that cut it between layers. What
             runs between the graphs is not looked at: it must not mix tokens. None allows it where the cuts are
             FSDP2's.
+        padding_elided: a promise that no active position is one that the attention mask hides. Then masks that say no
+            more than "causal, without padding" give way to causal kernels.
         observe: called with (pass name, graph) after each pass, to look into the rewriter.
 
     Raises (when the decoder is first called inside `active`):
@@ -301,4 +306,4 @@ def patch(
     existing = decoder.__dict__.get("forward")
     if isinstance(existing, GatedForward):
         del decoder.forward
-    return Handle(decoder, GatedForward(decoder, backend, on_unsupported, allow_graph_breaks, observe))
+    return Handle(decoder, GatedForward(decoder, backend, on_unsupported, allow_graph_breaks, padding_elided, observe))

@@ -1,7 +1,7 @@
 """How many floating-point operations the span of a captured graph costs, as an expression in B and S.
 
-Counted: matrix products and attention, forward (a multiply and an add are two). Causal attention is counted
-in full, as kernels that take an explicit mask compute it.
+Counted: matrix products and attention, forward (a multiply and an add are two). Attention under an explicit mask is
+counted in full, as kernels compute it; under `is_causal` half of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _count(node: fx.Node) -> sympy.Expr:
         return 2 * sympy.prod(shape(node)) * shape(node.args[0])[-1]
     if is_call(node, *SDPA):
         q, k = shape(argument(node, 0, "query")), shape(argument(node, 1, "key"))
-        return 4 * sympy.prod(q) * k[-2]
+        return (2 if argument(node, 5, "is_causal", False) is True else 4) * sympy.prod(q) * k[-2]
     if is_call(node, *_PRODUCTS) or "grouped_mm" in str(node.target):
         left = next(n for n in nodes_in(node.args) if is_tensor(n))
         return 2 * sympy.prod(shape(node)) * shape(left)[-1]

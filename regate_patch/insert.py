@@ -234,7 +234,7 @@ class _Inserter:
         """(axis of the batch, rank) under which `v` is gathered, such that `user` can broadcast it."""
         sizes = shape(v)
         for d, size in enumerate(sizes):
-            if size != self.tokens.length and _same_size(value(v).shape[d], size, self.tokens.batch):
+            if size != self.tokens.length and self.tokens.is_batch(value(v).shape[d]):
                 return d, len(sizes)
         aligned = shape(user) if is_tensor(user) else ()
         if is_call(user, *SDPA):
@@ -329,16 +329,6 @@ class _Inserter:
         if mask is not None and "checkpoint" in mask.meta:
             node.meta["checkpoint"] = mask.meta["checkpoint"]
         return node
-
-
-def _same_size(size: Any, e: sympy.Expr, batch: sympy.Expr) -> bool:
-    """Equal as expressions, or two symbols that stand for the same number (not yet unified by any op)."""
-    if e == batch:
-        return True
-    if not isinstance(size, torch.SymInt) or not (e.is_Symbol and batch.is_Symbol):
-        return False
-    hints = size.node.shape_env
-    return bool(hints.size_hint(e, allow_none=True) == hints.size_hint(batch, allow_none=True) is not None)
 
 
 def _frozen(x: Any) -> Any:

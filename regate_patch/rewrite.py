@@ -12,6 +12,7 @@ from torch import fx
 
 from regate_patch import flops, ops
 from regate_patch.blocks import find_span
+from regate_patch.causal import use_causal_kernels
 from regate_patch.checkpointing import inline, outline
 from regate_patch.graph import erase_dead, expr, is_call, is_scalar, value
 from regate_patch.insert import insert
@@ -33,6 +34,7 @@ class Rewrite:
         flops_linear, flops_quadratic: forward FLOPs of the blocks for a row that computes n positions are
             `flops_linear * n + flops_quadratic * n**2`.
         gathers, scatters: how many the rewriter put in: one gather per live-in, one for the stream.
+        causal: attentions whose mask gave way to `is_causal` (see `regate_patch.causal`).
     """
 
     module: fx.GraphModule
@@ -43,16 +45,18 @@ class Rewrite:
     flops_quadratic: int
     gathers: int
     scatters: int
+    causal: int = 0
 
 
 Observer = Callable[[str, fx.GraphModule], None]
 
 
-def rewrite(gm: fx.GraphModule, *, observe: Observer | None = None) -> Rewrite | None:
+def rewrite(gm: fx.GraphModule, *, padding_elided: bool = False, observe: Observer | None = None) -> Rewrite | None:
     """Rewrite a graph that Dynamo captured; None if it holds no attention, and so nothing to elide.
 
     Args:
         gm: the captured graph, left as it was.
+        padding_elided: no active position is one that the attention mask hides.
         observe: called with each pass's name and the graph after it (for tests and debugging).
 
     Raises:
@@ -71,6 +75,7 @@ def rewrite(gm: fx.GraphModule, *, observe: Observer | None = None) -> Rewrite |
     tokens = find_tokens(gm, sequence_candidates(gm))
     span = find_span(gm, find_mixers(gm, tokens), tokens)
     check(span, tokens)
+    causal = use_causal_kernels(gm, span, tokens) if padding_elided else 0
     linear, quadratic = flops.polynomial(span.nodes, tokens)
     gm = insert(gm, span, tokens)
     see("inserted", gm)
@@ -87,6 +92,7 @@ def rewrite(gm: fx.GraphModule, *, observe: Observer | None = None) -> Rewrite |
         flops_quadratic=quadratic,
         gathers=gathers,
         scatters=scatters,
+        causal=causal,
     )
 
 

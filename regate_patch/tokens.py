@@ -28,6 +28,16 @@ class Tokens:
     batch: sympy.Expr
     length: sympy.Symbol
 
+    def is_batch(self, size: Any) -> bool:
+        """Equal to the batch size as an expression, or a symbol for the same number that no op has unified with it."""
+        e = expr(size)
+        if e == self.batch:
+            return True
+        if not isinstance(size, torch.SymInt) or not (e.is_Symbol and self.batch.is_Symbol):
+            return False
+        hints = size.node.shape_env
+        return bool(hints.size_hint(e, allow_none=True) == hints.size_hint(self.batch, allow_none=True) is not None)
+
     def on(self, node: Any) -> list[int]:
         """The token axes of a tensor."""
         return [axis for axis, size in enumerate(shape(node)) if size == self.length]

@@ -76,8 +76,10 @@ def run(model: nn.Module, batch: dict[str, Tensor], scope: Any, active: Tensor) 
     return Run(seen["output"].detach() * active[..., None], grad, grads)
 
 
-def engine(model: nn.Module, batch: dict[str, Tensor], active: Tensor, *, backend: str = "eager") -> Run:
-    handle = regate_patch.patch(conventional.decoder(model), backend=backend)
+def engine(
+    model: nn.Module, batch: dict[str, Tensor], active: Tensor, *, backend: str = "eager", **options: Any
+) -> Run:
+    handle = regate_patch.patch(conventional.decoder(model), backend=backend, **options)
     try:
         return run(model, batch, regate_patch.active(active), active)
     finally:

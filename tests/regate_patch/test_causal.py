@@ -1,0 +1,89 @@
+"""Masks that say only "causal, without padding" give way to causal kernels; all others stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
+
+import regate_patch
+from model_adapters import conventional
+from tests import oracle
+from tests.zoo import CORE
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attn_implementation": "sdpa",
+}
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_exact(name: str, padding: Any) -> None:
+    model, batch = CORE[name].build().double(), oracle.double(CORE[name].batch(padding))
+    active = oracle.random_active(batch)
+    graphs: list[Any] = []
+    got = oracle.engine(
+        model, batch, active, padding_elided=True, observe=lambda name, gm: graphs.append((name, str(gm.graph)))
+    )
+    expected = oracle.masked(model, batch, active)
+    oracle.assert_same(got, expected, tolerance=1e-10 if name != "gemma3" else 1e-6)
+    final = next(text for name, text in graphs if name == "inserted")
+    # Gemma 3's image tokens see each other in both directions.
+    assert final.count("is_causal: True") == (0 if name == "gemma3" else 2)
+    assert ("hide_filling" in final) == (name == "gemma3")
+
+
+def _causal(model: nn.Module, **inputs: torch.Tensor) -> list[tuple[int, int]]:
+    """(attentions, those that run a causal kernel) of each graph of a decoder on half of its positions."""
+    handle = regate_patch.patch(conventional.decoder(model), backend="eager", padding_elided=True)
+    ids = torch.arange(20).reshape(2, 10)
+    with regate_patch.active(torch.tensor([[0, 2, 3, 6, 7], [0, 1, 5, 6, 7]])):
+        model(input_ids=ids, use_cache=False, **inputs)
+    return [(graph.attention, graph.causal) for graph in handle.statistics.graphs]
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, GemmaConfig])
+@pytest.mark.parametrize("masked", [True, False])
+def test_causal_decoders(config: Any, masked: bool) -> None:
+    model = AutoModelForCausalLM.from_config(config(**SMALL))
+    inputs = {"attention_mask": torch.ones(2, 10, dtype=torch.int64)} if masked else {}
+    assert _causal(model, **inputs) == [(2, 2)]
+
+
+@pytest.mark.parametrize("window", [4, 300, 100_000])
+def test_windows_stay(window: int) -> None:
+    """However long: the window of a short sequence is indistinguishable by its mask, so its number is read."""
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=window))
+    assert _causal(model, attention_mask=torch.ones(2, 10, dtype=torch.int64)) == [(2, 0)]
+
+
+def test_masks_of_position_ids_stay() -> None:
+    """Without an attention mask, position ids that restart would divide the row."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]] * 2)
+    assert _causal(model, position_ids=position_ids) == [(2, 0)]
+
+
+def test_masks_given_whole_stay() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    whole = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
+    assert _causal(model, attention_mask=whole) == [(2, 0)]
+
+
+def test_only_if_promised() -> None:
+    """Without the promise, an active position may be one that the mask hides."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    handle = regate_patch.patch(conventional.decoder(model), backend="eager")
+    with regate_patch.active(torch.tensor([[0, 2, 3], [0, 1, 5]])):
+        model(input_ids=torch.arange(20).reshape(2, 10), use_cache=False)
+    assert [graph.causal for graph in handle.statistics.graphs] == [0]
