@@ -9,6 +9,7 @@ from regate.errors import ConfigError
 
 Selection = Literal["score", "random"]
 Alignment = Literal["predictor", "both"]
+Logits = Literal["kept", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Config:
         alignment: which answer positions a kept label activates: its "predictor", or "both" the predictor and
             the kept token itself.
         seed: of the random selection.
+        logits: where training forwards compute them: "kept" at the positions that predict kept labels (the loss and
+            its gradients are the same; `outputs.logits` is then None), or at "all".
 
     Raises:
         ConfigError: a value out of its range.
@@ -45,6 +48,7 @@ class Config:
     selection: Selection = "score"
     alignment: Alignment = "predictor"
     seed: int = 0
+    logits: Logits = "kept"
 
     def __post_init__(self) -> None:
         self._require("cycle", self.cycle >= 1, "at least 1")
@@ -60,6 +64,7 @@ class Config:
         self._require("reference_weight", self.reference_weight >= 0, "at least 0")
         self._require("selection", self.selection in get_args(Selection), f"one of {get_args(Selection)}")
         self._require("alignment", self.alignment in get_args(Alignment), f"one of {get_args(Alignment)}")
+        self._require("logits", self.logits in get_args(Logits), f"one of {get_args(Logits)}")
 
     def _require(self, field: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -15,7 +15,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -25,12 +25,14 @@ from tqdm.auto import tqdm
 
 import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter, find_adapter
+from model_adapters.base import labels_alone
 from model_adapters.conventional import text_config
 from regate import batches, checkpoint, keys, reference, router
 from regate.config import Config
 from regate.errors import NotGatedError, UnknownArchitectureError
+from regate.head import Reading, hidden_states, proven
 from regate.hooks import Hook
-from regate.outputs import kept_losses, rescale
+from regate.outputs import kept_losses, rescale, without_logits
 from regate.report import Counters, Report, Stopwatch
 from regate.scorer import Samples, Scorer
 from regate.selection import IGNORED, active_positions, predicted
@@ -83,7 +85,9 @@ class Gate:
         self.on_unsupported = on_unsupported
         self._counted_step = -1
         self._notes: list[str] = []
-        self._hidden_states: Tensor | None = None
+        self._decoded: Any = None  # the decoder's output in this forward
+        self._reading: Reading | None = None
+        self._short_head: bool | None = None if config.logits == "kept" else False  # None: not proven yet
         self._scope: contextlib.ExitStack | None = None
         self._active: regate_patch.Active | None = None
         self._model = model
@@ -167,6 +171,7 @@ class Gate:
         full = self.config.is_full(self.step)
         kept = self._choose(batch, layout, samples, full)
         active = active_positions(layout.labels, kept, layout.valid, alignment=self.config.alignment)
+        self._reading = Reading.of(layout.labels, kept) if self._short_head else None
         balanced = router.is_balanced(self._target, batch)
         if full and balanced:  # the router loss reads positions that no label needs
             active = layout.valid
@@ -176,9 +181,12 @@ class Gate:
         self._count(layout, self.last)
         changed = dict(layout.call or batch)
         changed.pop("sample_ids", None)
-        if not full:
+        if self._reading is not None:
+            changed["labels"] = self._reading.labels
+        elif not full:
             labels = torch.where(kept, layout.labels, IGNORED)
             changed |= self.adapter.with_labels(self._model, changed, labels)
+        if not full:
             if changed.get("num_items_in_batch") is not None:  # the trainer's count of all labels
                 share = kept.sum() / samples.candidates.sum()
                 changed["num_items_in_batch"] = changed["num_items_in_batch"] * share
@@ -194,7 +202,8 @@ class Gate:
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden_states, self._hidden_states = self._hidden_states, None
+        decoded, self._decoded = self._decoded, None
+        reading, self._reading = self._reading, None
         if self._scope is None:
             return None
         self._close_scope()
@@ -209,23 +218,51 @@ class Gate:
                 f"{type(self._decoder).__name__}; register an adapter whose `decoder` is the module it calls"
             )
         start = time.perf_counter()
-        rows, length = self.last.labels.shape
-        self._count_flops(rows, length, active.index.shape[1])
         labels, kept = self.last.labels, self.last.kept
-        losses = kept_losses(output, labels, kept, hidden_states=hidden_states, head=self._head)
+        self._count_flops(active, reading)
+        if reading is None:
+            read, places = labels, kept
+        else:
+            read, places = reading.labels, reading.labels != IGNORED
+        hidden = None if decoded is None else hidden_states(decoded)
+        losses = kept_losses(output, read, places, hidden_states=hidden, head=self._head)
         self.scorer.observe(self._waiting, labels, kept, losses)
-        if not self.last.full:
+        if reading is not None:
+            output = without_logits(output)
+        elif not self.last.full:
             output = rescale(output, self._waiting.candidates, kept)
+        if self._short_head is None:
+            self._short_head = self._prove_short_head(module, kwargs, output, decoded)
         self.counters.gate_seconds += time.perf_counter() - start
         return output
 
     @torch.compiler.disable
-    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._scope is not None:
-            found = getattr(output, "last_hidden_state", None)
-            if found is None:
-                found = output if isinstance(output, Tensor) else output[0]
-            self._hidden_states = found
+    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._scope is None:
+            return None
+        self._decoded = output if self._reading is None else self._reading.shorten(output)
+        return self._decoded
+
+    def _prove_short_head(self, module: nn.Module, call: dict[str, Any], output: Any, decoded: Any) -> bool:
+        """May the head run at kept labels only? Asked once, after the first gated forward."""
+        assert self.last is not None
+        if self.adapter.with_labels is not labels_alone or call.get("fused_lm_head") or decoded is None:
+            return False  # labels are laid out otherwise, or the head does so by itself
+        reading = Reading.of(self.last.labels, self.last.kept)
+
+        @contextlib.contextmanager
+        def shortening(reading: Reading) -> Iterator[None]:
+            hook = self._decoder.register_forward_hook(lambda module, args, output: reading.shorten(output))
+            try:
+                with self.adapter.capturable(self._model):
+                    yield
+            finally:
+                hook.remove()
+
+        problem = proven(module, self._decoder, call, output, decoded, reading, shortening)
+        if problem is not None:
+            self._note(f"the vocabulary projection runs at every position: {problem}")
+        return problem is None
 
     def _on_step(self) -> None:
         self.watch.step(full=self.config.is_full(self.step))
@@ -287,10 +324,14 @@ class Gate:
         c.positions_seen += int(layout.valid.sum())
         c.positions_computed += int(decision.active.sum())
 
-    def _count_flops(self, rows: int, length: int, computed: int) -> None:
-        head = 6.0 * rows * length * sum(p.numel() for p in self._head.parameters() if p.dim() == 2)
-        self.counters.flops_dense += 3 * rows * self._handle.statistics.flops(length) + head
-        self.counters.flops_computed += 3 * rows * self._handle.statistics.flops(computed) + head
+    def _count_flops(self, active: regate_patch.Active, reading: Reading | None) -> None:
+        assert self.last is not None
+        rows, length = self.last.labels.shape
+        read = length if reading is None else reading.index.shape[1]
+        head = 6.0 * rows * sum(p.numel() for p in self._head.parameters() if p.dim() == 2)
+        flops = self._handle.statistics.flops
+        self.counters.flops_dense += 3 * rows * flops(length) + head * length
+        self.counters.flops_computed += 3 * rows * flops(active.index.shape[1]) + head * read
 
     def _note(self, note: str) -> None:
         if note not in self._notes:

@@ -15,7 +15,8 @@ from regate.loss import label_losses
 _PER_LABEL = ("log_probs", "entropy", "is_top1")
 
 
-def _get(output: Any, name: str) -> Any:
+def get(output: Any, name: str) -> Any:
+    """An entry of a model's output, None where it has none."""
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
@@ -28,7 +29,7 @@ def kept_losses(output: Any, labels: Tensor, kept: Tensor, *, hidden_states: Ten
     Raises:
         LabelsError: none of them fits `labels` [B, S].
     """
-    logits, log_probs = _get(output, "logits"), _get(output, "log_probs")
+    logits, log_probs = get(output, "logits"), get(output, "log_probs")
     rows, length = labels.shape
     if logits is not None and logits.shape[:2] == labels.shape:
         return label_losses(logits.detach(), labels, kept)
@@ -48,11 +49,19 @@ def rescale(output: Any, candidates: Tensor, kept: Tensor) -> Any:
     Per-label values of kept labels [B, S-1] are multiplied by labels/kept, and `label_mask` says again which labels
     the batch had; then every mean that is taken of them is a mean over kept labels. Other outputs stay as they are.
     """
-    if _get(output, "log_probs") is None or _get(output, "label_mask") is None:
+    if get(output, "log_probs") is None or get(output, "label_mask") is None:
         return output
     share = candidates.sum() / kept.sum()
     for name in _PER_LABEL:
-        if (values := _get(output, name)) is not None:
+        if (values := get(output, name)) is not None:
             setattr(output, name, values * share)
     output.label_mask = candidates[:, 1:].to(torch.bool)
+    return output
+
+
+def without_logits(output: Any) -> Any:
+    """Logits at kept labels alone fit nothing that a caller has: better none."""
+    if isinstance(output, dict):
+        return type(output)(**{**output, "logits": None})
+    output.logits = None
     return output
