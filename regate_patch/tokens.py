@@ -35,8 +35,9 @@ class Tokens:
             return True
         if not isinstance(size, torch.SymInt) or not (e.is_Symbol and self.batch.is_Symbol):
             return False
-        hints = size.node.shape_env
-        return bool(hints.size_hint(e, allow_none=True) == hints.size_hint(self.batch, allow_none=True) is not None)
+        env = size.node.shape_env
+        hint = getattr(env, "optimization_hint", env.size_hint)  # its name since torch 2.13
+        return bool(hint(e) == hint(self.batch))
 
     def on(self, node: Any) -> list[int]:
         """The token axes of a tensor."""

@@ -1,0 +1,170 @@
+"""Time of a training step, dense against ReGATE and its alternatives, beside what arithmetic allows.
+
+    python -m benchmarks.steps --out benchmarks/results/steps-cpu.json          # on a CPU; half an hour on two cores
+
+For each workload all arms run in turns on the same batches; the figure is the median over the repeats. Each workload
+is written when it is done, and a second run with the same settings goes on with those that are missing. The table and
+the picture are made from the file by `python -m benchmarks.tables`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks import arms
+from benchmarks.machine import described
+from benchmarks.workloads import WORKLOADS, Workload, batch
+from regate.selection import active_positions, keep_highest
+
+KEEP = arms.SPARSE_AFTER_ONE.keep
+
+
+class Arithmetic:
+    """Forward FLOPs of a decoder: products with weights, causal attention, vocabulary projection."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        self.layers, self.width = config.num_hidden_layers, config.hidden_size
+        weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+        self.per_position = 2 * weights
+        self.per_logit = 2 * model.lm_head.weight.numel()
+
+    def flops(self, positions: int, predictions: int) -> int:
+        """Of a row with so many positions, of which so many are projected onto the vocabulary."""
+        attention = 2 * self.layers * self.width * positions**2  # two products, half of each
+        return self.per_position * positions + attention + self.per_logit * predictions
+
+
+def possible(arithmetic: Arithmetic, data: dict[str, Tensor], kept: Tensor) -> dict[str, float]:
+    """Dense FLOPs of the padded batch over those that a full and a sparse step need."""
+    rows, length = data["labels"].shape
+    whole = rows * arithmetic.flops(length, length)
+    labelled = data["labels"] != -100
+    needed = {}
+    for kind, labels in (("full", labelled), ("sparse", kept)):
+        active = active_positions(data["labels"], labels, data["attention_mask"].bool())
+        counts = zip(active.sum(1).tolist(), labels.sum(1).tolist(), strict=True)
+        needed[kind] = sum(arithmetic.flops(n, m) for n, m in counts)
+    return {kind: whole / flops for kind, flops in needed.items()}
+
+
+def measure(workload: Workload, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    def model() -> Any:
+        return arms.decoder(args.layers, args.width, args.vocabulary, device=device, dtype=getattr(torch, args.dtype))
+
+    data = batch(workload, args.rows, args.vocabulary, device=device)
+    labelled = data["labels"] != -100
+    scores = torch.rand(labelled.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    kept = keep_highest(scores, labelled, KEEP)
+    steps: dict[str, arms.Step] = {}
+    gates = {}
+    for backend in args.backends:
+        compiled = backend == "inductor"
+        steps[f"dense {backend}"] = arms.dense(model(), compiled=compiled)
+        steps[f"loss masking {backend}"] = arms.loss_masking(model(), compiled=compiled)
+        steps[f"per-layer gather {backend}"] = arms.per_layer_gather(model(), compiled=compiled)
+        full, sparse, gates[backend] = arms.gated(model(), backend=backend)
+        steps[f"regate full {backend}"], steps[f"regate sparse {backend}"] = full, sparse
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    first: dict[str, float] = {}
+    saved: dict[str, int] = {}
+
+    def timed(name: str) -> float:
+        start = time.perf_counter()
+        steps[name](data, kept)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for name in steps:
+        torch._dynamo.reset()  # arms share code, and with it Dynamo's cache
+        first[name] = timed(name)
+        for _ in range(2):  # the gate proves its shorter head in its first forward, and uses it from the second on
+            timed(name)
+        with arms.saved_bytes() as found:
+            timed(name)
+        saved[name] = found["bytes"]
+    overhead = {backend: gate.counters.gate_seconds for backend, gate in gates.items()}
+    for _ in tqdm(range(args.repeats), desc=str(workload), unit="repeat", disable=None):
+        for name in steps:
+            seconds[name].append(timed(name))
+    arithmetic = possible(Arithmetic(model()), data, kept)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    result: dict[str, Any] = {
+        "workload": workload.name,
+        "tokens": [workload.visual, workload.prompt, workload.answer],
+        "positions": data["labels"].numel(),
+        "answer_tokens": int(labelled.sum()),
+        "possible": arithmetic,
+        "arms": {},
+    }
+    for name, value in median.items():
+        backend = name.split()[-1]
+        ratio = median[f"dense {backend}"] / value
+        result["arms"][name] = {
+            "seconds": value,
+            "spread": [min(seconds[name]), max(seconds[name])],
+            "first_step_seconds": first[name],
+            "ratio_to_dense": ratio,
+            "saved_bytes": saved[name],
+            "answer_tokens_per_second": int(labelled.sum()) / value,
+        }
+        kind = name.split()[1]
+        if name.startswith("regate"):
+            result["arms"][name]["efficiency"] = ratio / arithmetic[kind]
+    for backend, gate in gates.items():
+        spent = gate.counters.gate_seconds - overhead[backend]
+        total = sum(sum(seconds[f"regate {kind} {backend}"]) for kind in ("full", "sparse"))
+        result[f"gating_share_{backend}"] = spent / total
+        report = gate.report()
+        result[f"graphs_{backend}"], result[f"recompiles_{backend}"] = report["graphs"], report["recompiles"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/steps.json"))
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--backends", nargs="+", choices=["eager", "inductor"], default=["eager"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="workloads by their V/P/A")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "only")}
+    result: dict[str, Any] = {
+        **described("benchmarks.steps", "torch", "transformers"),
+        "settings": settings,
+        "workloads": {},
+    }
+    if args.out.exists():
+        before = json.loads(args.out.read_text())
+        if before["settings"] == settings:
+            result["workloads"] = before["workloads"]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for workload in WORKLOADS:
+        if str(workload) in result["workloads"] or (args.only and str(workload) not in args.only):
+            continue
+        result["workloads"][str(workload)] = measure(workload, args, device)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        found = result["workloads"][str(workload)]
+        print(workload.name, f"possible {found['possible']['sparse']:.2f}x")
+        for name, arm in found["arms"].items():
+            efficiency = f", efficiency {arm['efficiency']:.2f}" if "efficiency" in arm else ""
+            print(f"  {name:26} {arm['seconds']:.3f} s  {arm['ratio_to_dense']:.2f}x{efficiency}")
+
+
+if __name__ == "__main__":
+    main()
