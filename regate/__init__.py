@@ -10,6 +10,7 @@ from model_adapters import Layout, ModelAdapter, Padding, register_adapter
 from regate.api import apply, remove
 from regate.config import Config
 from regate.errors import RegateError
+from regate.estimate import Estimate, count_tokens, estimate
 from regate.gate import Decision, Gate
 from regate.report import Report
 from regate.store import Store
@@ -21,6 +22,7 @@ register()
 __all__ = [
     "Config",
     "Decision",
+    "Estimate",
     "Gate",
     "GateCallback",
     "Layout",
@@ -31,6 +33,8 @@ __all__ = [
     "Store",
     "__version__",
     "apply",
+    "count_tokens",
+    "estimate",
     "register_adapter",
     "remove",
 ]

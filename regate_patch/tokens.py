@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sympy
@@ -36,8 +37,8 @@ class Tokens:
         if not isinstance(size, torch.SymInt) or not (e.is_Symbol and self.batch.is_Symbol):
             return False
         env = size.node.shape_env
-        hint = getattr(env, "optimization_hint", env.size_hint)  # its name since torch 2.13
-        return bool(hint(e) == hint(self.batch))
+        hint = getattr(env, "optimization_hint", None) or partial(env.size_hint, allow_none=True)  # the name of old
+        return bool(hint(e) == hint(self.batch) is not None)
 
     def on(self, node: Any) -> list[int]:
         """The token axes of a tensor."""

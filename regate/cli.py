@@ -1,0 +1,86 @@
+"""The command `regate`.
+
+regate estimate --model PATH_OR_ID --tokens 1352/60/110      what gating can gain, and whether it is worth it
+regate inspect --model PATH_OR_ID                            what would be found in a model, without its weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from regate.config import Config
+from regate.errors import ConfigError, RegateError
+from regate.estimate import build_on_meta, costs_of, estimate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0, or 2 where the input is of no use."""
+    parser = argparse.ArgumentParser(prog="regate", description="Train a multimodal LLM on fewer tokens.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    estimating = commands.add_parser("estimate", help="what gating can gain on this data, before training")
+    inspecting = commands.add_parser("inspect", help="what would be found in a model, without its weights")
+    for command in (estimating, inspecting):
+        command.add_argument("--model", required=True, help="a Hugging Face id or local path; only its config is read")
+        command.add_argument("--trust-remote-code", action="store_true")
+    data = estimating.add_mutually_exclusive_group(required=True)
+    data.add_argument("--tokens", nargs="+", metavar="V/P/A", help="visual, prompt and answer tokens per sample")
+    data.add_argument("--counts", type=Path, help="JSON lines, one [visual, prompt, answer] per sample")
+    estimating.add_argument("--samples", type=int, default=100_000, help="of each kind in --tokens")
+    estimating.add_argument("--epochs", type=float, default=1.0)
+    estimating.add_argument("--batch-size", type=int, default=64, help="samples per optimizer step, all ranks together")
+    for name in ("keep", "cycle", "full_steps", "warmup"):
+        default = getattr(Config(), name)
+        estimating.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    args = parser.parse_args(argv)
+    try:
+        model = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+        print(_estimate(model, args) if args.command == "estimate" else _inspect(model))
+    except (RegateError, OSError, ValueError) as error:
+        print(f"regate {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _estimate(model: PretrainedConfig, args: argparse.Namespace) -> str:
+    config = Config(keep=args.keep, cycle=args.cycle, full_steps=args.full_steps, warmup=args.warmup)
+    if args.counts:
+        samples = [tuple(json.loads(line)) for line in args.counts.read_text().splitlines() if line.strip()]
+        repeat = 1
+    else:
+        samples = [_tokens(text) for text in args.tokens]
+        repeat = args.samples
+    steps = round(args.epochs * len(samples) * repeat / args.batch_size)
+    return str(estimate(model, samples, config, epochs=args.epochs, steps=steps))
+
+
+def _tokens(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split("/"))
+    except ValueError:
+        counts = ()
+    if len(counts) != 3:
+        raise ConfigError(f"--tokens takes visual/prompt/answer, such as 1352/60/110; got {text!r}")
+    return counts
+
+
+def _inspect(config: PretrainedConfig) -> str:
+    model = build_on_meta(config)
+    costs = costs_of(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    return "\n".join(
+        [
+            f"model      {type(model).__name__}, {parameters / 1e9:.2f} billion parameters",
+            f"decoder    {costs.linear / 1e9:.2f} GFLOPs per position, {costs.quadratic:,.0f} per pair of positions",
+            f"head       {costs.head / 1e9:.2f} GFLOPs per position, {costs.vocabulary:,} tokens",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
