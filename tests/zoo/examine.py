@@ -167,7 +167,7 @@ def alone(model: nn.Module, decoder: nn.Module, pieces: list[tuple[Batch, Tensor
 
 
 def gated(model: nn.Module, decoder: nn.Module, batch: Batch, active: Tensor) -> tuple[Run, regate_patch.Handle]:
-    handle = regate_patch.patch(decoder, backend="eager")
+    handle = regate_patch.patch(decoder, backend="eager", padding_elided=True)  # as the gate does
     try:
         with regate_patch.active(active), find_adapter(model).capturable(model):
             return run(model, decoder, [(batch, active)]), handle
