@@ -1,0 +1,114 @@
+"""What the teacher's pass over an epoch costs beside one dense training epoch, with and without eliding placeholders.
+
+    python -m benchmarks.teacher --out benchmarks/results/teacher-cpu.json
+
+Per batch, in turns, the median: reference losses as ReGATE computes them; the same losses by a forward pass over the
+padded sequence, placeholders masked out but computed; and a dense training step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import arms
+from benchmarks.machine import described
+from benchmarks.workloads import WORKLOADS, Workload, batch
+from model_adapters import Batch, Layout, ModelAdapter, find_adapter
+from regate.loss import label_losses
+from regate.reference import Teacher
+
+
+def adapter_with_visual(model: nn.Module, workload: Workload) -> ModelAdapter:
+    """The first V positions of a row stand for an image."""
+    found = find_adapter(model)
+
+    def layout(model: nn.Module, data: Batch) -> Layout:
+        seen = found.layout(model, data)
+        position = torch.arange(seen.labels.shape[1], device=seen.labels.device)
+        return replace(seen, visual=(position < workload.visual).expand_as(seen.valid) & seen.valid)
+
+    return replace(found, layout=layout)
+
+
+def measure(workload: Workload, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    model = arms.decoder(args.layers, args.width, args.vocabulary, device=device, dtype=getattr(torch, args.dtype))
+    data = batch(workload, args.rows, args.vocabulary, device=device)
+    adapter = adapter_with_visual(model, workload)
+    layout = adapter.layout(model, data)
+    teacher = Teacher(model, adapter, backend="auto", source="copy", on_unsupported="raise")
+    step = arms.dense(model, compiled=False)
+    text = layout.valid & ~layout.visual
+    ids = torch.where(layout.visual, teacher.placeholder(), layout.input_ids)
+
+    def padded() -> list[Tensor]:
+        with torch.no_grad():
+            position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            hidden = teacher.decoder.forward(
+                inputs_embeds=teacher.embeddings(ids),
+                attention_mask=text.long(),
+                position_ids=position,
+                use_cache=False,
+            ).last_hidden_state
+            wanted = layout.labels != -100
+            return [label_losses(hidden, layout.labels, wanted, head=teacher.head)]
+
+    kinds: dict[str, Callable[[], Any]] = {
+        "elided": lambda: teacher.losses(data, layout),
+        "padded": padded,
+        "dense step": lambda: step(data, layout.labels != -100),
+    }
+    elided, whole = torch.cat(kinds["elided"]()).float(), kinds["padded"]()[0].float().cpu()
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(args.repeats):
+        for kind, run in kinds.items():
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[kind].append(time.perf_counter() - start)
+    median = {kind: statistics.median(values) for kind, values in seconds.items()}
+    return {
+        "seconds": median,
+        "share_of_dense_epoch": median["elided"] / median["dense step"],
+        "times_cheaper_than_padded": median["padded"] / median["elided"],
+        "largest_difference": float((elided - whole).abs().max()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/teacher.json"))
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = {**described("benchmarks.teacher", "torch", "transformers"), "workloads": {}}
+    for workload in WORKLOADS:
+        if workload.visual:
+            found = measure(workload, args, device)
+            result["workloads"][str(workload)] = found
+            print(
+                f"{workload!s:14} {found['share_of_dense_epoch']:.1%} of a dense epoch, "
+                f"{found['times_cheaper_than_padded']:.1f}x cheaper than padded, "
+                f"differs by {found['largest_difference']:.1g}"
+            )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
