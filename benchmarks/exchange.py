@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from benchmarks.machine import described
+from benchmarks.machine import described, write
 from regate.sharing import Exchange
 from regate.store import TABLES, Store
 
@@ -106,11 +106,9 @@ def main() -> None:
         "step_seconds": args.step_seconds,
         "runs": [measured(ranks, args) for ranks in args.ranks],
     }
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+        write(result, args.out)
 
 
 if __name__ == "__main__":

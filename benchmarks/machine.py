@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -24,8 +25,21 @@ def described(module: str, *packages: str) -> dict[str, Any]:
         if torch.cuda.is_available():
             device["gpu"] = torch.cuda.get_device_name()
     return {
-        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", module, *map(_relative, sys.argv[1:])]),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
         "device": device,
     }
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """As JSON; a file that was there is replaced when the new one is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def _relative(argument: str) -> str:
+    """Paths without the folders of one machine."""
+    return Path(argument).name if Path(argument).is_absolute() else argument

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import WORKLOADS
 from regate import Config
+from regate.estimate import Sample
 
 
-def gain(workload: Workload, keep: float) -> float:
+def gain(sample: Sample, keep: float) -> float:
     """Positions of a dense step over those of a sparse one."""
-    return workload.total / (workload.total - (1 - keep) * workload.answer)
+    return sample.total / (sample.total - (1 - keep) * sample.answer)
 
 
 def main() -> None:
@@ -26,12 +27,10 @@ def main() -> None:
     sparse = 1 - Config().full_steps / Config().cycle
     print("| workload | V / P / A | answers' share | sparse step | whole cycle |")
     print("|---|---|---|---|---|")
-    for w in WORKLOADS:
+    for name, w in WORKLOADS.items():
         g = gain(w, keep)
         cycle = 1 / (sparse / g + 1 - sparse)
-        print(
-            f"| {w.name} | {w.visual} / {w.prompt} / {w.answer} | {w.answer / w.total:.0%} | {g:.2f}x | {cycle:.2f}x |"
-        )
+        print(f"| {name} | {w.visual} / {w.prompt} / {w.answer} | {w.answer / w.total:.0%} | {g:.2f}x | {cycle:.2f}x |")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import arms
-from benchmarks.machine import described
-from benchmarks.workloads import WORKLOADS, Workload, batch
+from benchmarks.machine import described, write
+from benchmarks.workloads import WORKLOADS, batch, label
+from regate.estimate import Sample
 from regate.selection import active_positions, keep_highest
 
 KEEP = arms.SPARSE_AFTER_ONE.keep
@@ -57,11 +58,11 @@ def possible(arithmetic: Arithmetic, data: dict[str, Tensor], kept: Tensor) -> d
     return {kind: whole / flops for kind, flops in needed.items()}
 
 
-def measure(workload: Workload, args: argparse.Namespace, device: str) -> dict[str, Any]:
+def measure(title: str, sample: Sample, args: argparse.Namespace, device: str) -> dict[str, Any]:
     def model() -> Any:
         return arms.decoder(args.layers, args.width, args.vocabulary, device=device, dtype=getattr(torch, args.dtype))
 
-    data = batch(workload, args.rows, args.vocabulary, device=device)
+    data = batch(sample, args.rows, args.vocabulary, device=device)
     labelled = data["labels"] != -100
     scores = torch.rand(labelled.shape, generator=torch.Generator().manual_seed(1)).to(device)
     kept = keep_highest(scores, labelled, KEEP)
@@ -94,33 +95,33 @@ def measure(workload: Workload, args: argparse.Namespace, device: str) -> dict[s
             timed(name)
         saved[name] = found["bytes"]
     overhead = {backend: gate.counters.gate_seconds for backend, gate in gates.items()}
-    for _ in tqdm(range(args.repeats), desc=str(workload), unit="repeat", disable=None):
+    for _ in tqdm(range(args.repeats), desc=label(sample), unit="repeat", disable=None):
         for name in steps:
             seconds[name].append(timed(name))
     arithmetic = possible(Arithmetic(model()), data, kept)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     result: dict[str, Any] = {
-        "workload": workload.name,
-        "tokens": [workload.visual, workload.prompt, workload.answer],
+        "workload": title,
+        "tokens": list(sample),
         "positions": data["labels"].numel(),
         "answer_tokens": int(labelled.sum()),
         "possible": arithmetic,
         "arms": {},
     }
-    for name, value in median.items():
-        backend = name.split()[-1]
+    for arm, value in median.items():
+        backend = arm.split()[-1]
         ratio = median[f"dense {backend}"] / value
-        result["arms"][name] = {
+        result["arms"][arm] = {
             "seconds": value,
-            "spread": [min(seconds[name]), max(seconds[name])],
-            "first_step_seconds": first[name],
+            "spread": [min(seconds[arm]), max(seconds[arm])],
+            "first_step_seconds": first[arm],
             "ratio_to_dense": ratio,
-            "saved_bytes": saved[name],
+            "saved_bytes": saved[arm],
             "answer_tokens_per_second": int(labelled.sum()) / value,
         }
-        kind = name.split()[1]
-        if name.startswith("regate"):
-            result["arms"][name]["efficiency"] = ratio / arithmetic[kind]
+        kind = arm.split()[1]
+        if arm.startswith("regate"):
+            result["arms"][arm]["efficiency"] = ratio / arithmetic[kind]
     for backend, gate in gates.items():
         spent = gate.counters.gate_seconds - overhead[backend]
         total = sum(sum(seconds[f"regate {kind} {backend}"]) for kind in ("full", "sparse"))
@@ -153,14 +154,12 @@ def main() -> None:
         before = json.loads(args.out.read_text())
         if before["settings"] == settings:
             result["workloads"] = before["workloads"]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    for workload in WORKLOADS:
-        if str(workload) in result["workloads"] or (args.only and str(workload) not in args.only):
+    for title, sample in WORKLOADS.items():
+        if label(sample) in result["workloads"] or (args.only and label(sample) not in args.only):
             continue
-        result["workloads"][str(workload)] = measure(workload, args, device)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
-        found = result["workloads"][str(workload)]
-        print(workload.name, f"possible {found['possible']['sparse']:.2f}x")
+        found = result["workloads"][label(sample)] = measure(title, sample, args, device)
+        write(result, args.out)
+        print(title, f"possible {found['possible']['sparse']:.2f}x")
         for name, arm in found["arms"].items():
             efficiency = f", efficiency {arm['efficiency']:.2f}" if "efficiency" in arm else ""
             print(f"  {name:26} {arm['seconds']:.3f} s  {arm['ratio_to_dense']:.2f}x{efficiency}")

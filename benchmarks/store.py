@@ -19,7 +19,7 @@ import lmdb
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.machine import described
+from benchmarks.machine import described, write
 from regate.store import TABLES, Store
 
 
@@ -114,11 +114,9 @@ def main() -> None:
             "put": microseconds(put_seconds),
         },
     }
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+        write(result, args.out)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.arms import decoder
-from benchmarks.workloads import Workload, batch
+from benchmarks.workloads import batch
 from regate import Config, count_tokens, estimate
+from regate.estimate import Sample
 
 FOLDER = Path(__file__).parent
 
@@ -54,7 +55,7 @@ def predictions(result: dict[str, Any], backend: str) -> str:
     model = decoder(settings["layers"], settings["width"], settings["vocabulary"], device="cpu", dtype=None)
     lines = ["| V/P/A | predicted, sparse against full | measured | off by |", "|---|---|---|---|"]
     for name, found in result["workloads"].items():
-        data = batch(Workload(name, *found["tokens"]), settings["rows"], settings["vocabulary"])
+        data = batch(Sample(*found["tokens"]), settings["rows"], settings["vocabulary"])
         said = estimate(model.config, count_tokens(model, [data]))
         arms = found["arms"]
         measured = arms[f"regate full {backend}"]["seconds"] / arms[f"regate sparse {backend}"]["seconds"]

@@ -9,7 +9,6 @@ padded sequence, placeholders masked out but computed; and a dense training step
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,29 +20,30 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import arms
-from benchmarks.machine import described
-from benchmarks.workloads import WORKLOADS, Workload, batch
+from benchmarks.machine import described, write
+from benchmarks.workloads import WORKLOADS, batch, label
 from model_adapters import Batch, Layout, ModelAdapter, find_adapter
+from regate.estimate import Sample
 from regate.loss import label_losses
 from regate.reference import Teacher
 
 
-def adapter_with_visual(model: nn.Module, workload: Workload) -> ModelAdapter:
+def adapter_with_visual(model: nn.Module, sample: Sample) -> ModelAdapter:
     """The first V positions of a row stand for an image."""
     found = find_adapter(model)
 
     def layout(model: nn.Module, data: Batch) -> Layout:
         seen = found.layout(model, data)
         position = torch.arange(seen.labels.shape[1], device=seen.labels.device)
-        return replace(seen, visual=(position < workload.visual).expand_as(seen.valid) & seen.valid)
+        return replace(seen, visual=(position < sample.visual).expand_as(seen.valid) & seen.valid)
 
     return replace(found, layout=layout)
 
 
-def measure(workload: Workload, args: argparse.Namespace, device: str) -> dict[str, Any]:
+def measure(sample: Sample, args: argparse.Namespace, device: str) -> dict[str, Any]:
     model = arms.decoder(args.layers, args.width, args.vocabulary, device=device, dtype=getattr(torch, args.dtype))
-    data = batch(workload, args.rows, args.vocabulary, device=device)
-    adapter = adapter_with_visual(model, workload)
+    data = batch(sample, args.rows, args.vocabulary, device=device)
+    adapter = adapter_with_visual(model, sample)
     layout = adapter.layout(model, data)
     teacher = Teacher(model, adapter, backend="auto", source="copy", on_unsupported="raise")
     step = arms.dense(model, compiled=False)
@@ -97,17 +97,15 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = {**described("benchmarks.teacher", "torch", "transformers"), "workloads": {}}
-    for workload in WORKLOADS:
-        if workload.visual:
-            found = measure(workload, args, device)
-            result["workloads"][str(workload)] = found
+    for sample in WORKLOADS.values():
+        if sample.visual:
+            found = result["workloads"][label(sample)] = measure(sample, args, device)
             print(
-                f"{workload!s:14} {found['share_of_dense_epoch']:.1%} of a dense epoch, "
+                f"{label(sample):14} {found['share_of_dense_epoch']:.1%} of a dense epoch, "
                 f"{found['times_cheaper_than_padded']:.1f}x cheaper than padded, "
                 f"differs by {found['largest_difference']:.1g}"
             )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(result, args.out)
 
 
 if __name__ == "__main__":

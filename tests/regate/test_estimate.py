@@ -9,9 +9,10 @@ import pytest
 from transformers import LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
 
 import regate
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import WORKLOADS, label
 from regate import cli
 from regate.errors import ConfigError
+from regate.estimate import Sample
 from tests.zoo import CORE
 
 SIZES: dict[str, Any] = {
@@ -20,10 +21,10 @@ SIZES: dict[str, Any] = {
 LLAMA = LlamaConfig(**SIZES)
 
 
-@pytest.mark.parametrize("workload", WORKLOADS[::3], ids=str)
-def test_arithmetic(workload: Any) -> None:
+@pytest.mark.parametrize("w", list(WORKLOADS.values())[::3], ids=label)
+def test_arithmetic(w: Sample) -> None:
     """Against FLOPs counted by hand: weights twice per position, half of two attention products, the head."""
-    w, d, layers = workload, 512, 3
+    d, layers = 512, 3
     k = -(-w.answer // 2)
 
     def flops(n: int, m: int) -> float:
