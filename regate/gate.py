@@ -227,12 +227,12 @@ class Gate:
         hidden = None if decoded is None else hidden_states(decoded)
         losses = kept_losses(output, read, places, hidden_states=hidden, head=self._head)
         self.scorer.observe(self._waiting, labels, kept, losses)
-        if reading is not None:
-            output = without_logits(output)
-        elif not self.last.full:
+        if reading is None and not self.last.full:
             output = rescale(output, self._waiting.candidates, kept)
         if self._short_head is None:
             self._short_head = self._prove_short_head(module, kwargs, output, decoded)
+        if self._short_head:  # also where they were made: callers shall find out in the first step, not in the second
+            output = without_logits(output)
         self.counters.gate_seconds += time.perf_counter() - start
         return output
 

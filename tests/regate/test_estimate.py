@@ -42,7 +42,8 @@ def test_arithmetic(w: Sample) -> None:
 def test_verdicts() -> None:
     schedule = {"steps": 10_000}
     assert regate.estimate(LLAMA, [(0, 100, 900)], epochs=3, **schedule).verdict.startswith("worth it")
-    poor = regate.estimate(LLAMA, [(1352, 60, 20)], regate.Config(keep=0.9), **schedule)
+    small_head = LlamaConfig(**{**SIZES, "vocab_size": 256})
+    poor = regate.estimate(small_head, [(1352, 60, 20)], regate.Config(keep=0.9), **schedule)
     assert poor.verdict.startswith("not worth it here")
     assert "answers are 1%" in str(poor)
     whole = regate.Config(warmup=0, cycle=100, full_steps=25)
@@ -67,9 +68,12 @@ def test_counts_of_a_data_loader() -> None:
     assert regate.estimate(model, found).sparse > 1
 
 
-@pytest.mark.parametrize("config", [LlavaConfig(), Qwen2_5_VLConfig()], ids=["llava", "qwen2_5_vl"])
+TWO_LAYERS = {"num_hidden_layers": 2}
+CONFIGS = [LlavaConfig(text_config={"model_type": "llama", **TWO_LAYERS}), Qwen2_5_VLConfig(text_config=TWO_LAYERS)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["llava", "qwen2_5_vl"])
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: Any) -> None:
-    config.get_text_config().num_hidden_layers = 2
     config.save_pretrained(tmp_path)
     assert cli.main(["estimate", "--model", str(tmp_path), "--tokens", "1352/60/110", "0/100/900"]) == 0
     assert "verdict" in capsys.readouterr().out

@@ -47,6 +47,7 @@ def test_same_loss_and_gradients(name: str, padding: Any, keep: float) -> None:
     gate, found = _steps(name, regate.Config(**sparse) if keep < 1 else FULL, padding)
     assert "every position" not in str(gate.report())
     tolerance = {"atol": 1e-6, "rtol": 1e-5}  # transformers' losses are float32 whatever the model is
+    assert found[0][2] is None
     for (loss, grads, logits, read), (whole, gradients, _, length) in zip(found[1:], expected[1:], strict=True):
         torch.testing.assert_close(loss, whole, **tolerance)
         for n, gradient in gradients.items():
