@@ -19,7 +19,9 @@ from regate_patch.context import Active
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch, Tensor], None]
-SPARSE_AFTER_ONE = regate.Config(warmup=1, cycle=1_000_000, full_steps=0)  # step 0 is full, all others sparse
+SPARSE_AFTER_ONE = regate.Config(
+    warmup=1, cycle=1_000_000, full_steps=0, logits="kept"
+)  # step 0 is full, all others sparse
 
 
 def decoder(layers: int, width: int, vocabulary: int, *, device: str, dtype: torch.dtype) -> LlamaForCausalLM:

@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.arms import decoder
+from benchmarks.arms import SPARSE_AFTER_ONE, decoder
 from benchmarks.workloads import batch
 from regate import Config, count_tokens, estimate
 from regate.estimate import Sample
@@ -56,7 +56,7 @@ def predictions(result: dict[str, Any], backend: str) -> str:
     lines = ["| V/P/A | predicted, sparse against full | measured | off by |", "|---|---|---|---|"]
     for name, found in result["workloads"].items():
         data = batch(Sample(*found["tokens"]), settings["rows"], settings["vocabulary"])
-        said = estimate(model.config, count_tokens(model, [data]))
+        said = estimate(model.config, count_tokens(model, [data]), SPARSE_AFTER_ONE)
         arms = found["arms"]
         measured = arms[f"regate full {backend}"]["seconds"] / arms[f"regate sparse {backend}"]["seconds"]
         predicted = said.sparse / said.full

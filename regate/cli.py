@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from regate.config import Config
 from regate.errors import ConfigError, RegateError
-from regate.estimate import build_on_meta, costs_of, estimate
+from regate.estimate import build_on_meta, costs_of, estimate, inspect
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("keep", "cycle", "full_steps", "warmup"):
         default = getattr(Config(), name)
         estimating.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    estimating.add_argument("--logits", choices=["all", "kept"], default=Config().logits)
     args = parser.parse_args(argv)
     try:
         model = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _estimate(model: PretrainedConfig, args: argparse.Namespace) -> str:
-    config = Config(keep=args.keep, cycle=args.cycle, full_steps=args.full_steps, warmup=args.warmup)
+    names = ("keep", "cycle", "full_steps", "warmup", "logits")
+    config = Config(**{name: getattr(args, name) for name in names})
     if args.counts:
         samples = [tuple(json.loads(line)) for line in args.counts.read_text().splitlines() if line.strip()]
         repeat = 1
@@ -71,12 +73,16 @@ def _tokens(text: str) -> tuple[int, ...]:
 
 def _inspect(config: PretrainedConfig) -> str:
     model = build_on_meta(config)
-    costs = costs_of(model)
+    found = inspect(model)
+    costs = costs_of(model, found)
     parameters = sum(p.numel() for p in model.parameters())
+    recurrences = sum(graph.recurrences for graph in found.graphs)
     return "\n".join(
         [
             f"model      {type(model).__name__}, {parameters / 1e9:.2f} billion parameters",
-            f"decoder    {costs.linear / 1e9:.2f} GFLOPs per position, {costs.quadratic:,.0f} per pair of positions",
+            f"decoder    {found.attention} attention and {found.mlp} MLP blocks in {len(found.graphs)} graph(s)"
+            + (f", {recurrences} operations that run along the sequence" if recurrences else ""),
+            f"FLOPs      {costs.linear / 1e9:.2f} G per position, {costs.quadratic:,.0f} per pair of positions",
             f"head       {costs.head / 1e9:.2f} GFLOPs per position, {costs.vocabulary:,} tokens",
         ]
     )

@@ -29,8 +29,9 @@ class Config:
         alignment: which answer positions a kept label activates: its "predictor", or "both" the predictor and
             the kept token itself.
         seed: of the random selection.
-        logits: where training forwards compute them: "kept" at the positions that predict kept labels (the loss and
-            its gradients are the same; `outputs.logits` is then None), or at "all".
+        logits: where training forwards compute them: at "all" positions, or, which is faster and takes less memory,
+            at those that predict "kept" labels. The loss and its gradients are then the same up to rounding, and
+            `outputs.logits` is None.
 
     Raises:
         ConfigError: a value out of its range.
@@ -48,7 +49,7 @@ class Config:
     selection: Selection = "score"
     alignment: Alignment = "predictor"
     seed: int = 0
-    logits: Logits = "kept"
+    logits: Logits = "all"
 
     def __post_init__(self) -> None:
         self._require("cycle", self.cycle >= 1, "at least 1")

@@ -1,8 +1,8 @@
 """What gating can gain on given data, before anything is trained: arithmetic alone, and an honest verdict.
 
-A sample is V visual, P prompt and A answer tokens. A sparse step computes V + P + keep*A positions and projects keep*A
-of them onto the vocabulary; a full step computes all positions and projects A; a dense step, without ReGATE, projects
-all. The teacher reads P + A tokens once per sample, forward only. The decoder's cost is read off its captured graph.
+A sample is V visual, P prompt and A answer tokens. A sparse step computes V + P + keep*A positions, a full step all of
+them, as dense training does. With `logits="kept"` a sparse step projects keep*A of them onto the vocabulary and a full
+step A; else all are projected. The teacher reads P + A tokens once per sample, forward only. The decoder's cost is read off its captured graph.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 import regate_patch
@@ -133,11 +133,15 @@ def estimate(
     counted = [Sample(*map(int, sample)) for sample in samples]
     if not counted or any(min(s) < 0 or s.answer == 0 for s in counted):
         raise ConfigError("estimate needs samples of (visual, prompt, answer) token counts, each with an answer")
-    costs = costs_of(model)
-    kept = [ceil(config.keep * s.answer) for s in counted]
+    model = build_on_meta(model) if isinstance(model, PretrainedConfig) else model
+    costs = costs_of(model, inspect(model))
+    kept = [ceil(config.keep * s.answer - 1e-6) for s in counted]
     dense = 3 * sum(costs.forward(s.total, s.total) for s in counted)
-    full = 3 * sum(costs.forward(s.total, s.answer) for s in counted)
-    sparse = 3 * sum(costs.forward(s.total - s.answer + k, k) for s, k in zip(counted, kept, strict=True))
+    everywhere = config.logits == "all"
+    full = 3 * sum(costs.forward(s.total, s.total if everywhere else s.answer) for s in counted)
+    sparse = 3 * sum(
+        costs.forward(s.total - s.answer + k, s.total if everywhere else k) for s, k in zip(counted, kept, strict=True)
+    )
     teacher = sum(costs.forward(s.prompt + s.answer, s.answer) for s in counted)
     if config.reference_weight == 0 or config.selection == "random":
         teacher = 0.0
@@ -158,30 +162,38 @@ def estimate(
         dense_flops=dense,
         sparse_activations=sum(s.total - s.answer + k for s, k in zip(counted, kept, strict=True)) / positions,
         logits_bytes_dense=4 * longest.total * costs.vocabulary,
-        logits_bytes_full=4 * longest.answer * costs.vocabulary,
+        logits_bytes_full=4 * (longest.total if everywhere else longest.answer) * costs.vocabulary,
     )
 
 
-def costs_of(model: nn.Module | PretrainedConfig) -> Costs:
-    """The costs of a model's decoder, from its captured graph, and of its head."""
-    model = build_on_meta(model) if isinstance(model, PretrainedConfig) else model
-    try:
-        adapter = find_adapter(model)
-        decoder, head = adapter.decoder(model), adapter.head(model)
-    except AdapterError as error:
-        raise UnknownArchitectureError(str(error)) from error
-    weight = next(p for p in head.parameters() if p.dim() == 2)
-    hidden = text_config(model).hidden_size
-    inputs = torch.zeros(2, 64, hidden, device=weight.device, dtype=weight.dtype)
-    mask = torch.ones(2, 64, device=weight.device, dtype=torch.int64)
-    with adapter.capturable(model):
-        found = regate_patch.inspect(decoder, inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+def costs_of(model: nn.Module, found: regate_patch.Statistics) -> Costs:
+    """The costs of a model's decoder, from what was found in it, and of its head."""
+    weight = _projection(model)
     return Costs(
         linear=sum(graph.flops_linear for graph in found.graphs),
-        quadratic=sum(graph.flops_quadratic for graph in found.graphs) / 2,  # causal kernels skip half
+        quadratic=sum(graph.flops_quadratic for graph in found.graphs),
         head=2.0 * weight.numel(),
         vocabulary=weight.shape[0],
     )
+
+
+def inspect(model: nn.Module) -> regate_patch.Statistics:
+    """What the engine finds in a model's decoder; the model may have no weights (be on the "meta" device)."""
+    try:
+        adapter = find_adapter(model)
+        decoder = adapter.decoder(model)
+        weight = _projection(model)
+    except AdapterError as error:
+        raise UnknownArchitectureError(str(error)) from error
+    inputs = torch.zeros(2, 64, text_config(model).hidden_size, device=weight.device, dtype=weight.dtype)
+    mask = torch.ones(2, 64, device=weight.device, dtype=torch.int64)
+    with adapter.capturable(model):
+        return regate_patch.inspect(decoder, inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+
+
+def _projection(model: nn.Module) -> Tensor:
+    """The weights of the head, [V, D]."""
+    return next(p for p in find_adapter(model).head(model).parameters() if p.dim() == 2)
 
 
 def build_on_meta(config: PretrainedConfig) -> nn.Module:

@@ -15,7 +15,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -249,17 +249,8 @@ class Gate:
         if self.adapter.with_labels is not labels_alone or call.get("fused_lm_head") or decoded is None:
             return False  # labels are laid out otherwise, or the head does so by itself
         reading = Reading.of(self.last.labels, self.last.kept)
-
-        @contextlib.contextmanager
-        def shortening(reading: Reading) -> Iterator[None]:
-            hook = self._decoder.register_forward_hook(lambda module, args, output: reading.shorten(output))
-            try:
-                with self.adapter.capturable(self._model):
-                    yield
-            finally:
-                hook.remove()
-
-        problem = proven(module, self._decoder, call, output, decoded, reading, shortening)
+        with self.adapter.capturable(self._model):
+            problem = proven(module, self._decoder, call, output, decoded, reading)
         if problem is not None:
             self._note(f"the vocabulary projection runs at every position: {problem}")
         return problem is None

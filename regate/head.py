@@ -11,7 +11,6 @@ That a model's loss is the same on both is not taken for granted: `proven` compa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +71,8 @@ def with_hidden_states(output: Any, hidden: Tensor) -> Any:
 
 @torch.no_grad()
 def proven(
-    module: nn.Module, decoder: nn.Module, call: dict[str, Any], output: Any, decoded: Any, reading: Reading,
-    shortening: Callable[[Reading], Any],
-) -> str | None:  # fmt: skip
+    module: nn.Module, decoder: nn.Module, call: dict[str, Any], output: Any, decoded: Any, reading: Reading
+) -> str | None:
     """Does `module` find the same loss on the shortened sequence? None if so, else why not.
 
     Runs the model around its decoder a second time, without gradients; the decoder gives what it gave before.
@@ -82,24 +80,24 @@ def proven(
     Args:
         module: the causal language model.
         decoder: the module inside it.
-        call: the arguments of its forward that gave `output`.
+        call: the arguments of the forward that gave `output`.
         output: what it gave.
         decoded: what its decoder gave.
         reading: where kept labels are predicted.
-        shortening: a context in which the decoder's output is shortened.
     """
     loss = get(output, "loss")
     if loss is None:
         return "the model returns no loss"
     own = decoder.__dict__.get("forward")
-    cuda = [loss.device.index] if loss.is_cuda else []
+    hook = decoder.register_forward_hook(lambda decoder, args, output: reading.shorten(output))
     try:
         decoder.forward = lambda *args, **kwargs: decoded
-        with torch.random.fork_rng(devices=cuda), shortening(reading):
+        with torch.random.fork_rng(devices=[loss.device.index] if loss.is_cuda else []):
             short = get(module.forward(**{**call, "labels": reading.labels}), "loss")
     except Exception as error:  # whatever the model makes of a short sequence, it is no reason to stop training
         return f"the model cannot: {type(error).__name__}: {error}"
     finally:
+        hook.remove()
         if own is None:
             del decoder.forward
         else:

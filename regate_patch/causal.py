@@ -132,16 +132,21 @@ def _probes(longest: int, tokens: Tokens, *, has_padding: bool) -> list[Tensor]:
 def _run(
     gm: fx.GraphModule, subgraph: list[fx.Node], mask: fx.Node, padding: fx.Node | None, seen: Tensor, tokens: Tokens
 ) -> Tensor:
-    """The mask that the subgraph makes for this padding mask."""
+    """The mask that the subgraph makes for this padding mask, on the CPU."""
     rows, length = seen.shape
     known: dict[fx.Node, Any] = {}
 
+    def leaf(x: Any) -> Any:
+        if isinstance(x, fx.Node):
+            return known[x]
+        return torch.device("cpu") if isinstance(x, torch.device) else x  # wherever the decoder is, or is not ("meta")
+
     def read(x: Any) -> Any:
-        return fx.map_arg(x, lambda n: known[n])
+        return fx.node.map_aggregate(x, leaf)
 
     for node in subgraph:
         if node is padding:
-            known[node] = seen.to(value(node).device, value(node).dtype)
+            known[node] = seen.to(value(node).dtype)
         elif node.op == "placeholder":
             known[node] = length if expr(value(node)) == tokens.length else rows
         elif node.op == "call_function":
@@ -149,7 +154,7 @@ def _run(
         else:
             x, *others = read(node.args)
             known[node] = getattr(x, str(node.target))(*others, **read(node.kwargs))
-    return known[mask].detach().cpu()
+    return known[mask]
 
 
 def _is_causal(mask: Tensor, seen: Tensor) -> bool:

@@ -14,7 +14,7 @@ from regate_patch.rewrite import rewrite
 
 
 def inspect(decoder: nn.Module, *args: Any, **kwargs: Any) -> Statistics:
-    """Capture and rewrite `decoder` as called with these arguments, and run the call dense.
+    """Capture and rewrite `decoder` as called with these arguments, padding elided, and run the call dense.
 
     Decoder and arguments may be on the "meta" device, where no weight exists and nothing is computed.
 
@@ -27,7 +27,7 @@ def inspect(decoder: nn.Module, *args: Any, **kwargs: Any) -> Statistics:
     statistics = Statistics()
 
     def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        if (rewritten := rewrite(gm)) is None:
+        if (rewritten := rewrite(gm, padding_elided=True)) is None:
             statistics.other_graphs += 1
         else:
             statistics.graphs.append(rewritten)

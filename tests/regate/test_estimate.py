@@ -30,12 +30,15 @@ def test_arithmetic(w: Sample) -> None:
     def flops(n: int, m: int) -> float:
         return layers * (2 * n * (4 * d * d + 3 * d * 1536) + 2 * d * n * n) + 2 * m * d * 4096
 
-    found = regate.estimate(LLAMA, [(w.visual, w.prompt, w.answer)] * 3)
+    found = regate.estimate(LLAMA, [w] * 3, regate.Config(logits="kept"))
     dense = flops(w.total, w.total)
     assert found.sparse == pytest.approx(dense / flops(w.total - w.answer + k, k), rel=1e-6)
     assert found.full == pytest.approx(dense / flops(w.total, w.answer), rel=1e-6)
     assert found.teacher == pytest.approx(flops(w.prompt + w.answer, w.answer) / (3 * dense), rel=1e-6)
     assert found.schedule == found.full  # three steps are all warm-up
+    everywhere = regate.estimate(LLAMA, [w] * 3)
+    assert everywhere.full == 1
+    assert everywhere.sparse == pytest.approx(dense / flops(w.total - w.answer + k, w.total), rel=1e-6)
     assert found.dense_flops == pytest.approx(3 * 3 * dense, rel=1e-6)
 
 
@@ -46,7 +49,7 @@ def test_verdicts() -> None:
     poor = regate.estimate(small_head, [(1352, 60, 20)], regate.Config(keep=0.9), **schedule)
     assert poor.verdict.startswith("not worth it here")
     assert "answers are 1%" in str(poor)
-    whole = regate.Config(warmup=0, cycle=100, full_steps=25)
+    whole = regate.Config(warmup=0, cycle=100, full_steps=25, logits="kept")
     mixed = regate.estimate(LLAMA, [(0, 100, 900)], whole, steps=100)
     assert mixed.schedule == pytest.approx(1 / (0.25 / mixed.full + 0.75 / mixed.sparse))
     assert mixed.run < mixed.schedule < mixed.sparse
@@ -81,7 +84,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: An
     counts.write_text("[576, 60, 300]\n[0, 10, 30]\n")
     assert cli.main(["estimate", "--model", str(tmp_path), "--counts", str(counts)]) == 0
     assert cli.main(["inspect", "--model", str(tmp_path)]) == 0
-    assert "GFLOPs per position" in capsys.readouterr().out
+    assert "2 attention and 2 MLP blocks in 1 graph(s)" in capsys.readouterr().out
 
 
 def test_commands_explain_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
