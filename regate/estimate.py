@@ -2,7 +2,8 @@
 
 A sample is V visual, P prompt and A answer tokens. A sparse step computes V + P + keep*A positions, a full step all of
 them, as dense training does. With `logits="kept"` a sparse step projects keep*A of them onto the vocabulary and a full
-step A; else all are projected. The teacher reads P + A tokens once per sample, forward only. The decoder's cost is read off its captured graph.
+step A; else all are projected. The teacher reads P + A tokens once per sample, forward only. The decoder's cost is read
+off its captured graph.
 """
 
 from __future__ import annotations
