@@ -77,7 +77,7 @@ class Gate:
         store: Store,
         on_unsupported: OnUnsupported,
     ) -> None:
-        self.config, self.adapter, self.store = config, adapter, store
+        self.config, self.adapter = config, adapter
         self.counters = Counters()
         self.last: Decision | None = None
         self.watch = Stopwatch()
@@ -99,11 +99,9 @@ class Gate:
             self._decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True
         )
         self._teacher = self._make_teacher(teacher, backend, on_unsupported)
-        if self._teacher is not None:
-            self.store.bind(self._teacher.fingerprint())
+        self.store = store
         self.scorer = Scorer(
             config,
-            store=store,
             exchange=self.exchange,
             counters=self.counters,
             teacher=self._teacher,
@@ -126,6 +124,21 @@ class Gate:
     @step.setter
     def step(self, step: int) -> None:
         self._steps.restart(step)
+
+    @property
+    def store(self) -> Store:
+        """Reference losses and difficulties; another one may take its place between steps.
+
+        Raises:
+            StoreMismatchError: on setting, its reference losses are another teacher's.
+        """
+        return self.exchange.store
+
+    @store.setter
+    def store(self, store: Store) -> None:
+        if self._teacher is not None:
+            store.bind(self._teacher.fingerprint())
+        self.exchange.store = store
 
     def _make_teacher(
         self, teacher: TeacherChoice, backend: regate_patch.Backend, on_unsupported: OnUnsupported

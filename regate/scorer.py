@@ -54,8 +54,7 @@ class Scorer:
 
     Args:
         config: the gate's.
-        store: of reference losses and difficulties.
-        exchange: passes on to other ranks what is stored.
+        exchange: has the store, and passes on to other ranks what is stored.
         counters: the gate's.
         teacher: None scores by difficulty alone.
         lazily: compute missing reference losses when they are needed; else only at step 0.
@@ -66,17 +65,21 @@ class Scorer:
         self,
         config: Config,
         *,
-        store: Store,
         exchange: Exchange,
         counters: Counters,
         teacher: Teacher | None,
         lazily: bool,
         vocabulary: int,
     ) -> None:
-        self.config, self.store, self.exchange, self.counters = config, store, exchange, counters
+        self.config, self.exchange, self.counters = config, exchange, counters
         self.teacher, self.lazily = teacher, lazily
         self.prior = difficulty.VocabularyPrior(vocabulary, decay=config.ema_decay)
         self._pending: list[_Pending] = []
+
+    @property
+    def store(self) -> Store:
+        """Of reference losses and difficulties."""
+        return self.exchange.store
 
     def keep(self, batch: Batch, layout: Layout, samples: Samples, *, step: int) -> Tensor:
         """The `ceil(keep * n)` labels of each row that are worth most, bool [B, S].

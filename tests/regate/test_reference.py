@@ -117,6 +117,23 @@ def test_another_teachers_cache_is_refused(tmp_path: Path) -> None:
         regate.apply(model, store=str(tmp_path / "store"))
 
 
+def test_records_go_to_the_store_of_the_gate(tmp_path: Path) -> None:
+    model = CORE["llava"].build()
+    gate = regate.apply(model, store=str(tmp_path / "first"))
+    first, batch = gate.store, CORE["llava"].batch()
+    gate.precompute([batch], progress=False)
+    gate.store = regate.Store(tmp_path / "second")
+    gate.choose(batch)
+    model(**batch)
+    gate.flush()
+    assert first.stats()["difficulty"] == 0
+    assert gate.store.stats()["reference"] == gate.store.stats()["difficulty"] == 2
+    with regate.Store(tmp_path / "third") as third:
+        third.bind({"weights": "others"})
+        with pytest.raises(StoreMismatchError, match="weights"):
+            gate.store = third
+
+
 def test_precomputed_needs_every_sample() -> None:
     model = CORE["llava"].build()
     gate = regate.apply(model, regate.Config(warmup=1, cycle=1, full_steps=0), teacher="precomputed")
