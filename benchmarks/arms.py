@@ -19,9 +19,7 @@ from regate_patch.context import Active
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch, Tensor], None]
-SPARSE_AFTER_ONE = regate.Config(
-    warmup=1, cycle=1_000_000, full_steps=0, logits="kept"
-)  # step 0 is full, all others sparse
+SPARSE_AFTER_ONE = regate.Config(warmup=1, cycle=1_000_000, full_steps=0)  # step 0 is full, all others sparse
 
 
 def decoder(layers: int, width: int, vocabulary: int, *, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -43,7 +41,7 @@ class Trained:
     """A model with its optimizer."""
 
     def __init__(self, model: nn.Module, called: Any = None) -> None:
-        self.model, self.called = model, called or model
+        self.model, self.called = model, model if called is None else called
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def step(self, batch: Batch) -> None:

@@ -30,19 +30,23 @@ KEEP = arms.SPARSE_AFTER_ONE.keep
 
 
 class Arithmetic:
-    """Forward FLOPs of a decoder: products with weights, causal attention, vocabulary projection."""
+    """Forward FLOPs of a decoder: products with weights, causal attention, vocabulary projection; and after the last
+    attention, products at positions that the vocabulary projection reads."""
 
     def __init__(self, model: Any) -> None:
         config = model.config
         self.layers, self.width = config.num_hidden_layers, config.hidden_size
         weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
         self.per_position = 2 * weights
+        last = model.model.layers[-1]
+        self.after_attention = 2 * sum(p.numel() for m in (last.self_attn.o_proj, last.mlp) for p in m.parameters())
         self.per_logit = 2 * model.lm_head.weight.numel()
 
     def flops(self, positions: int, predictions: int) -> int:
         """Of a row with so many positions, of which so many are projected onto the vocabulary."""
         attention = 2 * self.layers * self.width * positions**2  # two products, half of each
-        return self.per_position * positions + attention + self.per_logit * predictions
+        unread = self.after_attention * (positions - predictions)
+        return self.per_position * positions + attention - unread + self.per_logit * predictions
 
 
 def possible(arithmetic: Arithmetic, data: dict[str, Tensor], kept: Tensor) -> dict[str, float]:
@@ -89,8 +93,7 @@ def measure(title: str, sample: Sample, args: argparse.Namespace, device: str) -
     for name in steps:
         torch._dynamo.reset()  # arms share code, and with it Dynamo's cache
         first[name] = timed(name)
-        for _ in range(2):  # the gate proves its shorter head in its first forward, and uses it from the second on
-            timed(name)
+        timed(name)
         with arms.saved_bytes() as found:
             timed(name)
         saved[name] = found["bytes"]

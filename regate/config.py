@@ -29,8 +29,10 @@ class Config:
         alignment: which answer positions a kept label activates: its "predictor", or "both" the predictor and
             the kept token itself.
         seed: of the random selection.
-        logits: where training forwards compute them: at "all" positions, or, which is faster and takes less memory,
-            at those that predict "kept" labels. The loss and its gradients are then the same up to rounding, and
+        visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
+            have embeddings most like another's (see `regate.visual`).
+        logits: where training forwards compute them: at positions that predict "kept" labels, or, which takes more
+            time and memory, at "all". With "kept" the loss and its gradients are the same up to rounding, and
             `outputs.logits` is None.
 
     Raises:
@@ -49,7 +51,8 @@ class Config:
     selection: Selection = "score"
     alignment: Alignment = "predictor"
     seed: int = 0
-    logits: Logits = "all"
+    visual_keep: float = 1.0
+    logits: Logits = "kept"
 
     def __post_init__(self) -> None:
         self._require("cycle", self.cycle >= 1, "at least 1")
@@ -65,6 +68,7 @@ class Config:
         self._require("reference_weight", self.reference_weight >= 0, "at least 0")
         self._require("selection", self.selection in get_args(Selection), f"one of {get_args(Selection)}")
         self._require("alignment", self.alignment in get_args(Alignment), f"one of {get_args(Alignment)}")
+        self._require("visual_keep", 0 < self.visual_keep <= 1, "in (0, 1]")
         self._require("logits", self.logits in get_args(Logits), f"one of {get_args(Logits)}")
 
     def _require(self, field: str, holds: bool, allowed: str) -> None:

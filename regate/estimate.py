@@ -1,9 +1,9 @@
 """What gating can gain on given data, before anything is trained: arithmetic alone, and an honest verdict.
 
-A sample is V visual, P prompt and A answer tokens. A sparse step computes V + P + keep*A positions, a full step all of
-them, as dense training does. With `logits="kept"` a sparse step projects keep*A of them onto the vocabulary and a full
-step A; else all are projected. The teacher reads P + A tokens once per sample, forward only. The decoder's cost is read
-off its captured graph.
+A sample is V visual, P prompt and A answer tokens. A sparse step computes visual_keep*V + P + keep*A positions, a full
+step all of them, as dense training does. Of these, keep*A or A are read: projected onto the vocabulary, and computed
+after the last attention; with `logits="all"` all are. The teacher reads P + A tokens once per sample, forward only. The
+decoder's cost is read off its captured graph.
 """
 
 from __future__ import annotations
@@ -41,15 +41,18 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """Forward FLOPs of a language model: `linear*n + quadratic*n**2` for a row of n positions, `head` per logit row."""
+    """Forward FLOPs of a language model: `linear*n + quadratic*n**2` for a row of n positions, `tail` less for each of
+    them that is not read, and `head` for each position that is projected onto the vocabulary, computed or not."""
 
     linear: float
     quadratic: float
+    tail: float
     head: float
     vocabulary: int
 
     def forward(self, positions: float, projected: float) -> float:
-        return self.linear * positions + self.quadratic * positions**2 + self.head * projected
+        unread = max(positions - projected, 0)
+        return self.linear * positions + self.quadratic * positions**2 - self.tail * unread + self.head * projected
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,9 @@ def estimate(
     dense = 3 * sum(costs.forward(s.total, s.total) for s in counted)
     everywhere = config.logits == "all"
     full = 3 * sum(costs.forward(s.total, s.total if everywhere else s.answer) for s in counted)
+    computed = [ceil(config.visual_keep * s.visual - 1e-6) + s.prompt + k for s, k in zip(counted, kept, strict=True)]
     sparse = 3 * sum(
-        costs.forward(s.total - s.answer + k, s.total if everywhere else k) for s, k in zip(counted, kept, strict=True)
+        costs.forward(n, s.total if everywhere else k) for s, n, k in zip(counted, computed, kept, strict=True)
     )
     teacher = sum(costs.forward(s.prompt + s.answer, s.answer) for s in counted)
     if config.reference_weight == 0 or config.selection == "random":
@@ -161,7 +165,7 @@ def estimate(
         run=epochs * dense / (epochs * epoch + teacher),
         break_even_epochs=teacher / (dense - epoch) if dense > epoch else float("inf"),
         dense_flops=dense,
-        sparse_activations=sum(s.total - s.answer + k for s, k in zip(counted, kept, strict=True)) / positions,
+        sparse_activations=sum(computed) / positions,
         logits_bytes_dense=4 * longest.total * costs.vocabulary,
         logits_bytes_full=4 * (longest.total if everywhere else longest.answer) * costs.vocabulary,
     )
@@ -173,6 +177,7 @@ def costs_of(model: nn.Module, found: regate_patch.Statistics) -> Costs:
     return Costs(
         linear=sum(graph.flops_linear for graph in found.graphs),
         quadratic=sum(graph.flops_quadratic for graph in found.graphs),
+        tail=sum(graph.flops_tail for graph in found.graphs),
         head=2.0 * weight.numel(),
         vocabulary=weight.shape[0],
     )

@@ -16,7 +16,8 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,17 +30,18 @@ from model_adapters.base import labels_alone
 from model_adapters.conventional import text_config
 from regate import batches, checkpoint, keys, reference, router
 from regate.config import Config
-from regate.errors import NotGatedError, UnknownArchitectureError
+from regate.errors import ConfigError, NotGatedError, UnknownArchitectureError
 from regate.head import Reading, hidden_states, proven
 from regate.hooks import Hook
 from regate.outputs import kept_losses, rescale, without_logits
 from regate.report import Counters, Report, Stopwatch
 from regate.scorer import Samples, Scorer
-from regate.selection import IGNORED, active_positions, predicted
+from regate.selection import IGNORED, active_positions, predicted, predictors
 from regate.sharding import refuse_opaque
 from regate.sharing import Exchange
 from regate.steps import Steps
 from regate.store import Store
+from regate.visual import thinned
 
 log = logging.getLogger("regate")
 TeacherChoice = Literal["auto", "4bit", "precomputed"] | nn.Module | None
@@ -53,12 +55,14 @@ class Decision:
     Attributes:
         full: every label kept?
         labels: int64, as the batch brought them.
+        valid: bool, False on padding.
         kept: bool, labels that enter the loss.
         active: bool, positions that the decoder computes.
     """
 
     full: bool
     labels: Tensor
+    valid: Tensor
     kept: Tensor
     active: Tensor
 
@@ -89,7 +93,7 @@ class Gate:
         self._reading: Reading | None = None
         self._short_head: bool | None = None if config.logits == "kept" else False  # None: not proven yet
         self._scope: contextlib.ExitStack | None = None
-        self._active: regate_patch.Active | None = None
+        self._active: regate_patch.Active | None = None  # what the decoder ran on in this forward
         self._model = model
         self._target = adapter.causal_lm(model)
         self._decoder = adapter.decoder(model)
@@ -157,7 +161,6 @@ class Gate:
 
     # -- hooks ----------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._close_scope()  # left open only if a forward was interrupted between its hooks
         batch = self._by_name(args, kwargs)
@@ -184,36 +187,41 @@ class Gate:
         full = self.config.is_full(self.step)
         kept = self._choose(batch, layout, samples, full)
         active = active_positions(layout.labels, kept, layout.valid, alignment=self.config.alignment)
-        self._reading = Reading.of(layout.labels, kept) if self._short_head else None
         balanced = router.is_balanced(self._target, batch)
         if full and balanced:  # the router loss reads positions that no label needs
             active = layout.valid
-        self._active = regate_patch.Active.from_mask(active)
-        self.last = Decision(full, layout.labels, kept, active)
+        self.last = Decision(full, layout.labels, layout.valid, kept, active)
         self._waiting = samples
-        self._count(layout, self.last)
+        thins = self.config.visual_keep < 1 and not full and bool(layout.visual.any())
+        visual = layout.visual if thins else None
         changed = dict(layout.call or batch)
         changed.pop("sample_ids", None)
-        if self._reading is not None:
-            changed["labels"] = self._reading.labels
-        elif not full:
+        if not full:
             labels = torch.where(kept, layout.labels, IGNORED)
             changed |= self.adapter.with_labels(self._model, changed, labels)
-        if not full:
             if changed.get("num_items_in_batch") is not None:  # the trainer's count of all labels
                 share = kept.sum() / samples.candidates.sum()
                 changed["num_items_in_batch"] = changed["num_items_in_batch"] * share
         if "use_cache" in self._signature.parameters or hasattr(module, "config"):
             changed["use_cache"] = False  # keys of positions that were not computed cannot be cached
         self._scope = contextlib.ExitStack()
-        self._scope.enter_context(regate_patch.active(self._active))
         self._scope.enter_context(self.adapter.capturable(self._model))
         if balanced:
-            self._scope.enter_context(router.balanced_over(self._target, self._decoder, active))
+            self._scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))
+        read = None
+        if self._short_head is not False:
+            reading = Reading.of(layout.labels, kept)
+            if self._short_head is None:
+                with regate_patch.active(partial(self._positions, active, visual, None)):
+                    self._short_head = self._prove_short_head(module, changed, reading)
+            if self._short_head:
+                self._reading = reading
+                changed["labels"] = reading.labels
+                read = None if balanced else predictors(kept)
+        self._scope.enter_context(regate_patch.active(partial(self._positions, active, visual, read)))
         self.counters.gate_seconds += time.perf_counter() - start - (self.counters.teacher_seconds - taught)
         return (), changed
 
-    @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         decoded, self._decoded = self._decoded, None
         reading, self._reading = self._reading, None
@@ -223,16 +231,15 @@ class Gate:
         active, self._active = self._active, None
         if output is None:  # the forward raised
             return None
-        assert active is not None
         assert self.last is not None
-        if not active.ran and self._handle.statistics.failed is None:
+        if (active is None or not active.ran) and self._handle.statistics.failed is None:
             raise regate_patch.NotElidedError(
                 f"{type(module).__name__} ran a training forward without calling its decoder "
                 f"{type(self._decoder).__name__}; register an adapter whose `decoder` is the module it calls"
             )
         start = time.perf_counter()
         labels, kept = self.last.labels, self.last.kept
-        self._count_flops(active, reading)
+        self._count(active, reading)
         if reading is None:
             read, places = labels, kept
         else:
@@ -242,28 +249,50 @@ class Gate:
         self.scorer.observe(self._waiting, labels, kept, losses)
         if reading is None and not self.last.full:
             output = rescale(output, self._waiting.candidates, kept)
-        if self._short_head is None:
-            self._short_head = self._prove_short_head(module, kwargs, output, decoded)
-        if self._short_head:  # also where they were made: callers shall find out in the first step, not in the second
+        if reading is not None:
             output = without_logits(output)
         self.counters.gate_seconds += time.perf_counter() - start
         return output
 
-    @torch.compiler.disable
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._scope is None:
             return None
         self._decoded = output if self._reading is None else self._reading.shorten(output)
         return self._decoded
 
-    def _prove_short_head(self, module: nn.Module, call: dict[str, Any], output: Any, decoded: Any) -> bool:
-        """May the head run at kept labels only? Asked once, after the first gated forward."""
+    @torch.compiler.disable
+    def _positions(
+        self, needed: Tensor, visual: Tensor | None, read: Tensor | None, *args: Any, **kwargs: Any
+    ) -> regate_patch.Active:
+        """What the decoder computes, now that it is called: `needed` [B, S], without superfluous `visual` tokens."""
         assert self.last is not None
-        if self.adapter.with_labels is not labels_alone or call.get("fused_lm_head") or decoded is None:
+        start = time.perf_counter()
+        if visual is not None:
+            embeddings = _embeddings(args, kwargs)
+            if embeddings is None or embeddings.shape[:2] != visual.shape:
+                raise ConfigError(
+                    f"visual_keep={self.config.visual_keep} needs the embeddings of visual tokens, and "
+                    f"{type(self._decoder).__name__} is not called with such; set visual_keep=1"
+                )
+            stay = thinned(embeddings, visual, self.config.visual_keep)
+            needed = needed & (~visual | stay | predictors(self.last.kept))
+            self.last = replace(self.last, active=needed)
+        self._active = regate_patch.Active.from_mask(needed)
+        if read is not None:
+            self._active = self._active.reading(read)
+        self.counters.gate_seconds += time.perf_counter() - start
+        return self._active
+
+    def _computed(self) -> Tensor:
+        assert self.last is not None
+        return self.last.active
+
+    def _prove_short_head(self, module: nn.Module, call: dict[str, Any], reading: Reading) -> bool:
+        """May the head run at kept labels only? Asked once, in the first gated forward."""
+        if self.adapter.with_labels is not labels_alone or call.get("fused_lm_head"):
             return False  # labels are laid out otherwise, or the head does so by itself
-        reading = Reading.of(self.last.labels, self.last.kept)
-        with self.adapter.capturable(self._model):
-            problem = proven(module, self._decoder, call, output, decoded, reading)
+        problem = proven(module, self._decoder, call, reading)
+        self._decoded = self._active = None
         if problem is not None:
             self._note(f"the vocabulary projection runs at every position: {problem}")
         return problem is None
@@ -317,25 +346,26 @@ class Gate:
 
     # -- counting ---------------------------------------------------------------------------------------
 
-    def _count(self, layout: Layout, decision: Decision) -> None:
-        c = self.counters
+    def _count(self, active: regate_patch.Active | None, reading: Reading | None) -> None:
+        assert self.last is not None
+        c, last = self.counters, self.last
         if self.step != self._counted_step:
             self._counted_step = self.step
-            c.steps_full += decision.full
-            c.steps_sparse += not decision.full
-        c.labels_seen += int((layout.labels[:, 1:] != IGNORED).sum())
-        c.labels_kept += int(decision.kept.sum())
-        c.positions_seen += int(layout.valid.sum())
-        c.positions_computed += int(decision.active.sum())
-
-    def _count_flops(self, active: regate_patch.Active, reading: Reading | None) -> None:
-        assert self.last is not None
-        rows, length = self.last.labels.shape
-        read = length if reading is None else reading.index.shape[1]
+            c.steps_full += last.full
+            c.steps_sparse += not last.full
+        c.labels_seen += int((last.labels[:, 1:] != IGNORED).sum())
+        c.labels_kept += int(last.kept.sum())
+        c.positions_seen += int(last.valid.sum())
+        c.positions_computed += int(last.active.sum())
+        if active is None:  # on_unsupported="warn", and the decoder cannot be rewritten
+            return
+        rows, length = last.labels.shape
+        projected = length if reading is None else reading.index.shape[1]
+        read = None if active.read is None else active.read.index.shape[1]
         head = 6.0 * rows * sum(p.numel() for p in self._head.parameters() if p.dim() == 2)
         flops = self._handle.statistics.flops
-        self.counters.flops_dense += 3 * rows * flops(length) + head * length
-        self.counters.flops_computed += 3 * rows * flops(active.index.shape[1]) + head * read
+        c.flops_dense += 3 * rows * flops(length) + head * length
+        c.flops_computed += 3 * rows * flops(active.index.shape[1], read) + head * projected
 
     def _note(self, note: str) -> None:
         if note not in self._notes:
@@ -436,6 +466,12 @@ class Gate:
         self._handle.remove()
         if self._teacher is not None:
             self._teacher.close()
+
+
+def _embeddings(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The embeddings [B, S, D] that a decoder is called with, if it is."""
+    found = kwargs.get("inputs_embeds", kwargs.get("hidden_states", args[0] if args else None))
+    return found if isinstance(found, Tensor) and found.dim() == 3 else None
 
 
 def _rows_of(head: nn.Module) -> int:

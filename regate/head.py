@@ -6,11 +6,13 @@ still predicts label t + 1: the model's own head and loss then run on a short se
     decoder output   h0 h1 h2 h3 h4 h5        shortened   h2 h4 h4
     labels           -  -  -  y3 -  y5        shortened   -  y3 y5
 
-That a model's loss is the same on both is not taken for granted: `proven` compares them once, on the first batch.
+That a model's loss is the same on both is not taken for granted: `proven` compares them once, before the first step.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,39 +71,59 @@ def with_hidden_states(output: Any, hidden: Tensor) -> Any:
     return type(output)(**{**output, "last_hidden_state": hidden})
 
 
-@torch.no_grad()
-def proven(
-    module: nn.Module, decoder: nn.Module, call: dict[str, Any], output: Any, decoded: Any, reading: Reading
-) -> str | None:
+def proven(module: nn.Module, decoder: nn.Module, call: dict[str, Any], reading: Reading) -> str | None:
     """Does `module` find the same loss on the shortened sequence? None if so, else why not.
 
-    Runs the model around its decoder a second time, without gradients; the decoder gives what it gave before.
+    Runs the model once more than training does: up to the decoder's output as in training, so that the decoder is
+    captured once; from there on without gradients, for both sequences.
 
     Args:
         module: the causal language model.
         decoder: the module inside it.
-        call: the arguments of the forward that gave `output`.
-        output: what it gave.
-        decoded: what its decoder gave.
+        call: the arguments of the forward at hand, with labels [B, S] of which only kept ones are left.
         reading: where kept labels are predicted.
     """
-    loss = get(output, "loss")
-    if loss is None:
-        return "the model returns no loss"
-    own = decoder.__dict__.get("forward")
-    hook = decoder.register_forward_hook(lambda decoder, args, output: reading.shorten(output))
-    try:
-        decoder.forward = lambda *args, **kwargs: decoded
-        with torch.random.fork_rng(devices=[loss.device.index] if loss.is_cuda else []):
-            short = get(module.forward(**{**call, "labels": reading.labels}), "loss")
-    except Exception as error:  # whatever the model makes of a short sequence, it is no reason to stop training
-        return f"the model cannot: {type(error).__name__}: {error}"
-    finally:
-        hook.remove()
-        if own is None:
-            del decoder.forward
-        else:
-            decoder.forward = own
+    whole: list[Any] = []
+
+    def leave(decoder: nn.Module, args: Any, output: Any) -> Any:
+        torch.set_grad_enabled(False)
+        whole.append(with_hidden_states(output, hidden_states(output).detach()))
+        return whole[-1]
+
+    device = call["labels"].device
+    with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
+        with torch.enable_grad(), _hooked(decoder, leave):
+            loss = get(module.forward(**call), "loss")
+        if loss is None or not whole:
+            return "the model returns no loss" if whole else "the model does not call its decoder"
+        with torch.no_grad(), _standing_in(decoder, reading.shorten(whole[-1])):
+            try:
+                short = get(module.forward(**{**call, "labels": reading.labels}), "loss")
+            except Exception as error:  # whatever the model makes of a short sequence, it is no reason to stop
+                return f"the model cannot: {type(error).__name__}: {error}"
     if short is None or not torch.allclose(short.float(), loss.float(), rtol=1e-3, atol=1e-5):
         return f"the model's loss on the short sequence is {short}, on the whole one {loss}"
     return None
+
+
+@contextlib.contextmanager
+def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _standing_in(module: nn.Module, output: Any) -> Iterator[None]:
+    """Calls of `module` give this output."""
+    own = module.__dict__.get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

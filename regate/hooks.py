@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -15,6 +16,7 @@ class Hook:
     def __init__(self, function: Any) -> None:
         self.function = function
 
+    @torch.compiler.disable
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 

@@ -23,7 +23,7 @@ from model_adapters.conventional import text_config
 from regate.errors import NonFiniteLossError
 from regate.loss import label_losses
 from regate.quantize import to_4bit
-from regate.selection import predicted
+from regate.selection import predicted, predictors
 from regate.sharding import refuse_sharded
 
 Source = Literal["copy", "4bit", "live", "given"]
@@ -100,7 +100,8 @@ class Teacher:
         needed = wanted.flip(1).cummax(1).values.flip(1).roll(-1, 1)  # up to the last predictor
         needed[:, -1] = False
         with self._switched():
-            with regate_patch.active(seen & needed), self.adapter.capturable(self.model):
+            computed = regate_patch.Active.from_mask(seen & needed).reading(predictors(wanted))
+            with regate_patch.active(computed), self.adapter.capturable(self.model):
                 hidden = self.adapter.run_decoder(self.decoder, self.embeddings, ids, seen.long(), positions)
             losses = label_losses(hidden, labels, wanted, head=self.head)
         if not bool(torch.isfinite(losses).all()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ def is_balanced(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def balanced_over(model: nn.Module, decoder: nn.Module, active: Tensor) -> Iterator[None]:
-    """While the model runs, its router loss counts the positions `active` [B, S] bool."""
+def balanced_over(model: nn.Module, decoder: nn.Module, active: Callable[[], Tensor]) -> Iterator[None]:
+    """While the model runs, its router loss counts the positions `active()`, bool [B, S], asked after the decoder."""
     recording = sys.modules.get("transformers.utils.output_capturing")
     if recording is not None:  # hooks that the decoder would otherwise install behind a lock, which nobody can capture
         recording.maybe_install_capturing_hooks(decoder)
@@ -40,7 +40,7 @@ def balanced_over(model: nn.Module, decoder: nn.Module, active: Tensor) -> Itera
 
     @functools.wraps(original)
     def over_active(gate_logits: Any, num_experts: Any = None, top_k: int = 2, attention_mask: Any = None) -> Any:
-        return original(gate_logits, num_experts, top_k, active.long())
+        return original(gate_logits, num_experts, top_k, active().long())
 
     setattr(module, _NAME, over_active)
     try:

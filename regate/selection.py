@@ -20,6 +20,11 @@ def predicted(labels: Tensor) -> Tensor:
     return labelled
 
 
+def predictors(labels: Tensor) -> Tensor:
+    """[B, S] bool: the positions that predict these labels, bool [B, S]."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1))
+
+
 def keep_highest(scores: Tensor, candidates: Tensor, keep: float) -> Tensor:
     """The `ceil(keep * n)` candidates of each row with the highest scores.
 
@@ -58,10 +63,7 @@ def active_positions(labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: 
         last predictor of a kept label, where causal attention makes a position useless.
     """
     answer = labels != IGNORED
-    predicts = torch.zeros_like(answer)
-    predicts[:, :-1] = answer[:, 1:]
-    predicts_kept = torch.zeros_like(kept)
-    predicts_kept[:, :-1] = kept[:, 1:]
+    predicts, predicts_kept = predictors(answer), predictors(kept)
     active = ~answer | predicts_kept | (answer & ~predicts)
     if alignment == "both":
         active |= kept

@@ -13,7 +13,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ import torch._dynamo
 import torch.fx.experimental._config as shape_config
 from torch import fx, nn
 
-from regate_patch.context import Active, current
+from regate_patch.context import Active, active, current
 from regate_patch.errors import (
     ActiveIndexError,
     NoBlocksError,
@@ -94,9 +94,12 @@ class Statistics:
         """MLP blocks that one call runs."""
         return sum(rewritten.mlp for rewritten in self.last)
 
-    def flops(self, positions: int) -> int:
-        """Forward FLOPs of all blocks for one row that computes this many positions."""
-        return sum(r.flops_linear * positions + r.flops_quadratic * positions**2 for r in self.last)
+    def flops(self, positions: int, read: int | None = None) -> int:
+        """Forward FLOPs of all blocks for one row that computes this many positions, of which so many are read."""
+        unread = 0 if read is None else positions - read
+        return sum(
+            r.flops_linear * positions + r.flops_quadratic * positions**2 - r.flops_tail * unread for r in self.last
+        )
 
 
 class GatedForward:
@@ -116,6 +119,7 @@ class GatedForward:
         self.on_unsupported, self.allow_graph_breaks = on_unsupported, allow_graph_breaks
         self.forward = decoder.forward
         self.statistics = Statistics()
+        self.whole: set[Rewrite] = set()  # graphs that were seen to be all of the decoder: only its caller reads them
         self.compiled: Callable[..., Any] | None = None
         functools.update_wrapper(self, self.forward, updated=())
         self.__signature__ = inspect.signature(self.forward)
@@ -125,6 +129,9 @@ class GatedForward:
         chosen = current()
         if chosen is None or self.statistics.failed is not None:
             return self.forward(*args, **kwargs)
+        if not isinstance(chosen, Active):
+            with active(chosen(*args, **kwargs)):
+                return self(*args, **kwargs)
         _check_length(chosen, args, kwargs)
         ran_before, graphs_before = len(chosen.ran), len(self.statistics.graphs) + self.statistics.other_graphs
         try:
@@ -150,7 +157,8 @@ class GatedForward:
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """The private backend."""
-        rewritten = rewrite(gm, padding_elided=self.padding_elided, observe=self.observe)
+        whole = not self.allow_graph_breaks
+        rewritten = rewrite(gm, whole=whole, padding_elided=self.padding_elided, observe=self.observe)
         if rewritten is None:
             self.statistics.other_graphs += 1
             return _inner(gm, self._backend())
@@ -159,12 +167,19 @@ class GatedForward:
 
         def run_on_active_positions(*inputs: Any) -> Any:
             chosen = current()
-            if chosen is None:
+            if not isinstance(chosen, Active):
                 raise NotElidedError("a rewritten graph ran outside `active(...)`")
             chosen.ran.append(rewritten)
-            return run(chosen.index, chosen.valid, *inputs)
+            return run(*self._indices(chosen, rewritten), *inputs)
 
         return run_on_active_positions
+
+    def _indices(self, chosen: Active, rewritten: Rewrite) -> tuple[torch.Tensor, ...]:
+        if not rewritten.tail:
+            return chosen.index, chosen.valid
+        if rewritten in self.whole:
+            return chosen.indices
+        return replace(chosen, read=None).indices  # it may be one of several graphs, and the next reads everything
 
     def _backend(self) -> Backend:
         """What "auto" means where the decoder is by now."""
@@ -181,6 +196,10 @@ class GatedForward:
                 "from it (searched: scaled dot-product attention; softmax between matrix products). "
                 "Use attn_implementation='sdpa' or 'eager', and check that this module holds the decoder layers."
             )
+        if len(ran) == 1:
+            self.whole.add(ran[0])
+        elif self.whole.intersection(ran):
+            raise NotElidedError(f"{name} ran in several graphs one that was all of it before")
         if self.allow_graph_breaks and blocks < expected:  # else it is one graph, and all of it ran
             raise NotElidedError(
                 f"{name} ran {blocks} rewritten blocks where it has {expected}: part of it fell back to "
@@ -230,6 +249,7 @@ def _inner(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
     return run_any_size
 
 
+@torch.compiler.disable
 def _check_length(chosen: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The batch must have the index's rows; its positions are checked where that costs nothing (CPU)."""
     for name in ("inputs_embeds", "input_ids", "hidden_states"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +26,27 @@ class Active:
         index: [B, K] int64, distinct positions in each row, ascending where `valid`; a row with fewer than K
             active positions is filled at its end with inactive ones, so that K is one number for the batch.
         valid: [B, K] bool, False on that filling. What is computed there is never seen and never kept.
+        read: which of them, counted from 0 to K - 1, somebody reads in the decoder's output; None is all. The output at
+            others is then of no use. The first call in which a graph runs computes it all the same.
         ran: the `Rewrite`s that ran on these positions, one entry per run.
     """
 
     index: Tensor
     valid: Tensor
+    read: Active | None = None
     ran: list[Any] = field(default_factory=list, compare=False)
+
+    @property
+    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`index`, `valid`, and the same of what is read."""
+        if self.read is not None:
+            return self.index, self.valid, self.read.index, self.read.valid
+        everything = torch.arange(self.index.shape[1], device=self.index.device).repeat(len(self.index), 1)
+        return self.index, self.valid, everything, self.valid.clone()  # one tensor given twice would be compiled for
+
+    def reading(self, mask: Tensor) -> Active:
+        """These positions, of which only those in `mask` [B, S] bool are read."""
+        return Active(self.index, self.valid, Active.from_mask(mask.gather(1, self.index) & self.valid))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Active:
@@ -72,21 +87,23 @@ class Active:
         return cls.from_mask(mask[:, :length])
 
 
-_ACTIVE: contextvars.ContextVar[Active | None] = contextvars.ContextVar("regate_active", default=None)
+Rule = Callable[..., Active]
+_ACTIVE: contextvars.ContextVar[Active | Rule | None] = contextvars.ContextVar("regate_active", default=None)
 
 
-def current() -> Active | None:
+def current() -> Active | Rule | None:
     """The active positions in force here, or None: then every decoder runs as it was."""
     return _ACTIVE.get()
 
 
 @contextlib.contextmanager
-def active(positions: Tensor | Active, *, length: int | None = None) -> Iterator[Active]:
+def active(positions: Tensor | Active | Rule, *, length: int | None = None) -> Iterator[Active | Rule]:
     """Compute only these positions in every patched decoder called inside.
 
     Args:
         positions: [B, K] int64, ascending positions per row (`-1` at the end of rows that have fewer; then
-            give `length`), or [B, S] bool, True where computed, or an `Active` made earlier.
+            give `length`), or [B, S] bool, True where computed, or an `Active` made earlier, or a function that gives
+            one, called with the decoder's arguments each time it runs.
         length: S, the decoder's sequence length.
 
     Raises:
@@ -98,7 +115,8 @@ def active(positions: Tensor | Active, *, length: int | None = None) -> Iterator
         ...     chosen.index.shape
         torch.Size([2, 2])
     """
-    if isinstance(positions, Active):
+    chosen: Active | Rule
+    if isinstance(positions, Active) or not isinstance(positions, Tensor):
         chosen = positions
     elif positions.dtype == torch.bool:
         chosen = Active.from_mask(positions)

@@ -38,29 +38,49 @@ _ARITHMETIC = (
 )  # fmt: skip
 
 
-def insert(gm: fx.GraphModule, span: Span, tokens: Tokens) -> fx.GraphModule:
+def insert(gm: fx.GraphModule, span: Span, tail: Span | None, tokens: Tokens) -> fx.GraphModule:
     """See the module's description. Adds the inputs `active_index` and `active_valid` in front.
+
+    With a `tail` (see `regate_patch.tail`) that runs on fewer of the active positions, then the inputs `read_index` and
+    `read_valid`, which count positions among the active ones.
 
     Raises:
         UnsupportedGraphError: a value whose token axis cannot be followed.
     """
-    inserter = _Inserter(gm.graph, span, tokens)
-    inserter.insert()
-    sort_topologically(gm.graph)
-    for node in gm.graph.nodes:
+    graph = gm.graph
+    nested = _insert_tail(graph, tail, tokens) if tail else []
+    inserter = _Inserter(graph, span, tokens, "active")
+    inserter.compact |= set(nested)
+    done = set(tail.nodes) if tail else set()
+    inserter.insert([n for n in graph.nodes if n in inserter.compact and n not in done])
+    sort_topologically(graph)
+    for node in graph.nodes:
         if node not in inserter.compact:
             node.meta.pop("checkpoint", None)
-    gm.graph.lint()
+    graph.lint()
     return gm
 
 
+def _insert_tail(graph: fx.Graph, tail: Span, tokens: Tokens) -> list[fx.Node]:
+    """Run the tail on positions that are read; the nodes that this put in are the outer span's."""
+    before = set(graph.nodes)
+    inserter = _Inserter(graph, tail, tokens, "read")
+    inserter.insert(tail.nodes)
+    new = [n for n in graph.nodes if n not in before and n.op != "placeholder"]
+    for node in reversed(new):  # recomputed together with what reads it
+        regions = {user.meta.get("checkpoint") for user in node.users if user in inserter.compact}
+        if len(regions) == 1 and (region := regions.pop()) is not None:
+            node.meta["checkpoint"] = region
+    return new
+
+
 class _Inserter:
-    def __init__(self, graph: fx.Graph, span: Span, tokens: Tokens) -> None:
+    def __init__(self, graph: fx.Graph, span: Span, tokens: Tokens, name: str) -> None:
         self.graph, self.span, self.tokens = graph, span, tokens
         self.compact = set(span.nodes)
         with graph.inserting_before(next(iter(graph.nodes))):
-            self.index = graph.placeholder("active_index")
-            self.valid = graph.placeholder("active_valid")
+            self.index = graph.placeholder(f"{name}_index")
+            self.valid = graph.placeholder(f"{name}_valid")
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         with graph.inserting_after(last):
             self.count = graph.call_method("size", (self.index, 1))
@@ -69,14 +89,15 @@ class _Inserter:
         self.chosen = chosen_axes(span, tokens)
         self.chooses = any(chooses_positions(node, tokens) for node in span.nodes)
 
-    def insert(self) -> None:
+    def insert(self, nodes: list[fx.Node]) -> None:
+        """Run these nodes, in graph order, on positions at `index`."""
         attending = {m for m in self.span.mixers if is_attention(m) and attends_to_tokens(m, self.tokens)}
-        for node in self.span.nodes:
+        for node in nodes:
             self.enter(node)
             if node in attending:
                 self.hide_filling(node)
         inside = set(self.compact)
-        for node in self.span.nodes:
+        for node in nodes:
             readers = [user for user in node.users if user not in inside and user not in self.compact]
             if readers:
                 result = self.full_length(node)

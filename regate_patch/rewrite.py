@@ -19,22 +19,26 @@ from regate_patch.insert import insert
 from regate_patch.mixers import find_mixers, is_attention, sequence_candidates
 from regate_patch.mutations import name_mutations
 from regate_patch.refusals import check
+from regate_patch.tail import find_tail
 from regate_patch.tokens import find_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rewrite:
     """What was found in one captured graph and what became of it.
 
     Attributes:
-        module: takes `(active_index, active_valid, *inputs of the captured graph)`.
+        module: takes `(active_index, active_valid, *inputs of the captured graph)`, with a tail
+            `(active_index, active_valid, read_index, read_valid, *inputs of the captured graph)`.
         attention, mlp: number of blocks of each kind.
         recurrences: operations other than attention that run along the sequence (convolutions, linear attention);
             they run over the active positions in their order.
         flops_linear, flops_quadratic: forward FLOPs of the blocks for a row that computes n positions are
-            `flops_linear * n + flops_quadratic * n**2`.
-        gathers, scatters: how many the rewriter put in: one gather per live-in, one for the stream.
+            `flops_linear * n + flops_quadratic * n**2`, and `flops_tail` less for each position that is not read.
+        gathers, scatters: how many the rewriter put in: one gather per live-in, one for the stream; with a tail, one
+            more for the attention's result and one for the stream, and one scatter.
         causal: attentions whose mask gave way to `is_causal` (see `regate_patch.causal`).
+        tail: does what comes after the last attention run at positions that are read (see `regate_patch.tail`)?
     """
 
     module: fx.GraphModule
@@ -46,16 +50,21 @@ class Rewrite:
     gathers: int
     scatters: int
     causal: int = 0
+    tail: bool = False
+    flops_tail: int = 0
 
 
 Observer = Callable[[str, fx.GraphModule], None]
 
 
-def rewrite(gm: fx.GraphModule, *, padding_elided: bool = False, observe: Observer | None = None) -> Rewrite | None:
+def rewrite(
+    gm: fx.GraphModule, *, whole: bool = True, padding_elided: bool = False, observe: Observer | None = None
+) -> Rewrite | None:
     """Rewrite a graph that Dynamo captured; None if it holds no attention, and so nothing to elide.
 
     Args:
         gm: the captured graph, left as it was.
+        whole: this graph should be all of the decoder: then its tail is looked for.
         padding_elided: no active position is one that the attention mask hides.
         observe: called with each pass's name and the graph after it (for tests and debugging).
 
@@ -77,7 +86,9 @@ def rewrite(gm: fx.GraphModule, *, padding_elided: bool = False, observe: Observ
     check(span, tokens)
     causal = use_causal_kernels(gm, span, tokens) if padding_elided else 0
     linear, quadratic = flops.polynomial(span.nodes, tokens)
-    gm = insert(gm, span, tokens)
+    tail = find_tail(gm.graph, span, tokens) if whole else None
+    flops_tail = flops.polynomial(tail.nodes, tokens)[0] if tail else 0
+    gm = insert(gm, span, tail, tokens)
     see("inserted", gm)
     gathers, scatters = count(gm)
     gm = outline(gm)
@@ -93,6 +104,8 @@ def rewrite(gm: fx.GraphModule, *, padding_elided: bool = False, observe: Observ
         gathers=gathers,
         scatters=scatters,
         causal=causal,
+        tail=tail is not None,
+        flops_tail=flops_tail,
     )
 
 

@@ -24,7 +24,7 @@ from model_adapters import conventional
 from tests import oracle
 from tests.zoo import CORE
 
-CONFIG = regate.Config(warmup=1, cycle=1000, full_steps=0)
+CONFIG = regate.Config(warmup=1, cycle=1000, full_steps=0, logits="all")
 STEPS = 3
 
 

@@ -18,7 +18,7 @@ from tests.zoo.common import END, IMAGE, START, VIDEO
 
 pytestmark = pytest.mark.matrix
 Batch = dict[str, Tensor]
-SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
+SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0, logits="all")
 
 
 def turns(name: str) -> Batch:
@@ -84,7 +84,7 @@ def test_exact(name: str, make: Callable[[str], Batch]) -> None:
     """A full step is the unpatched model's; a sparse step is the per-layer masked reference's."""
     model, batch = CORE[name].build().double(), oracle.double(make(name))
     dense = _step(model, batch)
-    gate = regate.apply(model, regate.Config(warmup=9), teacher=None)
+    gate = regate.apply(model, regate.Config(warmup=9, logits="all"), teacher=None)
     _assert_close(_step(model, batch), dense)
     gate = regate.apply(model, SPARSE)
     sparse = _step(model, batch)

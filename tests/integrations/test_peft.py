@@ -18,7 +18,7 @@ from tests import oracle
 from tests.zoo import CORE
 
 pytestmark = pytest.mark.matrix
-SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
+SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0, logits="all")
 LORA = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
 

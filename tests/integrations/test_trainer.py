@@ -184,7 +184,9 @@ def test_options(tmp_path: Path, option: str, device: str) -> None:
         gate = regate.apply(model, CONFIG, teacher=None, backend="inductor" if chosen == "inductor" else "eager")
         trainer(tmp_path, model, max_steps=4, use_cpu=device == "cpu", **OPTIONS.get(chosen, {})).train()
         assert gate.report()["steps_sparse"] == 2
-        assert gate.report()["recompiles"] == 0
+        # Under the user's own torch.compile Dynamo gives up wrappers that the decoder's forward has, too, and then
+        # captures what they wrap.
+        assert gate.report()["recompiles"] <= (chosen == "torch_compile")
         results.append(weights(model))
     compiled = option == "inductor"  # which rounds otherwise
     for name, weight in results[0].items():

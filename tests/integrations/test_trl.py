@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_loss_and_metrics_are_means_over_kept_labels(tmp_path: Path, counted: bo
     batch = MODEL.batch("none")
     total = torch.tensor(int((batch["labels"] != -100).sum()))
     model = MODEL.build()
-    gate = regate.apply(model, SPARSE)
+    gate = regate.apply(model, replace(SPARSE, logits="all"))
     expected = model(**batch)
     expected.loss.backward()
     gradient = model.lm_head.weight.grad

@@ -19,7 +19,7 @@ from tests.model_adapters.stand_ins import FEATURES, FRAMES, IMAGE_ID, VIDEO_ID
 from tests.zoo.common import IMAGE
 
 FULL = regate.Config(warmup=1000)
-SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
+SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0, logits="all")
 PROMPT, ANSWERS = [11, 12, 13], [[21, 22, 23, 24, 25, 26], [31, 32, 33, 34]]
 
 

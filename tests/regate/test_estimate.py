@@ -23,12 +23,14 @@ LLAMA = LlamaConfig(**SIZES)
 
 @pytest.mark.parametrize("w", list(WORKLOADS.values())[::3], ids=label)
 def test_arithmetic(w: Sample) -> None:
-    """Against FLOPs counted by hand: weights twice per position, half of two attention products, the head."""
+    """Against FLOPs counted by hand: weights twice per position, half of two attention products, the head; and in the
+    last layer output projection and MLP only where the head reads."""
     d, layers = 512, 3
     k = -(-w.answer // 2)
 
     def flops(n: int, m: int) -> float:
-        return layers * (2 * n * (4 * d * d + 3 * d * 1536) + 2 * d * n * n) + 2 * m * d * 4096
+        unread = 2 * max(n - m, 0) * (d * d + 3 * d * 1536)
+        return layers * (2 * n * (4 * d * d + 3 * d * 1536) + 2 * d * n * n) - unread + 2 * m * d * 4096
 
     found = regate.estimate(LLAMA, [w] * 3, regate.Config(logits="kept"))
     dense = flops(w.total, w.total)
@@ -36,7 +38,7 @@ def test_arithmetic(w: Sample) -> None:
     assert found.full == pytest.approx(dense / flops(w.total, w.answer), rel=1e-6)
     assert found.teacher == pytest.approx(flops(w.prompt + w.answer, w.answer) / (3 * dense), rel=1e-6)
     assert found.schedule == found.full  # three steps are all warm-up
-    everywhere = regate.estimate(LLAMA, [w] * 3)
+    everywhere = regate.estimate(LLAMA, [w] * 3, regate.Config(logits="all"))
     assert everywhere.full == 1
     assert everywhere.sparse == pytest.approx(dense / flops(w.total - w.answer + k, w.total), rel=1e-6)
     assert found.dense_flops == pytest.approx(3 * 3 * dense, rel=1e-6)
@@ -45,11 +47,11 @@ def test_arithmetic(w: Sample) -> None:
 def test_verdicts() -> None:
     schedule = {"steps": 10_000}
     assert regate.estimate(LLAMA, [(0, 100, 900)], epochs=3, **schedule).verdict.startswith("worth it")
-    small_head = LlamaConfig(**{**SIZES, "vocab_size": 256})
-    poor = regate.estimate(small_head, [(1352, 60, 20)], regate.Config(keep=0.9), **schedule)
+    deep = LlamaConfig(**{**SIZES, "vocab_size": 256, "num_hidden_layers": 24})
+    poor = regate.estimate(deep, [(1352, 60, 20)], regate.Config(keep=0.9), **schedule)
     assert poor.verdict.startswith("not worth it here")
     assert "answers are 1%" in str(poor)
-    whole = regate.Config(warmup=0, cycle=100, full_steps=25, logits="kept")
+    whole = regate.Config(warmup=0, cycle=100, full_steps=25)
     mixed = regate.estimate(LLAMA, [(0, 100, 900)], whole, steps=100)
     assert mixed.schedule == pytest.approx(1 / (0.25 / mixed.full + 0.75 / mixed.sparse))
     assert mixed.run < mixed.schedule < mixed.sparse

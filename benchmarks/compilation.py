@@ -1,0 +1,98 @@
+"""What compilation costs over a run of batches of many lengths: dense `torch.compile` against ReGATE, both on inductor.
+
+    python -m benchmarks.compilation --out benchmarks/results/compilation-cpu.json      # ten minutes on two cores
+
+Every batch has another length and ReGATE's another number of computed positions. A step compiles if Dynamo made a graph
+in it; what it took beyond the median step is the compilation's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from tqdm import tqdm
+
+from benchmarks import arms
+from benchmarks.machine import described, write
+from benchmarks.workloads import batch
+from regate.estimate import Sample
+
+
+def lengths(steps: int) -> list[Sample]:
+    """One workload per step, from 40 to 200 tokens."""
+    random_ = random.Random(0)
+    return [Sample(0, random_.randint(20, 100), random_.randint(20, 100)) for _ in range(steps)]
+
+
+def run(name: str, step: arms.Step, samples: list[Sample], args: argparse.Namespace) -> dict[str, Any]:
+    torch._dynamo.reset()
+    counters.clear()
+    seconds, graphs = [], []
+    for number, sample in enumerate(tqdm(samples, desc=name, unit="step", disable=None)):
+        data = batch(sample, args.rows, args.vocabulary, seed=number, device=args.device)
+        start = time.perf_counter()
+        step(data, data["labels"] != -100)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        graphs.append(counters["stats"]["unique_graphs"])
+    median = statistics.median(seconds)
+    made = [after - before for before, after in zip([0, *graphs], graphs, strict=False)]
+    return {
+        "graphs": graphs[-1],
+        "steps_that_compiled": [number for number, new in enumerate(made) if new],
+        "compile_seconds": sum(t - median for t, new in zip(seconds, made, strict=True) if new),
+        "median_step_seconds": median,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/compilation.json"))
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    result: dict[str, Any] = described("benchmarks.compilation", "torch", "transformers")
+    result["settings"] = {k: v for k, v in vars(args).items() if k != "out"}
+
+    def model() -> Any:
+        return arms.decoder(
+            args.layers, args.width, args.vocabulary, device=args.device, dtype=getattr(torch, args.dtype)
+        )
+
+    samples = lengths(args.steps)
+    full, sparse, gate = arms.gated(model(), backend="inductor")
+    turns = iter(range(args.steps))
+
+    def alternating(data: arms.Batch, kept: torch.Tensor) -> None:
+        (full if next(turns) % 8 == 0 else sparse)(data, kept)
+
+    result["dense torch.compile"] = run("dense torch.compile", arms.dense(model(), compiled=True), samples, args)
+    result["regate"] = run("regate", alternating, samples, args)
+    result["regate"]["recompiles_of_the_decoder"] = gate.report()["recompiles"]
+    result["ratio_of_compile_seconds"] = (
+        result["regate"]["compile_seconds"] / result["dense torch.compile"]["compile_seconds"]
+    )
+    write(result, args.out)
+    for name in ("dense torch.compile", "regate"):
+        found = result[name]
+        print(
+            f"{name:20} {found['compile_seconds']:.0f} s of compilation in steps {found['steps_that_compiled']}, "
+            f"{found['graphs']} graphs, then {found['median_step_seconds']:.3f} s per step"
+        )
+
+
+if __name__ == "__main__":
+    main()
