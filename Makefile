@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+VERSIONS ?= tests/versions.txt
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -31,11 +32,11 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 # torch goes in first and is then held where it is, so that no dependency replaces it by another build.
-$(VENV)/ready: pyproject.toml
+$(VENV)/ready: pyproject.toml $(VERSIONS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip freeze | grep '^torch==' > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --constraint $(VERSIONS) --editable '.[test]'
 	touch $@
 
 clean:

@@ -13,12 +13,11 @@ def _run_decoder(
     decoder: Any, embeddings: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None
 ) -> Tensor:
     """Text sees no image: its cross-attention gate is zero wherever `image_attention_mask` is."""
-    embeds, config = embeddings(input_ids), decoder.config
-    blank = embeds.new_zeros(len(embeds), 1, 1, config.vision_config.embed_dim)
-    name = "perceiver_embeddings" if config.use_resampler else "image_encoder_embeddings"
+    embeds = embeddings(input_ids)
     return decoder(
         inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
-        image_attention_mask=attention_mask.new_zeros(*embeds.shape[:2], 1), **{name: blank},
+        image_attention_mask=attention_mask.new_zeros(*embeds.shape[:2], 1),
+        image_encoder_embeddings=embeds.new_zeros(len(embeds), 1, 1, decoder.config.vision_config.embed_dim),
     )[0]  # fmt: skip
 
 
