@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -30,3 +34,20 @@ def to_4bit(module: nn.Module) -> nn.Module:
         small.bias = child.bias
         setattr(module, name, small.to(child.weight.device))  # the move quantises
     return module
+
+
+@contextlib.contextmanager
+def unpacked(module: nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes from repacking 4-bit weights.
+
+    On CPUs with bfloat16 instructions it does so in place at the first call in eval mode, which cannot be captured, and
+    which fails for weights narrower than a block (`bitsandbytes.nn.Linear4bit.forward`).
+    """
+    packers: list[Any] = [m for m in module.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+    for packer in packers:
+        packer.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    finally:
+        for packer in packers:
+            packer.support_avx512bf16_for_cpu = True

@@ -22,7 +22,7 @@ from model_adapters import Batch, Layout, ModelAdapter
 from model_adapters.conventional import text_config
 from regate.errors import NonFiniteLossError
 from regate.loss import label_losses
-from regate.quantize import to_4bit
+from regate.quantize import to_4bit, unpacked
 from regate.selection import predicted, predictors
 from regate.sharding import refuse_sharded
 
@@ -99,7 +99,7 @@ class Teacher:
         seen = valid if padding.attend else valid & ~visual
         needed = wanted.flip(1).cummax(1).values.flip(1).roll(-1, 1)  # up to the last predictor
         needed[:, -1] = False
-        with self._switched():
+        with self._switched(), unpacked(self.decoder):
             computed = regate_patch.Active.from_mask(seen & needed).reading(predictors(wanted))
             with regate_patch.active(computed), self.adapter.capturable(self.model):
                 hidden = self.adapter.run_decoder(self.decoder, self.embeddings, ids, seen.long(), positions)
