@@ -9,9 +9,10 @@ An implementation of Reference-Guided Adaptive Token Elision (arXiv 2507.21420).
 from model_adapters import Layout, ModelAdapter, Padding, register_adapter
 from regate.api import apply, remove
 from regate.config import Config
+from regate.decision import Decision
 from regate.errors import RegateError
 from regate.estimate import Estimate, count_tokens, estimate
-from regate.gate import Decision, Gate
+from regate.gate import Gate
 from regate.report import Report
 from regate.store import Store
 from regate.trainer import GateCallback, register

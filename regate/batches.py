@@ -1,8 +1,8 @@
-"""What a batch must be for labels to be scored one by one, checked before anything is computed of it."""
+"""The batch on the host, and what it must be for labels to be scored one by one."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from regate.selection import IGNORED
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
-def check(batch: Batch, layout: Layout, *, vocabulary: int) -> None:
-    """Refuse what would be gated wrongly.
+def on_host(batch: Batch, layout: Layout, *, vocabulary: int) -> Layout:
+    """The layout on the CPU, fetched in one piece; refuses what would be gated wrongly.
 
     Args:
         batch: the arguments of the model's call.
@@ -27,29 +27,42 @@ def check(batch: Batch, layout: Layout, *, vocabulary: int) -> None:
         LabelsError: labels are not [B, S] like the decoder's input, or no ids below V.
         PackedRowsError: a row holds several samples.
     """
-    _check_labels(layout, vocabulary)
-    _check_rows(batch, layout)
+    _check_shapes(layout)
+    position_ids = batch.get("position_ids")
+    fields = [layout.input_ids, layout.labels, layout.valid, layout.visual]
+    if not isinstance(position_ids, Tensor) or position_ids.shape != layout.valid.shape:
+        position_ids = None  # several ids per token (M-RoPE) fall within an image, too, and say nothing
+    else:
+        fields.append(position_ids)
+    input_ids, labels, valid, visual, *rest = torch.stack([x.long() for x in fields]).cpu()
+    layout = replace(layout, input_ids=input_ids, labels=labels, valid=valid.bool(), visual=visual.bool())
+    _check_labels(layout.labels, vocabulary)
+    _check_rows(batch, layout.valid, rest)
+    return layout
 
 
-def _check_labels(layout: Layout, vocabulary: int) -> None:
+def _check_shapes(layout: Layout) -> None:
     shapes = {n: list(getattr(layout, n).shape) for n in ("input_ids", "labels", "valid", "visual")}
     if len({tuple(s) for s in shapes.values()}) > 1 or layout.labels.dim() != 2:
         raise LabelsError(
             "labels must be [B, S] like the decoder's input, one per position after visual expansion; got "
             + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         )
-    highest = int(layout.labels.max())
-    if highest >= vocabulary or bool((layout.labels < 0).logical_and(layout.labels != IGNORED).any()):
+
+
+def _check_labels(labels: Tensor, vocabulary: int) -> None:
+    highest = int(labels.max())
+    if highest >= vocabulary or bool((labels < 0).logical_and(labels != IGNORED).any()):
         raise LabelsError(
             f"labels must be token ids below the vocabulary size {vocabulary}, or {IGNORED}; got values "
-            f"from {int(layout.labels.min())} to {highest}"
+            f"from {int(labels.min())} to {highest}"
         )
 
 
-def _check_rows(batch: Batch, layout: Layout) -> None:
+def _check_rows(batch: Batch, valid: Tensor, position_ids: list[Tensor]) -> None:
     """Difficulties, reference losses and the share kept are all per sample, and a row is taken for one."""
     given = [name for name in _BOUNDARIES if batch.get(name) is not None]
-    restart = _restart(batch.get("position_ids"), layout.valid)
+    restart = _restart(position_ids[0], valid) if position_ids else None
     if given or restart is not None:
         sign = f"`{given[0]}` is given" if given else f"position_ids restart at position {restart}"
         raise PackedRowsError(
@@ -59,13 +72,8 @@ def _check_rows(batch: Batch, layout: Layout) -> None:
         )
 
 
-def _restart(position_ids: Any, valid: Tensor) -> int | None:
-    """The first position whose position id is lower than that before it, in a row of [B, S] ids, or None.
-
-    Several ids per token (M-RoPE) fall within an image, too, and say nothing.
-    """
-    if not isinstance(position_ids, Tensor) or position_ids.shape[-1:] != valid.shape[-1:] or position_ids.dim() != 2:
-        return None
+def _restart(position_ids: Tensor, valid: Tensor) -> int | None:
+    """The first position whose position id is lower than that before it, in a row of [B, S] ids, or None."""
     falls = torch.diff(position_ids) < 0
     falls = falls.logical_and(valid[:, 1:] & valid[:, :-1])
     return int(falls.any(0).nonzero()[0]) + 1 if bool(falls.any()) else None

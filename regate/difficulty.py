@@ -27,7 +27,7 @@ def update(m: Tensor, loss: Tensor, observed: Tensor, *, decay: float) -> Tensor
 
 
 class VocabularyPrior:
-    """Moving average of the student's loss per token id."""
+    """Moving average of the student's loss per token id, on the CPU."""
 
     def __init__(self, size: int, *, decay: float) -> None:
         self.decay = decay
@@ -37,20 +37,18 @@ class VocabularyPrior:
         """Take over the losses of labels `ids` (both [N]); non-finite ones are left out."""
         finite = torch.isfinite(losses)
         ids, losses = ids[finite], losses[finite].float()
-        self.mean = self.mean.to(ids.device)
         count = torch.zeros_like(self.mean).index_add_(0, ids, torch.ones_like(losses))
         total = torch.zeros_like(self.mean).index_add_(0, ids, losses)
         self.mean = update(self.mean, total / count.clamp(min=1), count > 0, decay=self.decay)
 
     def expect(self, ids: Tensor) -> Tensor:
         """Expected loss of labels `ids` (any shape); unseen ids get the mean over those seen, or 0."""
-        self.mean = self.mean.to(ids.device)
         seen = self.mean != UNSEEN
         overall = torch.where(seen, self.mean, 0.0).sum() / seen.sum().clamp(min=1)
         return torch.where(seen, self.mean, overall)[ids.clamp(0, len(self.mean) - 1)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean.cpu().clone()}
+        return {"mean": self.mean.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean = state["mean"].clone()
+        self.mean = state["mean"].cpu().clone()

@@ -1,10 +1,11 @@
 """The gate: hangs on a model's forward, and on sparse steps lets it learn from the important labels only.
 
 One training forward, in order:
-    before   read the batch's layout; full or sparse? score labels, keep the best; mask the others' labels;
-             compute which positions the decoder needs
+    before   fetch the batch's layout, and the losses of the forward before; full or sparse? score labels, keep the
+             best; mask the others' labels; decide which positions the decoder needs. The only wait for the device
     during   the engine elides the other positions (`regate_patch.active`)
-    after    read the student's losses at kept labels; update difficulties (written at the next forward)
+    after    take the student's losses at kept labels, without waiting for them; store the difficulties that the last
+             forward's made, while the device computes
 Only training forwards with labels are touched; evaluation and generation run as they were.
 """
 
@@ -16,8 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -30,41 +30,24 @@ from model_adapters.base import labels_alone
 from model_adapters.conventional import text_config
 from regate import batches, checkpoint, keys, reference, router
 from regate.config import Config
+from regate.decision import Decision
 from regate.errors import ConfigError, NotGatedError, UnknownArchitectureError
 from regate.head import Reading, hidden_states, proven
 from regate.hooks import Hook
+from regate.loss import Places
 from regate.outputs import kept_losses, rescale, without_logits
 from regate.report import Counters, Report, Stopwatch
 from regate.scorer import Samples, Scorer
-from regate.selection import IGNORED, active_positions, predicted, predictors
+from regate.selection import IGNORED, predicted
 from regate.sharding import refuse_opaque
 from regate.sharing import Exchange
 from regate.steps import Steps
 from regate.store import Store
-from regate.visual import thinned
+from regate_patch import to_device
 
 log = logging.getLogger("regate")
 TeacherChoice = Literal["auto", "4bit", "precomputed"] | nn.Module | None
 OnUnsupported = Literal["raise", "warn"]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What the gate decided in one forward; all tensors [B, S].
-
-    Attributes:
-        full: every label kept?
-        labels: int64, as the batch brought them.
-        valid: bool, False on padding.
-        kept: bool, labels that enter the loss.
-        active: bool, positions that the decoder computes.
-    """
-
-    full: bool
-    labels: Tensor
-    valid: Tensor
-    kept: Tensor
-    active: Tensor
 
 
 class Gate:
@@ -91,6 +74,7 @@ class Gate:
         self._notes: list[str] = []
         self._decoded: Any = None  # the decoder's output in this forward
         self._reading: Reading | None = None
+        self._read = False  # are predictors of kept labels all that is read of the decoder's output?
         self._short_head: bool | None = None if config.logits == "kept" else False  # None: not proven yet
         self._scope: contextlib.ExitStack | None = None
         self._active: regate_patch.Active | None = None  # what the decoder ran on in this forward
@@ -183,42 +167,40 @@ class Gate:
         if not bool(samples.candidates.any()):
             self.counters.forwards_ungated += 1
             return args, kwargs
-        self.flush()
+        self.scorer.collect()
         full = self.config.is_full(self.step)
         kept = self._choose(batch, layout, samples, full)
-        active = active_positions(layout.labels, kept, layout.valid, alignment=self.config.alignment)
         balanced = router.is_balanced(self._target, batch)
-        if full and balanced:  # the router loss reads positions that no label needs
-            active = layout.valid
-        self.last = Decision(full, layout.labels, layout.valid, kept, active)
+        # on full steps the router loss reads positions that no label needs
+        self.last = Decision.of(layout, kept, self.config, full=full, everything=full and balanced)
         self._waiting = samples
-        thins = self.config.visual_keep < 1 and not full and bool(layout.visual.any())
-        visual = layout.visual if thins else None
+        device = batch["labels"].device
         changed = dict(layout.call or batch)
         changed.pop("sample_ids", None)
         if not full:
-            labels = torch.where(kept, layout.labels, IGNORED)
+            labels = to_device(self.last.labels_left, device)
             changed |= self.adapter.with_labels(self._model, changed, labels)
             if changed.get("num_items_in_batch") is not None:  # the trainer's count of all labels
-                share = kept.sum() / samples.candidates.sum()
-                changed["num_items_in_batch"] = changed["num_items_in_batch"] * share
+                changed["num_items_in_batch"] = changed["num_items_in_batch"] * self.last.share
         if "use_cache" in self._signature.parameters or hasattr(module, "config"):
             changed["use_cache"] = False  # keys of positions that were not computed cannot be cached
         self._scope = contextlib.ExitStack()
         self._scope.enter_context(self.adapter.capturable(self._model))
         if balanced:
             self._scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))
-        read = None
         if self._short_head is not False:
             reading = Reading.of(layout.labels, kept)
             if self._short_head is None:
-                with regate_patch.active(partial(self._positions, active, visual, None)):
-                    self._short_head = self._prove_short_head(module, changed, reading)
+                self._short_head = self._prove_short_head(module, changed, reading)
             if self._short_head:
                 self._reading = reading
-                changed["labels"] = reading.labels
-                read = None if balanced else predictors(kept)
-        self._scope.enter_context(regate_patch.active(partial(self._positions, active, visual, read)))
+                changed["labels"] = to_device(reading.labels, device)
+        if self._reading is None:
+            self._places = Places.of(layout.labels, kept)
+        else:
+            self._places = Places.of(self._reading.labels, self._reading.labels != IGNORED)
+        self._read = self._reading is not None and not balanced
+        self._scope.enter_context(regate_patch.active(self._positions))
         self.counters.gate_seconds += time.perf_counter() - start - (self.counters.teacher_seconds - taught)
         return (), changed
 
@@ -238,17 +220,13 @@ class Gate:
                 f"{type(self._decoder).__name__}; register an adapter whose `decoder` is the module it calls"
             )
         start = time.perf_counter()
-        labels, kept = self.last.labels, self.last.kept
         self._count(active, reading)
-        if reading is None:
-            read, places = labels, kept
-        else:
-            read, places = reading.labels, reading.labels != IGNORED
         hidden = None if decoded is None else hidden_states(decoded)
-        losses = kept_losses(output, read, places, hidden_states=hidden, head=self._head)
-        self.scorer.observe(self._waiting, labels, kept, losses)
+        losses = kept_losses(output, self._places, hidden_states=hidden, head=self._head)
+        self.scorer.write()
+        self.scorer.observe(self._waiting, self.last.labels, self.last.kept, losses)
         if reading is None and not self.last.full:
-            output = rescale(output, self._waiting.candidates, kept)
+            output = rescale(output, self._waiting.candidates, self.last.share)
         if reading is not None:
             output = without_logits(output)
         self.counters.gate_seconds += time.perf_counter() - start
@@ -261,37 +239,32 @@ class Gate:
         return self._decoded
 
     @torch.compiler.disable
-    def _positions(
-        self, needed: Tensor, visual: Tensor | None, read: Tensor | None, *args: Any, **kwargs: Any
-    ) -> regate_patch.Active:
-        """What the decoder computes, now that it is called: `needed` [B, S], without superfluous `visual` tokens."""
+    def _positions(self, *args: Any, **kwargs: Any) -> regate_patch.Active:
+        """What the decoder computes, now that it is called."""
         assert self.last is not None
         start = time.perf_counter()
-        if visual is not None:
+        if self.last.spare is not None:
             embeddings = _embeddings(args, kwargs)
-            if embeddings is None or embeddings.shape[:2] != visual.shape:
+            if embeddings is None or embeddings.shape[:2] != self.last.spare.shape:
                 raise ConfigError(
                     f"visual_keep={self.config.visual_keep} needs the embeddings of visual tokens, and "
                     f"{type(self._decoder).__name__} is not called with such; set visual_keep=1"
                 )
-            stay = thinned(embeddings, visual, self.config.visual_keep)
-            needed = needed & (~visual | stay | predictors(self.last.kept))
-            self.last = replace(self.last, active=needed)
-        self._active = regate_patch.Active.from_mask(needed)
-        if read is not None:
-            self._active = self._active.reading(read)
+            self.last = self.last.thin(embeddings, self.config.visual_keep)
+        self._active = self.last.positions(_device(args, kwargs), read=self._read)
         self.counters.gate_seconds += time.perf_counter() - start
         return self._active
 
     def _computed(self) -> Tensor:
         assert self.last is not None
-        return self.last.active
+        return to_device(self.last.active, next(self._head.parameters()).device)
 
     def _prove_short_head(self, module: nn.Module, call: dict[str, Any], reading: Reading) -> bool:
         """May the head run at kept labels only? Asked once, in the first gated forward."""
         if self.adapter.with_labels is not labels_alone or call.get("fused_lm_head"):
             return False  # labels are laid out otherwise, or the head does so by itself
-        problem = proven(module, self._decoder, call, reading)
+        with regate_patch.active(self._positions):
+            problem = proven(module, self._decoder, call, reading)
         self._decoded = self._active = None
         if problem is not None:
             self._note(f"the vocabulary projection runs at every position: {problem}")
@@ -329,8 +302,7 @@ class Gate:
             layout = self.adapter.layout(self._model, batch)
         except AdapterError as error:
             raise UnknownArchitectureError(str(error)) from error
-        batches.check(batch, layout, vocabulary=self._vocabulary)
-        return layout
+        return batches.on_host(batch, layout, vocabulary=self._vocabulary)
 
     def _samples(self, batch: Batch, layout: Layout) -> Samples:
         text = keys.text_keys(layout)
@@ -353,10 +325,10 @@ class Gate:
             self._counted_step = self.step
             c.steps_full += last.full
             c.steps_sparse += not last.full
-        c.labels_seen += int((last.labels[:, 1:] != IGNORED).sum())
-        c.labels_kept += int(last.kept.sum())
-        c.positions_seen += int(last.valid.sum())
-        c.positions_computed += int(last.active.sum())
+        c.labels_seen += last.labels_seen
+        c.labels_kept += last.labels_kept
+        c.positions_seen += last.positions_seen
+        c.positions_computed += sum(last.computed)
         if active is None:  # on_unsupported="warn", and the decoder cannot be rewritten
             return
         rows, length = last.labels.shape
@@ -397,7 +369,7 @@ class Gate:
         return self._choose(batch, layout, self._samples(batch, layout), full)
 
     def flush(self) -> None:
-        """Write the difficulties of earlier forwards to the store; each forward does so for those before it."""
+        """Write the difficulties of earlier forwards to the store; the forward after the next one would, too."""
         self.scorer.flush()
 
     def report(self) -> Report:
@@ -472,6 +444,11 @@ def _embeddings(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The embeddings [B, S, D] that a decoder is called with, if it is."""
     found = kwargs.get("inputs_embeds", kwargs.get("hidden_states", args[0] if args else None))
     return found if isinstance(found, Tensor) and found.dim() == 3 else None
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """Where a decoder is called."""
+    return next(x.device for x in (*kwargs.values(), *args) if isinstance(x, Tensor))
 
 
 def _rows_of(head: nn.Module) -> int:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from regate.outputs import get
 from regate.selection import IGNORED
+from regate_patch import to_device
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Which positions of the decoder's output the head reads.
+    """Which positions of the decoder's output the head reads; on the CPU.
 
     Attributes:
         index: int64 [B, N + 1], the predictors of kept labels, at the end of each row filled with any position.
@@ -50,7 +51,7 @@ class Reading:
     def shorten(self, output: Any) -> Any:
         """The decoder's output with hidden states [B, S, D] at `index` alone."""
         hidden = hidden_states(output)
-        index = self.index.to(hidden.device)
+        index = to_device(self.index, hidden.device)
         return with_hidden_states(output, hidden[torch.arange(len(index), device=hidden.device)[:, None], index])
 
 
@@ -98,7 +99,7 @@ def proven(module: nn.Module, decoder: nn.Module, call: dict[str, Any], reading:
             return "the model returns no loss" if whole else "the model does not call its decoder"
         with torch.no_grad(), _standing_in(decoder, reading.shorten(whole[-1])):
             try:
-                short = get(module.forward(**{**call, "labels": reading.labels}), "loss")
+                short = get(module.forward(**{**call, "labels": to_device(reading.labels, device)}), "loss")
             except Exception as error:  # whatever the model makes of a short sequence, it is no reason to stop
                 return f"the model cannot: {type(error).__name__}: {error}"
     if short is None or not torch.allclose(short.float(), loss.float(), rtol=1e-3, atol=1e-5):

@@ -21,7 +21,7 @@ import regate_patch
 from model_adapters import Batch, Layout, ModelAdapter
 from model_adapters.conventional import text_config
 from regate.errors import NonFiniteLossError
-from regate.loss import label_losses
+from regate.loss import Places, label_losses
 from regate.quantize import to_4bit, unpacked
 from regate.selection import predicted, predictors
 from regate.sharding import refuse_sharded
@@ -68,24 +68,32 @@ class Teacher:
                 self.decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True
             )
 
-    def _follow(self, device: torch.device) -> None:
-        """A copy made before the model was moved goes where the batches are."""
-        if self.source not in ("copy", "4bit") or next(self.embeddings.parameters()).device == device:
-            return
-        parts = [part.to(device) for part in (self.embeddings, self.decoder, self.head)]
-        if self.source == "copy":
-            _halve_on_cuda(parts)
+    def _device(self) -> torch.device:
+        """Where it computes; a copy made before the model was moved goes where the model is by now."""
+        device = next(self.embeddings.parameters()).device
+        if self.source not in ("copy", "4bit"):
+            return device
+        followed = next(self.adapter.embeddings(self.model).parameters()).device
+        if followed != device:
+            parts = [part.to(followed) for part in (self.embeddings, self.decoder, self.head)]
+            if self.source == "copy":
+                _halve_on_cuda(parts)
+        return followed
 
     @torch.no_grad()
     def losses(self, batch: Batch, layout: Layout, rows: Sequence[int] | None = None) -> list[Tensor]:
         """Reference losses of the batch's rows (or of `rows`), each [n_labels] float32 on the CPU.
 
+        Args:
+            batch: the arguments of the model's call.
+            layout: of the batch, on the CPU.
+            rows: which, all if None.
+
         Raises:
             NonFiniteLossError: the teacher's loss is NaN or infinite.
         """
-        self._follow(layout.labels.device)
+        device = self._device()
         chosen = torch.arange(len(layout.labels)) if rows is None else torch.tensor(list(rows))
-        chosen = chosen.to(layout.labels.device)
         labels, valid = layout.labels[chosen], layout.valid[chosen]
         visual = layout.visual[chosen]
         wanted = predicted(labels)
@@ -95,22 +103,23 @@ class Teacher:
         ids = torch.where(visual, self.placeholder(), layout.input_ids[chosen])
         positions = self.adapter.position_ids(self.model, batch)
         if positions is not None and positions.shape[-2] == len(layout.labels):
-            positions = positions.index_select(-2, chosen)
+            positions = positions.index_select(-2, chosen.to(positions.device))
         seen = valid if padding.attend else valid & ~visual
         needed = wanted.flip(1).cummax(1).values.flip(1).roll(-1, 1)  # up to the last predictor
         needed[:, -1] = False
         with self._switched(), unpacked(self.decoder):
-            computed = regate_patch.Active.from_mask(seen & needed).reading(predictors(wanted))
+            computed = regate_patch.Active.from_mask(seen & needed).reading(predictors(wanted)).to(device)
             with regate_patch.active(computed), self.adapter.capturable(self.model):
-                hidden = self.adapter.run_decoder(self.decoder, self.embeddings, ids, seen.long(), positions)
-            losses = label_losses(hidden, labels, wanted, head=self.head)
+                text, mask = ids.to(device), seen.long().to(device)
+                hidden = self.adapter.run_decoder(self.decoder, self.embeddings, text, mask, positions)
+            losses = label_losses(hidden, Places.of(labels, wanted), head=self.head).cpu()
         if not bool(torch.isfinite(losses).all()):
             row = wanted.nonzero()[~torch.isfinite(losses)][0]
             raise NonFiniteLossError(
                 f"the teacher's loss at row {int(row[0])}, position {int(row[1])} of this batch is not finite; "
                 "check the model's weights and dtype (float16 overflows where bfloat16 does not)"
             )
-        return [part.cpu() for part in losses.split(wanted.sum(1).tolist())]
+        return list(losses.split(wanted.sum(1).tolist()))
 
     def placeholder(self) -> int:
         """The id that stands at visual positions."""

@@ -32,7 +32,7 @@ class Samples:
     Attributes:
         text: one key per row, of its text alone; reference losses are stored by it.
         sample: one key per row, of text and visual input; difficulties are stored by it.
-        candidates: bool [B, S], the labels that some position predicts.
+        candidates: bool [B, S] on the CPU, the labels that some position predicts.
     """
 
     text: list[bytes]
@@ -42,15 +42,20 @@ class Samples:
 
 @dataclass
 class _Pending:
-    """Losses of one forward on their way to the store."""
+    """Losses of one forward, [N] on the device, perhaps still being computed; the rest [B, S] on the CPU."""
 
     samples: Samples
+    labels: Tensor
     kept: Tensor
     losses: Tensor
 
 
 class Scorer:
     """Scores labels, keeps the best, and learns from the losses of those that were kept.
+
+    Losses take three steps to the store, so that neither the device nor the disk is waited for: `observe` takes them as
+    they are being computed; `collect`, before the next forward, fetches them; `write` stores what was collected, while
+    the device computes.
 
     Args:
         config: the gate's.
@@ -75,6 +80,7 @@ class Scorer:
         self.teacher, self.lazily = teacher, lazily
         self.prior = difficulty.VocabularyPrior(vocabulary, decay=config.ema_decay)
         self._pending: list[_Pending] = []
+        self._unwritten: dict[bytes, np.ndarray] = {}  # difficulties that are not in the store yet
 
     @property
     def store(self) -> Store:
@@ -95,8 +101,8 @@ class Scorer:
         config, candidates = self.config, samples.candidates
         if config.selection == "random":
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.counters.labels_seen)
-            return torch.rand(candidates.shape, generator=generator).to(candidates.device)
-        m = _spread(self.store.get("difficulty", samples.sample), candidates, difficulty.UNSEEN)
+            return torch.rand(candidates.shape, generator=generator)
+        m = self._difficulties(samples)
         expected = self.prior.expect(torch.where(candidates, layout.labels, 0))
         score = config.student_weight * torch.where(m == difficulty.UNSEEN, expected, m)
         if self.teacher is not None:
@@ -134,28 +140,45 @@ class Scorer:
         self.counters.teacher_samples += len(rows)
         self.counters.teacher_seconds += time.perf_counter() - start
 
-    def observe(self, samples: Samples, labels: Tensor, kept: Tensor, losses: Tensor) -> None:
-        """The student's `losses` [N] at kept labels; difficulties are written by `flush`."""
-        self._pending.append(_Pending(samples, kept, losses))
-        self.prior.observe(labels[kept], losses)
+    def _difficulties(self, samples: Samples) -> Tensor:
+        """[B, S] float32, `UNSEEN` where there is none."""
+        rows = self.store.get("difficulty", samples.sample)
+        latest = [self._unwritten.get(name, row) for name, row in zip(samples.sample, rows, strict=True)]
+        return _spread(latest, samples.candidates, difficulty.UNSEEN)
 
-    def flush(self) -> None:
-        """Write the difficulties of earlier forwards to the store."""
+    def observe(self, samples: Samples, labels: Tensor, kept: Tensor, losses: Tensor) -> None:
+        """The student's `losses` [N] at kept labels of `labels` [B, S]."""
+        self._pending.append(_Pending(samples, labels, kept, losses))
+
+    def collect(self) -> None:
+        """Learn from the losses of earlier forwards; waits until they are computed."""
         pending, self._pending = self._pending, []
         for item in pending:
-            names, candidates = item.samples.sample, item.samples.candidates
-            m = _spread(self.store.get("difficulty", names), candidates, difficulty.UNSEEN)
+            candidates, losses = item.samples.candidates, item.losses.cpu()
+            self.counters.nonfinite_losses += int((~torch.isfinite(losses)).sum())
+            self.prior.observe(item.labels[item.kept], losses)
+            m = self._difficulties(item.samples)
             loss = torch.zeros_like(m)
-            loss[item.kept] = item.losses
-            self.counters.nonfinite_losses += int((~torch.isfinite(item.losses)).sum())
-            m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay).cpu()
-            counts = candidates.sum(1).tolist()
-            rows = m[candidates.cpu()].split(counts)
-            self._put("difficulty", {k: r.numpy() for k, r in zip(names, rows, strict=True) if len(r)})
+            loss[item.kept] = losses
+            m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay)
+            rows = m[candidates].split(candidates.sum(1).tolist())
+            self._unwritten |= {k: r.numpy() for k, r in zip(item.samples.sample, rows, strict=True) if len(r)}
+
+    def write(self) -> None:
+        """Store what was collected."""
+        if self._unwritten:
+            self._put("difficulty", self._unwritten)
+            self._unwritten = {}
+
+    def flush(self) -> None:
+        """Learn from every forward so far, and store it."""
+        self.collect()
+        self.write()
 
     def forget(self) -> None:
         """Drop losses that were not written yet."""
         self._pending.clear()
+        self._unwritten.clear()
 
     def _put(self, table: Table, records: dict[bytes, np.ndarray]) -> None:
         self.store.put(table, records)
@@ -165,8 +188,7 @@ class Scorer:
 def _spread(rows: Sequence[np.ndarray | None], candidates: Tensor, missing: float) -> Tensor:
     """Per-row label values [n_labels] onto their positions [B, S]; `missing` everywhere else."""
     out = torch.full(candidates.shape, missing, dtype=torch.float32)
-    where = candidates.cpu()
     for b, row in enumerate(rows):
         if row is not None:
-            out[b, where[b]] = torch.from_numpy(row)
-    return out.to(candidates.device)
+            out[b, candidates[b]] = torch.from_numpy(row)
+    return out

@@ -8,35 +8,42 @@ section 3, without the merging).
 
 from __future__ import annotations
 
-from math import ceil
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from regate_patch import to_device
+
+
+def count_left(tokens: Tensor, keep: float) -> Tensor:
+    """`ceil(keep * n)` for integers n of any shape."""
+    return torch.ceil(tokens * keep - 1e-6).long()
 
 
 @torch.no_grad()
 def thinned(embeddings: Tensor, visual: Tensor, keep: float) -> Tensor:
     """The visual tokens that stay, `ceil(keep * n)` of each row's n.
 
+    How many there are is known on the host, so that nothing here waits for the device.
+
     Args:
         embeddings: [B, S, D] float, what the decoder is given.
-        visual: [B, S] bool.
+        visual: [B, S] bool, on the CPU.
         keep: share, 0 < keep <= 1.
 
     Returns:
-        [B, S] bool, True at some of `visual` only.
+        [B, S] bool on the device of `embeddings`, True at some of `visual` only.
     """
-    stay = torch.zeros_like(visual)
-    for b, row in enumerate(visual):
-        places = row.nonzero().squeeze(1)
-        goal = ceil(keep * len(places) - 1e-6)
-        tokens = F.normalize(embeddings[b, places].float(), dim=-1)
-        while len(places) > goal:
+    device = embeddings.device
+    stay = torch.zeros(visual.shape, dtype=torch.bool, device=device)
+    for b, goal in enumerate(count_left(visual.sum(1), keep).tolist()):
+        places = to_device(visual[b].nonzero().squeeze(1), device)
+        tokens = F.normalize(embeddings[b].index_select(0, places).float(), dim=-1)
+        while (n := len(places)) > goal:
             similarity = (tokens[1::2] @ tokens[::2].T).amax(1)
-            leave = similarity.argsort(descending=True, stable=True)[: len(places) - goal]
-            staying = torch.ones(len(places), dtype=torch.bool, device=places.device)
-            staying[1 + 2 * leave] = False
-            places, tokens = places[staying], tokens[staying]
-        stay[b, places] = True
+            leave = similarity.argsort(descending=True, stable=True)[: n - goal]
+            left = torch.zeros(n, dtype=torch.uint8, device=device).index_fill(0, 1 + 2 * leave, 1)
+            staying = left.argsort(stable=True)[: n - len(leave)]  # in order; a mask would have to be counted
+            places, tokens = places.index_select(0, staying), tokens.index_select(0, staying)
+        stay[b].index_fill_(0, places, True)
     return stay

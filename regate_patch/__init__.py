@@ -9,7 +9,7 @@ Needs torch only, and knows nothing of scores, teachers or multimodal models: an
 """
 
 from regate_patch.capture import Backend, Handle, OnUnsupported, Statistics, patch
-from regate_patch.context import Active, active, current
+from regate_patch.context import Active, Rule, active, current
 from regate_patch.errors import (
     ActiveIndexError,
     NoBlocksError,
@@ -20,6 +20,7 @@ from regate_patch.errors import (
 )
 from regate_patch.inspection import inspect
 from regate_patch.rewrite import Rewrite, rewrite
+from regate_patch.transfer import to_device
 
 __all__ = [
     "Active",
@@ -32,6 +33,7 @@ __all__ = [
     "PatchError",
     "RegateError",
     "Rewrite",
+    "Rule",
     "Statistics",
     "UnsupportedGraphError",
     "active",
@@ -39,4 +41,5 @@ __all__ = [
     "inspect",
     "patch",
     "rewrite",
+    "to_device",
 ]

@@ -251,7 +251,7 @@ def _inner(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
 
 @torch.compiler.disable
 def _check_length(chosen: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The batch must have the index's rows; its positions are checked where that costs nothing (CPU)."""
+    """The batch must have the index's rows and reach as far as its positions."""
     for name in ("inputs_embeds", "input_ids", "hidden_states"):
         x = kwargs.get(name)
         if x is None and name == "hidden_states" and args and isinstance(args[0], torch.Tensor):
@@ -263,9 +263,9 @@ def _check_length(chosen: Active, args: tuple[Any, ...], kwargs: dict[str, Any])
             raise ActiveIndexError(
                 f"active positions are {list(chosen.index.shape)} ([B, K]), but `{name}` is {list(x.shape)}"
             )
-        if chosen.index.device.type == "cpu" and int(chosen.index.max()) >= length:
+        if chosen.length > length:
             raise ActiveIndexError(
-                f"active position {int(chosen.index.max())} does not exist: `{name}` has {length} positions"
+                f"active positions are of a sequence of {chosen.length}, but `{name}` has {length} positions"
             )
         return
 

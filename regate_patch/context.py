@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from regate_patch.errors import ActiveIndexError
+from regate_patch.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Active:
         valid: [B, K] bool, False on that filling. What is computed there is never seen and never kept.
         read: which of them, counted from 0 to K - 1, somebody reads in the decoder's output; None is all. The output at
             others is then of no use. The first call in which a graph runs computes it all the same.
+        length: S of the decoder that they are positions of, at least.
         ran: the `Rewrite`s that ran on these positions, one entry per run.
     """
 
     index: Tensor
     valid: Tensor
     read: Active | None = None
+    length: int = 0
     ran: list[Any] = field(default_factory=list, compare=False)
 
     @property
@@ -44,22 +47,31 @@ class Active:
         everything = torch.arange(self.index.shape[1], device=self.index.device).repeat(len(self.index), 1)
         return self.index, self.valid, everything, self.valid.clone()  # one tensor given twice would be compiled for
 
-    def reading(self, mask: Tensor) -> Active:
-        """These positions, of which only those in `mask` [B, S] bool are read."""
-        return Active(self.index, self.valid, Active.from_mask(mask.gather(1, self.index) & self.valid))
+    def reading(self, mask: Tensor, *, most: int | None = None) -> Active:
+        """These positions, of which only those in `mask` [B, S] bool are read; `most` as in `from_mask`."""
+        read = Active.from_mask(mask.gather(1, self.index) & self.valid, most=most)
+        return Active(self.index, self.valid, read, self.length)
+
+    def to(self, device: torch.device) -> Active:
+        """The same on `device`."""
+        read = None if self.read is None else self.read.to(device)
+        return Active(to_device(self.index, device), to_device(self.valid, device), read, self.length)
 
     @classmethod
-    def from_mask(cls, mask: Tensor) -> Active:
-        """From `mask` [B, S] bool, True where a position is computed."""
+    def from_mask(cls, mask: Tensor, *, most: int | None = None) -> Active:
+        """From `mask` [B, S] bool, True where a position is computed.
+
+        `most` is the number of them in the row that has most, from a host that knows it; else the mask is waited for.
+        """
         if mask.dim() != 2 or mask.dtype != torch.bool:
             raise ActiveIndexError(f"an active mask must be [B, S] bool, got {list(mask.shape)} {mask.dtype}")
         count_B1 = mask.sum(1, keepdim=True)
-        k = max(int(count_B1.max()), 1) if mask.numel() else 0
+        k = max(int(count_B1.max()) if most is None else most, 1) if mask.numel() else 0
         if k == 0:
             raise ActiveIndexError(f"an active mask must have at least one position, got {list(mask.shape)}")
         # A stable sort of "inactive" puts active positions first, in order, then inactive ones as filling.
         index = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :k].contiguous()
-        return cls(index, torch.arange(k, device=mask.device) < count_B1)
+        return cls(index, torch.arange(k, device=mask.device) < count_B1, length=mask.shape[1])
 
     @classmethod
     def from_index(cls, index: Tensor, length: int | None = None) -> Active:
@@ -79,7 +91,7 @@ class Active:
                 "with -1 only at the end"
             )
         if bool(valid.all()):
-            return cls(index.contiguous(), valid)
+            return cls(index.contiguous(), valid, length=int(index.max()) + 1 if index.numel() else 0)
         if length is None:
             raise ActiveIndexError("an index with -1 needs `length`, the decoder's sequence length")
         mask = torch.zeros(index.shape[0], length + 1, dtype=torch.bool, device=index.device)

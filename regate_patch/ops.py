@@ -72,7 +72,8 @@ def select_tokens(x: Tensor, mask: Tensor, index: Tensor, valid: Tensor, dim: in
     For features that a model lays out by `mask` (such as deepstack features of visual tokens, [N, D]).
     """
     active = torch.zeros_like(mask).scatter(1, index, valid)
-    return x.index_select(dim, active[mask].nonzero().squeeze(1))
+    order = mask.flatten().cumsum(0) - 1  # the row of `x` that belongs to a position, where there is one
+    return x.index_select(dim, order[(active & mask).flatten()])
 
 
 def masked_scatter_tokens(x: Tensor, mask: Tensor, source: Tensor, index: Tensor) -> Tensor:

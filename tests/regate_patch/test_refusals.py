@@ -114,7 +114,7 @@ def test_warn_runs_dense_once_and_says_so(caplog: pytest.LogCaptureFixture) -> N
         (torch.tensor([[1, -1], [1, 3]]), "length"),
         (torch.tensor([1, 2]), r"\[B, K\]"),
         (torch.tensor([[0.0, 1.0]]), "integers"),
-        (torch.tensor([[0, 9], [1, 3]]), "does not exist"),
+        (torch.tensor([[0, 9], [1, 3]]), "of a sequence of 10"),
         (torch.tensor([[0, 1]]), r"\[B, K\]"),
     ],
 )
