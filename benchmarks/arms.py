@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +15,25 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import regate
+from benchmarks.workloads import VISUAL_ID
 from regate.selection import active_positions
 from regate_patch.context import Active
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch, Tensor], None]
 SPARSE_AFTER_ONE = regate.Config(warmup=1, cycle=1_000_000, full_steps=0)  # step 0 is full, all others sparse
+THINNED = replace(SPARSE_AFTER_ONE, visual_keep=0.5)
 
 
-def decoder(layers: int, width: int, vocabulary: int, *, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A Llama with random weights."""
+class MultimodalForCausalLM(LlamaForCausalLM):
+    """A Llama whose decoder is given embeddings, as multimodal models give them."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **others: Any) -> Any:
+        return super().forward(inputs_embeds=self.get_input_embeddings()(input_ids), labels=labels, **others)
+
+
+def decoder(layers: int, width: int, vocabulary: int, *, device: str, dtype: torch.dtype) -> MultimodalForCausalLM:
+    """With random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=width,
@@ -34,7 +44,8 @@ def decoder(layers: int, width: int, vocabulary: int, *, device: str, dtype: tor
         vocab_size=vocabulary,
         max_position_embeddings=8192,
     )
-    return LlamaForCausalLM(config).to(device, dtype).train()
+    config.image_token_id = VISUAL_ID
+    return MultimodalForCausalLM(config).to(device, dtype).train()
 
 
 class Trained:
@@ -61,9 +72,11 @@ def loss_masking(model: nn.Module, *, compiled: bool) -> Step:
     return lambda batch, kept: trained.step(batch | {"labels": torch.where(kept, batch["labels"], -100)})
 
 
-def gated(model: nn.Module, *, backend: str) -> tuple[Step, Step, regate.Gate]:
+def gated(
+    model: nn.Module, *, backend: str, config: regate.Config = SPARSE_AFTER_ONE
+) -> tuple[Step, Step, regate.Gate]:
     """ReGATE's full and its sparse step; scores are difficulties alone, so that no teacher is timed."""
-    gate = regate.apply(model, SPARSE_AFTER_ONE, teacher=None, backend=backend)
+    gate = regate.apply(model, config, teacher=None, backend=backend)
     trained = Trained(model)
 
     def at(step: int) -> Step:

@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from benchmarks import arms
 from benchmarks.machine import described, write
-from benchmarks.workloads import WORKLOADS, batch, label
+from benchmarks.workloads import VISUAL_ID, WORKLOADS, batch, label
+from model_adapters import Layout
+from regate.decision import Decision
 from regate.estimate import Sample
-from regate.selection import active_positions, keep_highest
+from regate.selection import keep_highest
 
 KEEP = arms.SPARSE_AFTER_ONE.keep
 
@@ -50,16 +52,18 @@ class Arithmetic:
 
 
 def possible(arithmetic: Arithmetic, data: dict[str, Tensor], kept: Tensor) -> dict[str, float]:
-    """Dense FLOPs of the padded batch over those that a full and a sparse step need."""
-    rows, length = data["labels"].shape
+    """Dense FLOPs of the padded batch over those that a full, a sparse, and a thinned sparse step need."""
+    ids, labels, valid = (data[name].cpu() for name in ("input_ids", "labels", "attention_mask"))
+    layout = Layout(ids, labels, valid.bool(), ids == VISUAL_ID)
+    rows, length = labels.shape
     whole = rows * arithmetic.flops(length, length)
-    labelled = data["labels"] != -100
-    needed = {}
-    for kind, labels in (("full", labelled), ("sparse", kept)):
-        active = active_positions(data["labels"], labels, data["attention_mask"].bool())
-        counts = zip(active.sum(1).tolist(), labels.sum(1).tolist(), strict=True)
-        needed[kind] = sum(arithmetic.flops(n, m) for n, m in counts)
-    return {kind: whole / flops for kind, flops in needed.items()}
+    ratios = {}
+    for kind, config in (("full", arms.SPARSE_AFTER_ONE), ("sparse", arms.SPARSE_AFTER_ONE), ("thinned", arms.THINNED)):
+        full = kind == "full"
+        decided = Decision.of(layout, labels != -100 if full else kept.cpu(), config, full=full, everything=False)
+        needed = sum(arithmetic.flops(n, m) for n, m in zip(decided.computed, decided.read, strict=True))
+        ratios[kind] = whole / needed
+    return ratios
 
 
 def measure(title: str, sample: Sample, args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -79,6 +83,8 @@ def measure(title: str, sample: Sample, args: argparse.Namespace, device: str) -
         steps[f"per-layer gather {backend}"] = arms.per_layer_gather(model(), compiled=compiled)
         full, sparse, gates[backend] = arms.gated(model(), backend=backend)
         steps[f"regate full {backend}"], steps[f"regate sparse {backend}"] = full, sparse
+        if sample.visual:
+            _, steps[f"regate thinned {backend}"], _ = arms.gated(model(), backend=backend, config=arms.THINNED)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     first: dict[str, float] = {}
     saved: dict[str, int] = {}
@@ -97,6 +103,8 @@ def measure(title: str, sample: Sample, args: argparse.Namespace, device: str) -
         with arms.saved_bytes() as found:
             timed(name)
         saved[name] = found["bytes"]
+    for name in steps:
+        timed(name)  # each reset above took from the others what they had compiled
     overhead = {backend: gate.counters.gate_seconds for backend, gate in gates.items()}
     for _ in tqdm(range(args.repeats), desc=label(sample), unit="repeat", disable=None):
         for name in steps:
@@ -106,7 +114,7 @@ def measure(title: str, sample: Sample, args: argparse.Namespace, device: str) -
     result: dict[str, Any] = {
         "workload": title,
         "tokens": list(sample),
-        "positions": data["labels"].numel(),
+        "positions": int(data["attention_mask"].sum()),
         "answer_tokens": int(labelled.sum()),
         "possible": arithmetic,
         "arms": {},
@@ -121,6 +129,7 @@ def measure(title: str, sample: Sample, args: argparse.Namespace, device: str) -
             "ratio_to_dense": ratio,
             "saved_bytes": saved[arm],
             "answer_tokens_per_second": int(labelled.sum()) / value,
+            "positions_per_second": int(data["attention_mask"].sum()) / value,
         }
         kind = arm.split()[1]
         if arm.startswith("regate"):

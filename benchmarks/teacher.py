@@ -12,39 +12,28 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import arms
 from benchmarks.machine import described, write
 from benchmarks.workloads import WORKLOADS, batch, label
-from model_adapters import Batch, Layout, ModelAdapter, find_adapter
+from model_adapters import find_adapter
+from regate import batches
 from regate.estimate import Sample
-from regate.loss import label_losses
+from regate.loss import Places, label_losses
 from regate.reference import Teacher
-
-
-def adapter_with_visual(model: nn.Module, sample: Sample) -> ModelAdapter:
-    """The first V positions of a row stand for an image."""
-    found = find_adapter(model)
-
-    def layout(model: nn.Module, data: Batch) -> Layout:
-        seen = found.layout(model, data)
-        position = torch.arange(seen.labels.shape[1], device=seen.labels.device)
-        return replace(seen, visual=(position < sample.visual).expand_as(seen.valid) & seen.valid)
-
-    return replace(found, layout=layout)
 
 
 def measure(sample: Sample, args: argparse.Namespace, device: str) -> dict[str, Any]:
     model = arms.decoder(args.layers, args.width, args.vocabulary, device=device, dtype=getattr(torch, args.dtype))
     data = batch(sample, args.rows, args.vocabulary, device=device)
-    adapter = adapter_with_visual(model, sample)
+    adapter = find_adapter(model)
     layout = adapter.layout(model, data)
+    on_host = batches.on_host(data, layout, vocabulary=args.vocabulary)
     teacher = Teacher(model, adapter, backend="auto", source="copy", on_unsupported="raise")
     step = arms.dense(model, compiled=False)
     text = layout.valid & ~layout.visual
@@ -60,10 +49,10 @@ def measure(sample: Sample, args: argparse.Namespace, device: str) -> dict[str, 
                 use_cache=False,
             ).last_hidden_state
             wanted = layout.labels != -100
-            return [label_losses(hidden, layout.labels, wanted, head=teacher.head)]
+            return [label_losses(hidden, Places.of(layout.labels, wanted), head=teacher.head)]
 
     kinds: dict[str, Callable[[], Any]] = {
-        "elided": lambda: teacher.losses(data, layout),
+        "elided": lambda: teacher.losses(data, on_host),
         "padded": padded,
         "dense step": lambda: step(data, layout.labels != -100),
     }

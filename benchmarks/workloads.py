@@ -7,6 +7,8 @@ from torch import Tensor
 
 from regate.estimate import Sample
 
+VISUAL_ID = 0  # stands for a visual token
+
 WORKLOADS = {
     "video question answering (VideoLLaMA2)": Sample(1352, 60, 110),
     "video captions (VideoLLaMA2)": Sample(1352, 30, 300),
@@ -26,13 +28,14 @@ def label(sample: Sample) -> str:
 def batch(sample: Sample, rows: int, vocabulary: int, *, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     """Rows of random ids, right-padded; answers are between half as long and as long as the workload's.
 
-    The vision encoder is left out: its tokens stand as unlabelled ids, and what is timed is the language model.
+    The vision encoder is left out: `VISUAL_ID` stands where its tokens do, and what is timed is the language model.
     """
     random = torch.Generator().manual_seed(seed)
     shares = 0.5 + 0.5 * torch.rand(rows, generator=random)
     shares[0] = 1.0
     lengths = sample.total - sample.answer + (sample.answer * shares).long()
     ids = torch.randint(3, vocabulary, (rows, sample.total), generator=random)
+    ids[:, : sample.visual] = VISUAL_ID
     position = torch.arange(sample.total)
     valid = position < lengths[:, None]
     answer = valid & (position >= sample.total - sample.answer)
