@@ -22,6 +22,7 @@ from model_adapters import AdapterError, Batch, find_adapter
 from model_adapters.conventional import text_config
 from regate.config import Config
 from regate.errors import ConfigError, UnknownArchitectureError
+from regate.logits import CHUNK
 from regate.selection import IGNORED
 
 _WORTH, _LITTLE = 1.15, 1.05
@@ -69,7 +70,8 @@ class Estimate:
         dense_flops: of one dense epoch, forward and backward.
         sparse_activations: positions a sparse step keeps for the backward pass, over those of a dense one. Peak memory
             is set by full steps.
-        logits_bytes_dense, logits_bytes_full: float32 logits of the longest sample, in a dense and in a full step.
+        logits_bytes_dense, logits_bytes_full: float32 logits of the longest sample that exist at once, in a dense
+            and in a full step.
     """
 
     tokens: float
@@ -167,7 +169,8 @@ def estimate(
         dense_flops=dense,
         sparse_activations=sum(computed) / positions,
         logits_bytes_dense=4 * longest.total * costs.vocabulary,
-        logits_bytes_full=4 * (longest.total if everywhere else longest.answer) * costs.vocabulary,
+        logits_bytes_full=4
+        * (longest.total * costs.vocabulary if everywhere else min(longest.answer * costs.vocabulary, CHUNK)),
     )
 
 

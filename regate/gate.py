@@ -32,14 +32,15 @@ from regate import batches, checkpoint, keys, reference, router
 from regate.config import Config
 from regate.decision import Decision
 from regate.errors import ConfigError, NotGatedError, UnknownArchitectureError
-from regate.head import Reading, hidden_states, proven
+from regate.head import Reading, hidden_states, prove
 from regate.hooks import Hook
+from regate.logits import LazyHead
 from regate.loss import Places
 from regate.outputs import kept_losses, rescale, without_logits
 from regate.report import Counters, Report, Stopwatch
 from regate.scorer import Samples, Scorer
 from regate.selection import IGNORED, predicted
-from regate.sharding import refuse_opaque
+from regate.sharding import is_sharded, refuse_opaque
 from regate.sharing import Exchange
 from regate.steps import Steps
 from regate.store import Store
@@ -82,6 +83,7 @@ class Gate:
         self._target = adapter.causal_lm(model)
         self._decoder = adapter.decoder(model)
         self._head = adapter.head(model)
+        self._lazy_head: LazyHead | None = LazyHead(self._head)  # None: its logits are computed at once
         self._vocabulary = getattr(text_config(self._target), "vocab_size", None) or _rows_of(self._head)
         self._handle = regate_patch.patch(
             self._decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True
@@ -189,12 +191,13 @@ class Gate:
         if balanced:
             self._scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))
         if self._short_head is not False:
-            reading = Reading.of(layout.labels, kept)
             if self._short_head is None:
-                self._short_head = self._prove_short_head(module, changed, reading)
+                self._short_head = self._prove_short_head(module, changed, layout.labels, kept)
             if self._short_head:
-                self._reading = reading
-                changed["labels"] = to_device(reading.labels, device)
+                self._reading = Reading.of(layout.labels, kept)
+                changed["labels"] = to_device(self._reading.labels, device)
+                if self._lazy_head is not None:
+                    self._scope.enter_context(self._lazy_head.standing_in())
         if self._reading is None:
             self._places = Places.of(layout.labels, kept)
         else:
@@ -222,7 +225,8 @@ class Gate:
         start = time.perf_counter()
         self._count(active, reading)
         hidden = None if decoded is None else hidden_states(decoded)
-        losses = kept_losses(output, self._places, hidden_states=hidden, head=self._head)
+        known = None if reading is None or self._lazy_head is None else self._lazy_head.losses
+        losses = kept_losses(output, self._places, known=known, hidden_states=hidden, head=self._head)
         self.scorer.write()
         self.scorer.observe(self._waiting, self.last.labels, self.last.kept, losses)
         if reading is None and not self.last.full:
@@ -259,16 +263,21 @@ class Gate:
         assert self.last is not None
         return to_device(self.last.active, next(self._head.parameters()).device)
 
-    def _prove_short_head(self, module: nn.Module, call: dict[str, Any], reading: Reading) -> bool:
-        """May the head run at kept labels only? Asked once, in the first gated forward."""
+    def _prove_short_head(self, module: nn.Module, call: dict[str, Any], labels: Tensor, kept: Tensor) -> bool:
+        """May the head run at kept labels only, and in chunks? Asked once, in the first gated forward."""
         if self.adapter.with_labels is not labels_alone or call.get("fused_lm_head"):
             return False  # labels are laid out otherwise, or the head does so by itself
+        assert self._lazy_head is not None
         with regate_patch.active(self._positions):
-            problem = proven(module, self._decoder, call, reading)
+            proof = prove(module, self._decoder, self._lazy_head, call, labels, kept)
         self._decoded = self._active = None
-        if problem is not None:
-            self._note(f"the vocabulary projection runs at every position: {problem}")
-        return problem is None
+        if proof.long is not None:
+            self._note(f"the vocabulary projection runs at every position: {proof.long}")
+        elif proof.eager is not None:
+            self._note(f"logits at kept labels are computed all at once: {proof.eager}")
+        if proof.eager is not None or is_sharded(module):
+            self._lazy_head = None
+        return proof.long is None
 
     def _on_step(self) -> None:
         self.watch.step(full=self.config.is_full(self.step))

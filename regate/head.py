@@ -6,22 +6,24 @@ still predicts label t + 1: the model's own head and loss then run on a short se
     decoder output   h0 h1 h2 h3 h4 h5        shortened   h2 h4 h4
     labels           -  -  -  y3 -  y5        shortened   -  y3 y5
 
-That a model's loss is the same on both is not taken for granted: `proven` compares them once, before the first step.
+That a model's loss is the same on both, and with logits that are computed in chunks (`regate.logits`), is not taken for
+granted: `prove` compares them once, before the first step.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from regate.logits import LazyHead
 from regate.outputs import get
 from regate.selection import IGNORED
-from regate_patch import to_device
+from regate_patch import PatchError, to_device
 
 
 @dataclass(frozen=True)
@@ -72,39 +74,96 @@ def with_hidden_states(output: Any, hidden: Tensor) -> Any:
     return type(output)(**{**output, "last_hidden_state": hidden})
 
 
-def proven(module: nn.Module, decoder: nn.Module, call: dict[str, Any], reading: Reading) -> str | None:
-    """Does `module` find the same loss on the shortened sequence? None if so, else why not.
+_FEW = 64  # labels of each row that a proof looks at: enough to tell, and few enough to fit wherever training does
 
-    Runs the model once more than training does: up to the decoder's output as in training, so that the decoder is
-    captured once; from there on without gradients, for both sequences.
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found out about a model's head and loss.
+
+    Attributes:
+        long: why the vocabulary projection must run at every position; None if it need not.
+        eager: why logits must be computed at once; None if they need not.
+    """
+
+    long: str | None
+    eager: str | None
+
+
+def prove(
+    module: nn.Module, decoder: nn.Module, lazy: LazyHead, call: dict[str, Any], labels: Tensor, kept: Tensor
+) -> Proof:
+    """Does `module` find the same loss on a shortened sequence, and the same loss and gradient with lazy logits?
+
+    Runs the model three times more than training does: up to the decoder's output as in training, so that the decoder
+    is captured once; from there on at a few labels of each row, on the whole sequence, on the shortened one, and on
+    the shortened one with lazy logits. No parameter gets a gradient.
 
     Args:
         module: the causal language model.
         decoder: the module inside it.
-        call: the arguments of the forward at hand, with labels [B, S] of which only kept ones are left.
-        reading: where kept labels are predicted.
+        lazy: of the model's head.
+        call: the arguments of the forward at hand.
+        labels, kept: [B, S] on the CPU, as the batch brought them, and those kept, bool.
     """
-    whole: list[Any] = []
+    few = kept & (kept.cumsum(1) <= _FEW)
+    reading = Reading.of(labels, few)
+    device = call["labels"].device
+    whole_call = {**call, "labels": to_device(torch.where(few, labels, IGNORED), device)}
+    short_call = {**call, "labels": to_device(reading.labels, device)}
+    decoded: list[Any] = []
 
     def leave(decoder: nn.Module, args: Any, output: Any) -> Any:
         torch.set_grad_enabled(False)
-        whole.append(with_hidden_states(output, hidden_states(output).detach()))
-        return whole[-1]
+        decoded.append(with_hidden_states(output, hidden_states(output).detach()))
+        return decoded[-1]
 
-    device = call["labels"].device
+    def whole(*, lazily: bool) -> Any:
+        with torch.enable_grad(), _hooked(decoder, leave), lazy.standing_in() if lazily else contextlib.nullcontext():
+            return get(module.forward(**whole_call), "loss")
+
+    def short(*, lazily: bool) -> tuple[Tensor, Tensor]:
+        """The loss, and its gradient by the shortened hidden states."""
+        output = reading.shorten(decoded[-1])
+        hidden = hidden_states(output).requires_grad_()
+        with torch.enable_grad(), _standing_in(decoder, with_hidden_states(output, hidden)):
+            with lazy.standing_in() if lazily else contextlib.nullcontext():
+                loss = get(module.forward(**short_call), "loss")
+            return loss.detach().float(), torch.autograd.grad(loss, hidden)[0].float()
+
     with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
-        with torch.enable_grad(), _hooked(decoder, leave):
-            loss = get(module.forward(**call), "loss")
-        if loss is None or not whole:
-            return "the model returns no loss" if whole else "the model does not call its decoder"
-        with torch.no_grad(), _standing_in(decoder, reading.shorten(whole[-1])):
-            try:
-                short = get(module.forward(**{**call, "labels": to_device(reading.labels, device)}), "loss")
-            except Exception as error:  # whatever the model makes of a short sequence, it is no reason to stop
-                return f"the model cannot: {type(error).__name__}: {error}"
-    if short is None or not torch.allclose(short.float(), loss.float(), rtol=1e-3, atol=1e-5):
-        return f"the model's loss on the short sequence is {short}, on the whole one {loss}"
-    return None
+        loss, eager = _tried(lambda: whole(lazily=True))
+        if eager is not None:
+            loss = whole(lazily=False)  # what it raises now is the model's own
+        if loss is None or not decoded:
+            return Proof("the model returns no loss" if decoded else "the model does not call its decoder", None)
+        plain, long = _tried(lambda: short(lazily=False))
+        if plain is None:
+            return Proof(long, eager)
+        found, problem = _tried(lambda: short(lazily=True))
+        eager = eager or problem
+        if found is not None and not (_same(found[0], plain[0], 1e-3) and _same(found[1], plain[1], 2e-2)):
+            eager = f"its loss or gradient would be others: the loss {found[0]}, not {plain[0]}"
+        if eager is not None:
+            loss = whole(lazily=False)
+    if not _same(plain[0], loss.float(), 1e-3):
+        return Proof(f"the model's loss on the short sequence is {plain[0]}, on the whole one {loss}", eager)
+    return Proof(None, eager)
+
+
+def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Equal as a whole up to rounding; single entries of a gradient may be rounded to bfloat16."""
+    return bool((a - b).norm() <= tolerance * b.norm() + 1e-6)
+
+
+def _tried(run: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What it gives, or why it gives nothing: what a model makes of an unusual call is no reason to stop."""
+    try:
+        return run(), None
+    except PatchError:
+        raise  # the decoder cannot be gated at all, and the user must know
+    except Exception as error:
+        return None, f"the model cannot: {type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager

@@ -20,17 +20,23 @@ def get(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def kept_losses(output: Any, kept: Places, *, hidden_states: Tensor | None, head: nn.Module) -> Tensor:
+def kept_losses(
+    output: Any, kept: Places, *, known: Tensor | None, hidden_states: Tensor | None, head: nn.Module
+) -> Tensor:
     """`-log p(label)` of kept labels, [N] float32 on the model's device.
 
-    From what there is: `logits` [B, S, V]; `log_probs` [B, S-1] of TRL's fused head; or, where a fused loss leaves
-    neither (Liger), the decoder's `hidden_states` [B, S, D] through `head`.
+    From what there is: losses `known` from the model's own cross-entropy, [B*S] or [B*(S-1)], 0 where there is no
+    label; `logits` [B, S, V]; `log_probs` [B, S-1] of TRL's fused head; or, where a fused loss leaves neither (Liger),
+    the decoder's `hidden_states` [B, S, D] through `head`.
 
     Raises:
         LabelsError: none of them fits labels [B, S].
     """
     logits, log_probs = get(output, "logits"), get(output, "log_probs")
     rows, length = kept.shape
+    if known is not None and len(known) in (rows * length, rows * (length - 1)):
+        places = kept.to(known.device)
+        return known.reshape(rows, -1)[places.row, places.column - 1]
     if logits is not None and logits.shape[:2] == kept.shape:
         return label_losses(logits.detach(), kept)
     if log_probs is not None and log_probs.shape == (rows, length - 1):

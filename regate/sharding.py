@@ -32,13 +32,18 @@ def refuse_opaque(model: nn.Module) -> None:
     )
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Has FSDP2 split it? Then a module's parameters are whole only while its own forward runs."""
+    return dist.is_available() and any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def refuse_sharded(model: nn.Module) -> None:
     """A teacher is copied from whole parameters.
 
     Raises:
         UnsupportedShardingError: FSDP2 has split them already.
     """
-    if dist.is_available() and any(isinstance(module, FSDPModule) for module in model.modules()):
+    if is_sharded(model):
         raise UnsupportedShardingError(
             "the teacher cannot be copied from a model that FSDP2 has split: call regate.apply before fully_shard or "
             "accelerator.prepare, or pass teacher='precomputed' or None"

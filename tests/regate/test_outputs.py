@@ -11,7 +11,7 @@ import regate
 from regate.errors import LabelsError
 from tests.zoo import CORE
 
-FULL = regate.Config(warmup=9)
+FULL = regate.Config(warmup=9, logits="all")
 
 
 def test_a_fused_loss_leaves_no_logits() -> None:
