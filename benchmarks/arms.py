@@ -1,6 +1,7 @@
 """The ways of training that are compared: each is one step on one batch, from the same weights.
 
-Every arm is a callable `(batch, labels kept [B, S]) -> None` that does forward, backward and AdamW's step.
+A step is a callable `(batch, labels kept [B, S]) -> None` that does forward, backward and AdamW's step. What makes it
+takes a model and a backend; several steps may share a model.
 """
 
 from __future__ import annotations
@@ -12,117 +13,190 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import regate
-from benchmarks.workloads import VISUAL_ID
+from benchmarks.models import causal_lm
 from regate.selection import active_positions
 from regate_patch.context import Active
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch, Tensor], None]
+Maker = Callable[[nn.Module, str], dict[str, Step]]
 SPARSE_AFTER_ONE = regate.Config(warmup=1, cycle=1_000_000, full_steps=0)  # step 0 is full, all others sparse
 THINNED = replace(SPARSE_AFTER_ONE, visual_keep=0.5)
-
-
-class MultimodalForCausalLM(LlamaForCausalLM):
-    """A Llama whose decoder is given embeddings, as multimodal models give them."""
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **others: Any) -> Any:
-        return super().forward(inputs_embeds=self.get_input_embeddings()(input_ids), labels=labels, **others)
-
-
-def decoder(layers: int, width: int, vocabulary: int, *, device: str, dtype: torch.dtype) -> MultimodalForCausalLM:
-    """With random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        vocab_size=vocabulary,
-        max_position_embeddings=8192,
-    )
-    config.image_token_id = VISUAL_ID
-    return MultimodalForCausalLM(config).to(device, dtype).train()
 
 
 class Trained:
     """A model with its optimizer."""
 
-    def __init__(self, model: nn.Module, called: Any = None) -> None:
-        self.model, self.called = model, model if called is None else called
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    def __init__(self, model: nn.Module, backend: str = "eager") -> None:
+        self.model = torch.compile(model) if backend == "inductor" else model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6)
 
     def step(self, batch: Batch) -> None:
-        self.called(**batch, use_cache=False).loss.backward()
+        self.model(**batch, use_cache=False).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def dense(model: nn.Module, *, compiled: bool) -> Step:
-    trained = Trained(model, torch.compile(model) if compiled else model)
-    return lambda batch, kept: trained.step(batch)
+def dense(model: nn.Module, backend: str) -> dict[str, Step]:
+    """Every label and every position; and, with the same weights, a loss that labels not kept do not enter (Rho-1)."""
+    trained = Trained(model, backend)
+    return {
+        "dense": lambda batch, kept: trained.step(batch),
+        "loss masking": lambda batch, kept: trained.step(_masked(batch, kept)),
+    }
 
 
-def loss_masking(model: nn.Module, *, compiled: bool) -> Step:
-    """Labels that are not kept enter no loss, and everything is computed all the same."""
-    trained = Trained(model, torch.compile(model) if compiled else model)
-    return lambda batch, kept: trained.step(batch | {"labels": torch.where(kept, batch["labels"], -100)})
-
-
-def gated(
-    model: nn.Module, *, backend: str, config: regate.Config = SPARSE_AFTER_ONE
-) -> tuple[Step, Step, regate.Gate]:
-    """ReGATE's full and its sparse step; scores are difficulties alone, so that no teacher is timed."""
-    gate = regate.apply(model, config, teacher=None, backend=backend)
+def optimizer_alone(model: nn.Module, backend: str) -> dict[str, Step]:
+    """What every arm pays alike: AdamW's step."""
     trained = Trained(model)
-
-    def at(step: int) -> Step:
-        def run(batch: Batch, kept: Tensor) -> None:
-            gate.step = step
-            trained.step(batch)
-
-        return run
-
-    return at(0), at(1), gate
+    for parameter in trained.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return {"AdamW alone": lambda batch, kept: trained.optimizer.step()}
 
 
-def per_layer_gather(model: nn.Module, *, compiled: bool) -> Step:
-    """The naive implementation: every layer picks the active positions, computes them, and puts them back."""
-    chosen: dict[str, Tensor] = {}
+def gated(model: nn.Module, backend: str) -> dict[str, Step]:
+    """ReGATE's full and its sparse step."""
+    steps = Gated(model, backend, SPARSE_AFTER_ONE)
+    return {"regate full": steps.full, "regate sparse": steps.sparse}
 
-    def wrap(layer: nn.Module) -> None:
-        original = layer.forward
 
-        def forward(hidden_states: Tensor, **others: Any) -> Tensor:
-            if "index" not in chosen:
-                return original(hidden_states, **others)
-            index, valid = chosen["index"], chosen["valid"]
-            rows = torch.arange(len(index), device=index.device)[:, None]
-            cos, sin = (x.expand(len(index), -1, -1)[rows, index] for x in others["position_embeddings"])
-            k = index.shape[1]
-            mask = torch.ones(k, k, dtype=torch.bool, device=index.device).tril() & valid[:, None, None, :]
-            mask = mask | ~valid[:, None, :, None]
-            inner = hidden_states[rows, index]
-            out = original(inner, **{**others, "position_embeddings": (cos, sin), "attention_mask": mask})
-            result = hidden_states.clone()
-            result[rows, index] = torch.where(valid[..., None], out, inner)
-            return result
+def thinned(model: nn.Module, backend: str) -> dict[str, Step]:
+    """A sparse step that computes half of the visual tokens."""
+    return {"regate thinned": Gated(model, backend, THINNED).sparse}
 
-        layer.forward = forward  # type: ignore[method-assign]
 
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        wrap(layer)  # type: ignore[arg-type]
-    trained = Trained(model, torch.compile(model) if compiled else model)
+class Gated:
+    """A model under a gate; scores are difficulties alone, so that no teacher is timed."""
+
+    def __init__(self, model: nn.Module, backend: str, config: regate.Config = SPARSE_AFTER_ONE) -> None:
+        self.gate = regate.apply(model, config, teacher=None, backend=backend)
+        self.trained = Trained(model)
+
+    def full(self, batch: Batch, kept: Tensor) -> None:
+        self.gate.step = 0
+        self.trained.step(batch)
+
+    def sparse(self, batch: Batch, kept: Tensor) -> None:
+        self.gate.step = 1
+        self.trained.step(batch)
+
+
+def gate_of(step: Step) -> regate.Gate | None:
+    """The gate that a step trains under, if any."""
+    owner = getattr(step, "__self__", None)
+    return owner.gate if isinstance(owner, Gated) else None
+
+
+class _Some(nn.Module):
+    """A decoder layer that computes some positions and leaves the others as they are; None computes all."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.index: Tensor | None = None  # [B or 1, K]
+        self.mask: Tensor | None = None  # [B or 1, 1, K, K] bool
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden_states: Tensor, **others: Any) -> Tensor:
+        if self.index is None:
+            return self.layer(hidden_states, **others)
+        index = self.index.expand(len(hidden_states), -1)
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        cos, sin = (x.expand(len(index), -1, -1)[rows, index] for x in others.pop("position_embeddings"))
+        inner = self.layer(
+            hidden_states[rows, index], **{**others, "position_embeddings": (cos, sin), "attention_mask": self.mask}
+        )
+        result = hidden_states.clone()
+        result[rows, index] = inner
+        return result
+
+
+def per_layer_gather(model: nn.Module, backend: str) -> dict[str, Step]:
+    """The naive implementation of the same choice: every layer picks its positions, computes them, puts them back."""
+    layers = _some(model)
+    trained = Trained(model, backend)
 
     def run(batch: Batch, kept: Tensor) -> None:
         active = Active.from_mask(active_positions(batch["labels"], kept, batch["attention_mask"].bool()))
-        chosen.update(index=active.index, valid=active.valid)
-        trained.step(batch | {"labels": torch.where(kept, batch["labels"], -100)})
+        k = active.index.shape[1]
+        causal = torch.ones(k, k, dtype=torch.bool, device=active.index.device).tril()
+        mask = causal & active.valid[:, None, None, :] | ~active.valid[:, None, :, None]
+        for layer in layers:
+            layer.index, layer.mask = active.index, mask
+        trained.step(_masked(batch, kept))
 
-    return run
+    return {"per-layer gather": run}
+
+
+def random_ltd(model: nn.Module, backend: str) -> dict[str, Step]:
+    """Random layerwise token dropping (arXiv 2211.11586), as DeepSpeed does it: each layer but the first and the last
+    draws positions of its own, the same for every row, and the causal mask is cut to their number. As many positions as
+    a sparse step has; all labels enter the loss."""
+    layers = _some(model)[1:-1]
+    trained = Trained(model, backend)
+    random = torch.Generator().manual_seed(0)
+
+    def run(batch: Batch, kept: Tensor) -> None:
+        active = active_positions(batch["labels"], kept, batch["attention_mask"].bool())
+        length, k = active.shape[1], int(active.sum(1).max())
+        mask = torch.ones(1, 1, k, k, dtype=torch.bool, device=active.device).tril()
+        for layer in layers:
+            drawn = torch.randperm(length, generator=random)[:k].sort().values
+            layer.index, layer.mask = drawn[None].to(active.device), mask
+        trained.step(batch)
+
+    return {"random-LTD": run}
+
+
+def liger(model: nn.Module, backend: str) -> dict[str, Step]:
+    """Dense, with Liger Kernel's fused kernels."""
+    _use_liger(model)
+    return {"liger": dense(model, backend)["dense"]}
+
+
+def liger_gated(model: nn.Module, backend: str) -> dict[str, Step]:
+    """ReGATE on a model with Liger Kernel's fused kernels."""
+    _use_liger(model)
+    return {f"{name} + liger": step for name, step in gated(model, backend).items()}
+
+
+# Those with Liger Kernel come last: it replaces functions of whole modules.
+MAKERS: tuple[Maker, ...] = (dense, optimizer_alone, per_layer_gather, random_ltd, gated, thinned, liger, liger_gated)
+
+
+def _use_liger(model: nn.Module) -> None:
+    from liger_kernel.transformers import (
+        apply_liger_kernel_to_llama,
+        apply_liger_kernel_to_qwen2,
+        apply_liger_kernel_to_qwen3,
+    )
+
+    inner = causal_lm(model)
+    kinds = {
+        "llama": apply_liger_kernel_to_llama,
+        "qwen2": apply_liger_kernel_to_qwen2,
+        "qwen3": apply_liger_kernel_to_qwen3,
+    }
+    kinds[inner.config.model_type](model=inner)
+
+
+def _masked(batch: Batch, kept: Tensor) -> Batch:
+    return batch | {"labels": torch.where(kept, batch["labels"], -100)}
+
+
+def _some(model: nn.Module) -> list[_Some]:
+    layers = causal_lm(model).model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = _Some(layer)
+    return list(layers)
 
 
 @contextlib.contextmanager

@@ -1,161 +1,228 @@
 """Time of a training step, dense against ReGATE and its alternatives, beside what arithmetic allows.
 
-    python -m benchmarks.steps --out benchmarks/results/steps-cpu.json          # on a CPU; half an hour on two cores
+    python -m benchmarks.steps --rows 2 --out benchmarks/results/steps-cpu.json     # half an hour on two CPU cores
+    python -m benchmarks.steps --model qwen2.5-vl-7b --dtype bfloat16 --backends eager inductor \
+        --out benchmarks/results/steps-qwen2.5-vl-7b.json                           # on a GPU, rows that fill it
 
-For each workload all arms run in turns on the same batches; the figure is the median over the repeats. Each workload
-is written when it is done, and a second run with the same settings goes on with those that are missing. The table and
-the picture are made from the file by `python -m benchmarks.tables`.
+Arms run in turns on the same batch, so that what else the machine does falls on all alike; ratios are medians over
+turns. Where one model fills the memory (`--alone`, the default on a GPU), arms run one after another instead. Each
+workload is written when it is done, and a second run with the same settings goes on with those that are missing.
+`python -m benchmarks.tables` makes the tables and the pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
 import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 
+import regate_patch
 from benchmarks import arms
+from benchmarks.arithmetic import Arithmetic, needed, roofline
 from benchmarks.machine import described, write
-from benchmarks.workloads import VISUAL_ID, WORKLOADS, batch, label
-from model_adapters import Layout
-from regate.decision import Decision
+from benchmarks.models import SIZES, build
+from benchmarks.workloads import WORKLOADS, batch, kept_labels, label
 from regate.estimate import Sample
-from regate.selection import keep_highest
-
-KEEP = arms.SPARSE_AFTER_ONE.keep
 
 
-class Arithmetic:
-    """Forward FLOPs of a decoder: products with weights, causal attention, vocabulary projection; and after the last
-    attention, products at positions that the vocabulary projection reads."""
+@dataclass
+class Measured:
+    """Of one arm."""
 
-    def __init__(self, model: Any) -> None:
-        config = model.config
-        self.layers, self.width = config.num_hidden_layers, config.hidden_size
-        weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
-        self.per_position = 2 * weights
-        last = model.model.layers[-1]
-        self.after_attention = 2 * sum(p.numel() for m in (last.self_attn.o_proj, last.mlp) for p in m.parameters())
-        self.per_logit = 2 * model.lm_head.weight.numel()
-
-    def flops(self, positions: int, predictions: int) -> int:
-        """Of a row with so many positions, of which so many are projected onto the vocabulary."""
-        attention = 2 * self.layers * self.width * positions**2  # two products, half of each
-        unread = self.after_attention * (positions - predictions)
-        return self.per_position * positions + attention - unread + self.per_logit * predictions
+    first: float  # seconds of the first step
+    saved: int  # bytes that autograd keeps
+    peak: int | None  # bytes that a step adds to the device's memory at most; None on a CPU
+    graphs: int  # that the gate captured in the first steps
+    gate_seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
 
 
-def possible(arithmetic: Arithmetic, data: dict[str, Tensor], kept: Tensor) -> dict[str, float]:
-    """Dense FLOPs of the padded batch over those that a full, a sparse, and a thinned sparse step need."""
-    ids, labels, valid = (data[name].cpu() for name in ("input_ids", "labels", "attention_mask"))
-    layout = Layout(ids, labels, valid.bool(), ids == VISUAL_ID)
-    rows, length = labels.shape
-    whole = rows * arithmetic.flops(length, length)
-    ratios = {}
-    for kind, config in (("full", arms.SPARSE_AFTER_ONE), ("sparse", arms.SPARSE_AFTER_ONE), ("thinned", arms.THINNED)):
-        full = kind == "full"
-        decided = Decision.of(layout, labels != -100 if full else kept.cpu(), config, full=full, everything=False)
-        needed = sum(arithmetic.flops(n, m) for n, m in zip(decided.computed, decided.read, strict=True))
-        ratios[kind] = whole / needed
-    return ratios
+class Bench:
+    """All arms on one batch."""
 
+    def __init__(self, args: argparse.Namespace, sample: Sample) -> None:
+        self.args, self.sample = args, sample
+        self.rows = args.rows or rows_that_fit(args, sample)
+        self.data = batch(sample, self.rows, SIZES[args.model].vocabulary, device=args.device)
+        self.labelled = self.data["labels"] != -100
+        self.kept = kept_labels(self.data["labels"], arms.SPARSE_AFTER_ONE.keep)
+        self.measured: dict[str, Measured] = {}
+        self.refused: dict[str, str] = {}
 
-def measure(title: str, sample: Sample, args: argparse.Namespace, device: str) -> dict[str, Any]:
-    def model() -> Any:
-        return arms.decoder(args.layers, args.width, args.vocabulary, device=device, dtype=getattr(torch, args.dtype))
+    def run(self) -> None:
+        makers = [(maker, backend) for backend in self.args.backends for maker in arms.MAKERS if self.wanted(maker)]
+        for together in [[m] for m in makers] if self.args.alone else [makers]:
+            steps: dict[str, arms.Step] = {}
+            for maker, backend in together:
+                try:
+                    made = maker(model(self.args), backend)
+                except (regate_patch.RegateError, ImportError) as error:
+                    self.refused[f"{maker.__name__} {backend}"] = str(error)
+                else:
+                    steps |= {f"{name} {backend}": step for name, step in made.items()}
+            self.time(steps)
+            steps.clear()
+            gc.collect()
+            if self.args.device == "cuda":
+                torch.cuda.empty_cache()
 
-    data = batch(sample, args.rows, args.vocabulary, device=device)
-    labelled = data["labels"] != -100
-    scores = torch.rand(labelled.shape, generator=torch.Generator().manual_seed(1)).to(device)
-    kept = keep_highest(scores, labelled, KEEP)
-    steps: dict[str, arms.Step] = {}
-    gates = {}
-    for backend in args.backends:
-        compiled = backend == "inductor"
-        steps[f"dense {backend}"] = arms.dense(model(), compiled=compiled)
-        steps[f"loss masking {backend}"] = arms.loss_masking(model(), compiled=compiled)
-        steps[f"per-layer gather {backend}"] = arms.per_layer_gather(model(), compiled=compiled)
-        full, sparse, gates[backend] = arms.gated(model(), backend=backend)
-        steps[f"regate full {backend}"], steps[f"regate sparse {backend}"] = full, sparse
-        if sample.visual:
-            _, steps[f"regate thinned {backend}"], _ = arms.gated(model(), backend=backend, config=arms.THINNED)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    first: dict[str, float] = {}
-    saved: dict[str, int] = {}
+    def wanted(self, maker: arms.Maker) -> bool:
+        if "liger" in maker.__name__:
+            return self.args.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+        return maker is not arms.thinned or self.sample.visual > 0
 
-    def timed(name: str) -> float:
+    def time(self, steps: dict[str, arms.Step]) -> None:
+        for name, step in list(steps.items()):
+            torch._dynamo.reset()  # arms share code, and with it Dynamo's cache
+            before = graphs(step)
+            try:
+                first = self.seconds_of(step)
+            except regate_patch.RegateError as error:
+                self.refused[name] = str(error)
+                del steps[name]
+                continue
+            self.seconds_of(step)
+            with arms.saved_bytes() as found:
+                self.seconds_of(step)
+            peak = self.peak_of(step)
+            self.measured[name] = Measured(first, found["bytes"], peak, graphs(step) - before)
+        for step in steps.values():
+            self.seconds_of(step)  # each reset above took from the others what they had compiled
+        for _ in tqdm(range(self.args.repeats), desc=label(self.sample), unit="repeat", disable=None):
+            for name, step in steps.items():
+                start = gate_seconds(step)
+                self.measured[name].seconds.append(self.seconds_of(step))
+                self.measured[name].gate_seconds += gate_seconds(step) - start
+
+    def seconds_of(self, step: arms.Step) -> float:
         start = time.perf_counter()
-        steps[name](data, kept)
-        if device == "cuda":
+        step(self.data, self.kept)
+        if self.args.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for name in steps:
-        torch._dynamo.reset()  # arms share code, and with it Dynamo's cache
-        first[name] = timed(name)
-        timed(name)
-        with arms.saved_bytes() as found:
-            timed(name)
-        saved[name] = found["bytes"]
-    for name in steps:
-        timed(name)  # each reset above took from the others what they had compiled
-    overhead = {backend: gate.counters.gate_seconds for backend, gate in gates.items()}
-    for _ in tqdm(range(args.repeats), desc=label(sample), unit="repeat", disable=None):
-        for name in steps:
-            seconds[name].append(timed(name))
-    arithmetic = possible(Arithmetic(model()), data, kept)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    def peak_of(self, step: arms.Step) -> int | None:
+        if self.args.device != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.seconds_of(step)
+        return torch.cuda.max_memory_allocated() - before
+
+
+def graphs(step: arms.Step) -> int:
+    gate = arms.gate_of(step)
+    return 0 if gate is None else int(gate.report()["graphs"])
+
+
+def gate_seconds(step: arms.Step) -> float:
+    gate = arms.gate_of(step)
+    return 0.0 if gate is None else gate.counters.gate_seconds
+
+
+def model(args: argparse.Namespace) -> nn.Module:
+    return build(
+        SIZES[args.model], device=args.device, dtype=getattr(torch, args.dtype), lora=args.lora,
+        checkpointing=args.checkpointing,
+    )  # fmt: skip
+
+
+def rows_that_fit(args: argparse.Namespace, sample: Sample) -> int:
+    """The largest power of two of rows with which a dense step does not run out of memory."""
+    step = arms.dense(model(args), "eager")["dense"]
+    rows = 1
+    try:
+        while True:
+            data = batch(sample, rows, SIZES[args.model].vocabulary, device=args.device)
+            step(data, data["labels"] != -100)
+            rows *= 2
+    except torch.OutOfMemoryError:
+        if rows == 1:
+            raise
+    del step
+    gc.collect()
+    torch.cuda.empty_cache()
+    return rows // 2
+
+
+def measure(title: str, sample: Sample, args: argparse.Namespace) -> dict[str, Any]:
+    bench = Bench(args, sample)
+    bench.run()
+    lone = model(args)
+    flops = needed(Arithmetic.of(lone), bench.data, bench.kept)
+    trained = sum(p.numel() for p in lone.parameters() if p.requires_grad)
+    tokens, positions = int(bench.labelled.sum()), int(bench.data["attention_mask"].sum())
     result: dict[str, Any] = {
         "workload": title,
         "tokens": list(sample),
-        "positions": int(data["attention_mask"].sum()),
-        "answer_tokens": int(labelled.sum()),
-        "possible": arithmetic,
+        "rows": bench.rows,
+        "positions": positions,
+        "answer_tokens": tokens,
+        "flops": flops,
+        "possible": {kind: flops["dense"] / n for kind, n in flops.items() if kind != "dense"},
+        "refused": bench.refused,
         "arms": {},
     }
-    for arm, value in median.items():
+    if args.device == "cuda" and args.dtype == "bfloat16":
+        gpu = torch.cuda.get_device_name()
+        result["roofline_seconds"] = {kind: roofline(n, trained, gpu) for kind, n in flops.items()}
+    for arm, found in bench.measured.items():
         backend = arm.split()[-1]
-        ratio = median[f"dense {backend}"] / value
-        result["arms"][arm] = {
-            "seconds": value,
-            "spread": [min(seconds[arm]), max(seconds[arm])],
-            "first_step_seconds": first[arm],
-            "ratio_to_dense": ratio,
-            "saved_bytes": saved[arm],
-            "answer_tokens_per_second": int(labelled.sum()) / value,
-            "positions_per_second": int(data["attention_mask"].sum()) / value,
+        dense, alone = (bench.measured[f"{name} {backend}"].seconds for name in ("dense", "AdamW alone"))
+        arm_ = result["arms"][arm] = {
+            "seconds": statistics.median(found.seconds),
+            "spread": [min(found.seconds), max(found.seconds)],
+            "first_step_seconds": found.first,
+            "ratio_to_dense": median_of(lambda d, s: d / s, dense, found.seconds),
+            "saved_bytes": found.saved,
+            "peak_bytes": found.peak,
+            "answer_tokens_per_second": tokens / statistics.median(found.seconds),
+            "positions_per_second": positions / statistics.median(found.seconds),
         }
         kind = arm.split()[1]
         if arm.startswith("regate"):
-            result["arms"][arm]["efficiency"] = ratio / arithmetic[kind]
-    for backend, gate in gates.items():
-        spent = gate.counters.gate_seconds - overhead[backend]
-        total = sum(sum(seconds[f"regate {kind} {backend}"]) for kind in ("full", "sparse"))
-        result[f"gating_share_{backend}"] = spent / total
-        report = gate.report()
-        result[f"graphs_{backend}"], result[f"recompiles_{backend}"] = report["graphs"], report["recompiles"]
+            arm_["efficiency"] = arm_["ratio_to_dense"] / result["possible"][kind]
+            without = median_of(lambda d, a, s: (d - a) / (s - a), dense, alone, found.seconds)
+            arm_["efficiency_without_adamw"] = without / result["possible"][kind]
+            arm_["gating_share"] = found.gate_seconds / sum(found.seconds)
+            arm_["graphs"] = found.graphs
     return result
 
 
-def main() -> None:
+def median_of(function: Callable[..., float], *seconds: list[float]) -> float:
+    """Of what is made of each turn."""
+    return statistics.median(function(*turn) for turn in zip(*seconds, strict=True))
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/steps.json"))
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--model", choices=SIZES, default="small")
+    parser.add_argument("--rows", type=int, help="of a batch; as many as fit, if not given (on a GPU)")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--lora", action="store_true", help="train adapters of rank 128 alone")
+    parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     parser.add_argument("--backends", nargs="+", choices=["eager", "inductor"], default=["eager"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--alone", action=argparse.BooleanOptionalAction, help="one arm after another")
     parser.add_argument("--only", nargs="+", help="workloads by their V/P/A")
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = parser.parse_args(argv)
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.alone is None:
+        args.alone = args.device == "cuda"
+    if args.rows is None and args.device == "cpu":
+        parser.error("--rows is needed on a CPU")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "only")}
     result: dict[str, Any] = {
         **described("benchmarks.steps", "torch", "transformers"),
@@ -169,11 +236,15 @@ def main() -> None:
     for title, sample in WORKLOADS.items():
         if label(sample) in result["workloads"] or (args.only and label(sample) not in args.only):
             continue
-        found = result["workloads"][label(sample)] = measure(title, sample, args, device)
+        found = result["workloads"][label(sample)] = measure(title, sample, args)
         write(result, args.out)
         print(title, f"possible {found['possible']['sparse']:.2f}x")
         for name, arm in found["arms"].items():
-            efficiency = f", efficiency {arm['efficiency']:.2f}" if "efficiency" in arm else ""
+            efficiency = ""
+            if "efficiency" in arm:
+                efficiency = (
+                    f", efficiency {arm['efficiency']:.2f} ({arm['efficiency_without_adamw']:.2f} without AdamW)"
+                )
             print(f"  {name:26} {arm['seconds']:.3f} s  {arm['ratio_to_dense']:.2f}x{efficiency}")
 
 

@@ -14,53 +14,85 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from torch import Tensor
 
-from benchmarks.arms import SPARSE_AFTER_ONE, decoder
-from benchmarks.workloads import batch
+from benchmarks.arithmetic import decided
+from benchmarks.arms import SPARSE_AFTER_ONE
+from benchmarks.models import SIZES
+from benchmarks.workloads import batch, kept_labels
 from regate import Config, count_tokens, estimate
-from regate.estimate import Sample
+from regate.estimate import Sample, build_on_meta
 
 FOLDER = Path(__file__).parent
 
 
+OTHERS = ("loss masking", "per-layer gather", "random-LTD", "liger", "regate sparse + liger")
+
+
 def table(result: dict[str, Any], backend: str) -> str:
-    lines = [
-        "| V/P/A | possible | ReGATE sparse | efficiency | full step | whole schedule | half the visual tokens "
-        "(possible) | loss masking | per-layer gather | saved activations | gating |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Ratios to the dense step of the same backend."""
+    others = [arm for arm in OTHERS if any(f"{arm} {backend}" in w["arms"] for w in result["workloads"].values())]
+    heads = [
+        "V/P/A", "possible", "ReGATE sparse", "efficiency (without AdamW)", "full step", "whole schedule",
+        "half the visual tokens (possible)", *others, "positions", "saved activations", "gating",
+    ]  # fmt: skip
+    lines = [_row(heads), _row(["---"] * len(heads))]
     config = Config()
     full_share = config.full_steps / config.cycle
     for name, found in result["workloads"].items():
-        arms = {arm: found["arms"][f"{arm} {backend}"] for arm in NAMES}
-        seconds = {arm: values["seconds"] for arm, values in arms.items()}
-        schedule = full_share * seconds["regate full"] + (1 - full_share) * seconds["regate sparse"]
-        thin = found["arms"].get(f"regate thinned {backend}")
-        thinned = f"{thin['ratio_to_dense']:.2f}x ({found['possible']['thinned']:.2f}x)" if thin else ""
-        saved = arms["regate sparse"]["saved_bytes"] / arms["dense"]["saved_bytes"]
+        arms = {arm.removesuffix(f" {backend}"): x for arm, x in found["arms"].items() if arm.endswith(f" {backend}")}
+        dense, full, sparse = arms["dense"], arms["regate full"], arms["regate sparse"]
+        schedule = full_share / full["ratio_to_dense"] + (1 - full_share) / sparse["ratio_to_dense"]
+        thin = arms.get("regate thinned")
         lines.append(
-            f"| {name} | {found['possible']['sparse']:.2f}x | **{arms['regate sparse']['ratio_to_dense']:.2f}x** "
-            f"| {arms['regate sparse']['efficiency']:.2f} | {arms['regate full']['ratio_to_dense']:.2f}x "
-            f"| {seconds['dense'] / schedule:.2f}x | {thinned} | {arms['loss masking']['ratio_to_dense']:.2f}x "
-            f"| {arms['per-layer gather']['ratio_to_dense']:.2f}x | {saved:.0%} "
-            f"| {found[f'gating_share_{backend}']:.1%} |"
+            _row(
+                [
+                    name,
+                    f"{found['possible']['sparse']:.2f}x",
+                    f"**{sparse['ratio_to_dense']:.2f}x**",
+                    f"{sparse['efficiency']:.2f} ({sparse['efficiency_without_adamw']:.2f})",
+                    f"{full['ratio_to_dense']:.2f}x",
+                    f"{1 / schedule:.2f}x",
+                    f"{thin['ratio_to_dense']:.2f}x ({found['possible']['thinned']:.2f}x)" if thin else "",
+                    *(f"{arms[arm]['ratio_to_dense']:.2f}x" if arm in arms else "" for arm in others),
+                    f"{share_computed(result, found):.0%}",
+                    f"{_memory(sparse) / _memory(dense):.0%}",
+                    f"{sparse['gating_share']:.1%}",
+                ]
+            )
         )
     return "\n".join(lines)
 
 
-NAMES = ("dense", "loss masking", "per-layer gather", "regate full", "regate sparse")
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _memory(arm: dict[str, Any]) -> int:
+    return arm["peak_bytes"] or arm["saved_bytes"]
+
+
+def the_batch(result: dict[str, Any], found: dict[str, Any]) -> dict[str, Tensor]:
+    """The batch that was timed."""
+    return batch(Sample(*found["tokens"]), found["rows"], SIZES[result["settings"]["model"]].vocabulary)
+
+
+def share_computed(result: dict[str, Any], found: dict[str, Any]) -> float:
+    """Positions that a sparse step computes, over those of the padded batch."""
+    data = the_batch(result, found)
+    return sum(decided(data, kept_labels(data["labels"], SPARSE_AFTER_ONE.keep))["sparse"].computed) / (
+        data["labels"].numel()
+    )
 
 
 def predictions(result: dict[str, Any], backend: str) -> str:
     """What `regate estimate` says of the very rows that were timed, beside what was timed."""
-    settings = result["settings"]
-    model = decoder(settings["layers"], settings["width"], settings["vocabulary"], device="cpu", dtype=None)
+    model = build_on_meta(SIZES[result["settings"]["model"]].config())
     lines = ["| V/P/A | predicted, sparse against full | measured | off by |", "|---|---|---|---|"]
     for name, found in result["workloads"].items():
-        data = batch(Sample(*found["tokens"]), settings["rows"], settings["vocabulary"])
-        said = estimate(model.config, count_tokens(model, [data]), SPARSE_AFTER_ONE)
+        said = estimate(model, count_tokens(model, [the_batch(result, found)]), SPARSE_AFTER_ONE)
         arms = found["arms"]
-        measured = arms[f"regate full {backend}"]["seconds"] / arms[f"regate sparse {backend}"]["seconds"]
+        measured = arms[f"regate sparse {backend}"]["ratio_to_dense"] / arms[f"regate full {backend}"]["ratio_to_dense"]
         predicted = said.sparse / said.full
         lines.append(f"| {name} | {predicted:.2f}x | {measured:.2f}x | {measured / predicted - 1:+.0%} |")
     return "\n".join(lines)
@@ -69,13 +101,17 @@ def predictions(result: dict[str, Any], backend: str) -> str:
 def draw(result: dict[str, Any], backend: str, path: Path) -> None:
     names = list(result["workloads"])
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    shown = ("regate sparse", "regate full", "per-layer gather", "loss masking")
+    shown = ("regate sparse", "regate full", "per-layer gather", "random-LTD", "loss masking")
     for i, arm in enumerate(shown):
         values = [found["arms"][f"{arm} {backend}"]["ratio_to_dense"] for found in result["workloads"].values()]
-        axes.bar([x + 0.2 * (i - 1.5) for x in range(len(names))], values, 0.18, label=arm.replace("regate", "ReGATE"))
+        axes.bar([x + 0.17 * (i - 2) for x in range(len(names))], values, 0.15, label=arm.replace("regate", "ReGATE"))
     for x, found in enumerate(result["workloads"].values()):
         label = "possible (sparse)" if x == 0 else None
         axes.hlines(found["possible"]["sparse"], x - 0.42, x + 0.42, color="black", linewidth=1.2, label=label)
+        if (least := found.get("roofline_seconds", {}).get("sparse")) is not None:
+            limit = found["arms"][f"dense {backend}"]["seconds"] / least
+            label = "roofline (sparse)" if x == 0 else None
+            axes.hlines(limit, x - 0.42, x + 0.42, color="black", linewidth=1.2, linestyle="dotted", label=label)
     axes.axhline(1.0, color="grey", linewidth=0.6)
     axes.set_xticks(range(len(names)), names)
     axes.set_xlabel("visual / prompt / answer tokens per sample")

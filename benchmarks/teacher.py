@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import arms
 from benchmarks.machine import described, write
+from benchmarks.models import SIZES, build
 from benchmarks.workloads import WORKLOADS, batch, label
 from model_adapters import find_adapter
 from regate import batches
@@ -29,13 +30,14 @@ from regate.reference import Teacher
 
 
 def measure(sample: Sample, args: argparse.Namespace, device: str) -> dict[str, Any]:
-    model = arms.decoder(args.layers, args.width, args.vocabulary, device=device, dtype=getattr(torch, args.dtype))
-    data = batch(sample, args.rows, args.vocabulary, device=device)
+    size = SIZES[args.model]
+    model = build(size, device=device, dtype=getattr(torch, args.dtype))
+    data = batch(sample, args.rows, size.vocabulary, device=device)
     adapter = find_adapter(model)
     layout = adapter.layout(model, data)
-    on_host = batches.on_host(data, layout, vocabulary=args.vocabulary)
+    on_host = batches.on_host(data, layout, vocabulary=size.vocabulary)
     teacher = Teacher(model, adapter, backend="auto", source="copy", on_unsupported="raise")
-    step = arms.dense(model, compiled=False)
+    step = arms.dense(model, "eager")["dense"]
     text = layout.valid & ~layout.visual
     ids = torch.where(layout.visual, teacher.placeholder(), layout.input_ids)
 
@@ -77,9 +79,7 @@ def measure(sample: Sample, args: argparse.Namespace, device: str) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/teacher.json"))
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--model", choices=SIZES, default="small")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from regate.estimate import Sample
+from regate.selection import keep_highest, predicted
 
 VISUAL_ID = 0  # stands for a visual token
 
@@ -41,3 +42,9 @@ def batch(sample: Sample, rows: int, vocabulary: int, *, seed: int = 0, device: 
     answer = valid & (position >= sample.total - sample.answer)
     found = {"input_ids": ids, "attention_mask": valid.long(), "labels": torch.where(answer, ids, -100)}
     return {name: x.to(device) for name, x in found.items()}
+
+
+def kept_labels(labels: Tensor, keep: float) -> Tensor:
+    """Labels that a sparse step keeps in every arm alike, at random: bool [B, S]."""
+    scores = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1))
+    return keep_highest(scores.to(labels.device), predicted(labels), keep)

@@ -18,6 +18,8 @@ from regate.config import Config
 from regate.errors import ConfigError, RegateError
 from regate.estimate import build_on_meta, costs_of, estimate, inspect
 
+_NUMBERS = ("keep", "visual_keep", "cycle", "full_steps", "warmup")  # of the config
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 where the input is of no use."""
@@ -34,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     estimating.add_argument("--samples", type=int, default=100_000, help="of each kind in --tokens")
     estimating.add_argument("--epochs", type=float, default=1.0)
     estimating.add_argument("--batch-size", type=int, default=64, help="samples per optimizer step, all ranks together")
-    for name in ("keep", "cycle", "full_steps", "warmup"):
+    estimating.add_argument(
+        "--tflops", type=float, help="that dense training sustains, all devices together, for hours"
+    )
+    for name in _NUMBERS:
         default = getattr(Config(), name)
         estimating.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     estimating.add_argument("--logits", choices=["all", "kept"], default=Config().logits)
@@ -49,16 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _estimate(model: PretrainedConfig, args: argparse.Namespace) -> str:
-    names = ("keep", "cycle", "full_steps", "warmup", "logits")
-    config = Config(**{name: getattr(args, name) for name in names})
+    config = Config(**{name: getattr(args, name) for name in (*_NUMBERS, "logits")})
     if args.counts:
         samples = [tuple(json.loads(line)) for line in args.counts.read_text().splitlines() if line.strip()]
-        repeat = 1
+        copies = 1
     else:
         samples = [_tokens(text) for text in args.tokens]
-        repeat = args.samples
-    steps = round(args.epochs * len(samples) * repeat / args.batch_size)
-    return str(estimate(model, samples, config, epochs=args.epochs, steps=steps))
+        copies = args.samples
+    steps = round(args.epochs * len(samples) * copies / args.batch_size)
+    throughput = None if args.tflops is None else args.tflops * 1e12
+    found = estimate(
+        model, samples, config, epochs=args.epochs, steps=steps, copies=copies, flops_per_second=throughput
+    )
+    return str(found)
 
 
 def _tokens(text: str) -> tuple[int, ...]:

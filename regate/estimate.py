@@ -68,6 +68,7 @@ class Estimate:
         run: how many times cheaper the whole run is, teacher included.
         break_even_epochs: after how many epochs the teacher's cost is regained; infinite if never.
         dense_flops: of one dense epoch, forward and backward.
+        hours_dense, hours: of the whole run, dense and gated, at the throughput given; None without.
         sparse_activations: positions a sparse step keeps for the backward pass, over those of a dense one. Peak memory
             is set by full steps.
         logits_bytes_dense, logits_bytes_full: float32 logits of the longest sample that exist at once, in a dense
@@ -83,6 +84,8 @@ class Estimate:
     run: float
     break_even_epochs: float
     dense_flops: float
+    hours_dense: float | None
+    hours: float | None
     sparse_activations: float
     logits_bytes_dense: int
     logits_bytes_full: int
@@ -100,11 +103,15 @@ class Estimate:
 
     def __str__(self) -> str:
         pays = f"{self.break_even_epochs:.2f} epochs" if self.break_even_epochs < 1e6 else "never"
+        time = []
+        if self.hours_dense is not None:
+            time = [f"time       {self.hours_dense:,.1f} hours dense, {self.hours:,.1f} gated, of the language model"]
         return "\n".join(
             [
                 f"data       {self.tokens:,.0f} tokens per sample, answers are {self.answers_share:.0%} of them",
                 f"steps      full {self.full:.2f}x, sparse {self.sparse:.2f}x, schedule {self.schedule:.2f}x cheaper",
                 f"FLOPs      {self.dense_flops:.3g} for one dense epoch of the language model",
+                *time,
                 f"teacher    {self.teacher:.1%} of a dense epoch, once; regained after: {pays}",
                 f"memory     sparse steps keep {self.sparse_activations:.0%} of the positions' activations; full steps "
                 f"set the peak, with {self.logits_bytes_full / 1e6:,.0f} MB of logits per sample "
@@ -121,6 +128,8 @@ def estimate(
     *,
     epochs: float = 1,
     steps: int | None = None,
+    copies: int = 1,
+    flops_per_second: float | None = None,
 ) -> Estimate:
     """What `config` gains on `samples` with this model.
 
@@ -130,6 +139,8 @@ def estimate(
         config: of the gate.
         epochs: of the run; the teacher is paid once.
         steps: optimizer steps of the run, of which the schedule says which are full; None is one per sample.
+        copies: how many samples of the data each of `samples` stands for.
+        flops_per_second: that dense training sustains, all devices together, for `hours`.
 
     Raises:
         ConfigError: no samples, or counts that are negative or hold no answer.
@@ -152,11 +163,13 @@ def estimate(
     teacher = sum(costs.forward(s.prompt + s.answer, s.answer) for s in counted)
     if config.reference_weight == 0 or config.selection == "random":
         teacher = 0.0
-    steps = max(round(epochs * len(counted)) if steps is None else steps, 1)
+    steps = max(round(epochs * len(counted) * copies) if steps is None else steps, 1)
     full_share = sum(map(config.is_full, range(steps))) / steps
     epoch = full_share * full + (1 - full_share) * sparse
     longest = max(counted, key=lambda s: s.total)
     positions = sum(s.total for s in counted)
+    run = epochs * dense / (epochs * epoch + teacher)
+    hours = None if flops_per_second is None else epochs * copies * dense / flops_per_second / 3600
     return Estimate(
         tokens=positions / len(counted),
         answers_share=sum(s.answer for s in counted) / positions,
@@ -164,9 +177,11 @@ def estimate(
         sparse=dense / sparse,
         schedule=dense / epoch,
         teacher=teacher / dense,
-        run=epochs * dense / (epochs * epoch + teacher),
+        run=run,
         break_even_epochs=teacher / (dense - epoch) if dense > epoch else float("inf"),
-        dense_flops=dense,
+        dense_flops=copies * dense,
+        hours_dense=hours,
+        hours=None if hours is None else hours / run,
         sparse_activations=sum(computed) / positions,
         logits_bytes_dense=4 * longest.total * costs.vocabulary,
         logits_bytes_full=4

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,26 +154,28 @@ class LazyLogits(Tensor):
     ) -> Tensor | None:
         """`F.cross_entropy(self, target, ...)` of [N, V] logits and [N] labels; None if it is asked otherwise."""
         whole = self.dim() == 2 and target.dim() == 1 and not target.is_floating_point()
-        if not whole or weight is not None or size_average is not None or reduce is not None:
+        usual = weight is None and size_average is None and reduce is None and reduction in ("none", "sum", "mean")
+        if not whole or not usual:
             return None
 
         def some(hidden: Tensor, labels: Tensor) -> Tensor:
-            logits = _logits(hidden, self._head, self._transforms)
-            return F.cross_entropy(
-                logits, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-            )
+            return entropy(_logits(hidden, self._head, self._transforms), labels, reduction="none")
 
+        entropy = partial(F.cross_entropy, ignore_index=ignore_index, label_smoothing=label_smoothing)
         n = max(self._head.chunk // self.shape[-1], 1)
-        if len(target) <= n:
-            losses = some(self._hidden, target)
+        if len(target) <= n:  # to the bit what the model would have made of logits
+            logits = self.compute()
+            with torch.no_grad():
+                losses = entropy(logits, target, reduction="none")
+            found = entropy(logits, target, reduction=reduction)
         else:
             chunks = zip(self._hidden.split(n), target.split(n), strict=True)
             losses = torch.cat([checkpoint(some, *chunk, use_reentrant=False) for chunk in chunks])
+            total = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+            mean = total / (target != ignore_index).sum()
+            found = {"none": losses, "sum": total.to(losses.dtype), "mean": mean.to(losses.dtype)}[reduction]
         self._head.took(losses.detach().float() if label_smoothing == 0 else None)
-        if reduction == "none":
-            return losses
-        total = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
-        return (total / (target != ignore_index).sum() if reduction == "mean" else total).to(losses.dtype)
+        return found
 
 
 def _logits(hidden: Tensor, head: LazyHead, transforms: tuple[Transform, ...]) -> Tensor:

@@ -14,6 +14,7 @@ import logging
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -69,7 +70,8 @@ class Statistics:
     """What a patched decoder did so far.
 
     Attributes:
-        graphs: one `Rewrite` per captured graph that holds attention.
+        graphs: one `Rewrite` per captured graph that holds attention, and another where sequences came for which its
+            windows are too narrow to be left out (`Rewrite.longest`).
         other_graphs: captured graphs without attention, which run as they are.
         recompiles: graphs of both kinds captured after the first call had ended.
         calls: calls under `active(...)`.
@@ -157,18 +159,32 @@ class GatedForward:
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """The private backend."""
-        whole = not self.allow_graph_breaks
-        rewritten = rewrite(gm, whole=whole, padding_elided=self.padding_elided, observe=self.observe)
-        if rewritten is None:
+
+        @functools.cache
+        def variant(any_length: bool) -> tuple[Rewrite, Callable[..., Any]] | None:
+            rewritten = rewrite(
+                gm,
+                whole=not self.allow_graph_breaks,
+                padding_elided=self.padding_elided,
+                any_length=any_length,
+                observe=self.observe,
+            )
+            if rewritten is None:
+                return None
+            self.statistics.graphs.append(rewritten)
+            return rewritten, _inner(rewritten.module, self._backend())
+
+        if (usual := variant(any_length=False)) is None:
             self.statistics.other_graphs += 1
             return _inner(gm, self._backend())
-        self.statistics.graphs.append(rewritten)
-        run = _inner(rewritten.module, self._backend())
+        longest = usual[0].longest
 
         def run_on_active_positions(*inputs: Any) -> Any:
             chosen = current()
             if not isinstance(chosen, Active):
                 raise NotElidedError("a rewritten graph ran outside `active(...)`")
+            fits = longest == inf or 0 < chosen.length <= longest  # 0: nobody said how long the sequence is
+            rewritten, run = usual if fits else variant(any_length=True) or usual
             chosen.ran.append(rewritten)
             return run(*self._indices(chosen, rewritten), *inputs)
 

@@ -5,11 +5,13 @@ are told so need no mask of [K, K], skip half of the work, and exist where other
 
 Whether a mask says just that is proven by running its subgraph, which reads only sizes and the padding mask [B, S],
 on probes: several sizes, padding on either side and in the middle. A window or a chunk of n positions shows as a
-number n in the subgraph; one probe is longer than every such number. What cannot be proven stays as it is.
+number n in the subgraph; one probe is longer than every such number. Where that one fails, a probe as long as the
+smallest number may still pass: up to this length the window hides nothing. What cannot be proven stays as it is.
 """
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import torch
@@ -25,9 +27,16 @@ _SIGNATURE = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 _FEW = 16  # numbers up to this one are axes, ranks and the like; a window so small shows in any probe
 
 
-def use_causal_kernels(gm: fx.GraphModule, span: Span, tokens: Tokens) -> int:
-    """Replace the masks that can be; how many attentions lost theirs."""
-    proven: dict[fx.Node, bool] = {}
+def use_causal_kernels(gm: fx.GraphModule, span: Span, tokens: Tokens, *, any_length: bool) -> tuple[int, float]:
+    """Replace the masks that can be.
+
+    Args:
+        any_length: only those that say no more than "causal" however long the sequence is.
+
+    Returns:
+        How many attentions lost theirs, and up to which sequence length that is right.
+    """
+    proven: dict[fx.Node, float] = {}
     replaced = 0
     for core in span.mixers:
         if not is_call(core, *SDPA):
@@ -39,37 +48,42 @@ def use_causal_kernels(gm: fx.GraphModule, span: Span, tokens: Tokens) -> int:
         if lengths != {tokens.length}:
             continue
         if mask not in proven:
-            proven[mask] = _says_only_causal(gm, mask, tokens)
-        if proven[mask]:
+            proven[mask] = _causal_up_to(gm, mask, tokens)
+        if proven[mask] == inf or (proven[mask] and not any_length):
             given = {**dict(zip(_SIGNATURE, core.args, strict=False)), **core.kwargs}
             core.args = ()
             core.kwargs = {**given, "attn_mask": None, "is_causal": True}
             replaced += 1
     erase_dead(gm.graph)
-    return replaced
+    return replaced, min([up_to for up_to in proven.values() if up_to and not any_length], default=inf)
 
 
-def _says_only_causal(gm: fx.GraphModule, mask: fx.Node, tokens: Tokens) -> bool:
+def _causal_up_to(gm: fx.GraphModule, mask: fx.Node, tokens: Tokens) -> float:
+    """The length up to which the mask is proven to say only "causal, and nobody sees padding"; 0 if it is not."""
     if shape(mask)[-2:] != (tokens.length, tokens.length) or len(shape(mask)) != 4:
-        return False
+        return 0
     subgraph = _subgraph(mask)
     padding = None
     for node in subgraph:
         if node.op == "get_attr" or (node.op == "placeholder" and not _is_size(node, tokens)):
             if node.op == "get_attr" or padding is not None or not _is_padding_mask(node, tokens):
-                return False
+                return 0
             padding = node
-    numbers = [abs(n) for n in _integers(subgraph) if abs(n) < torch.iinfo(torch.int32).max]
-    longest = 2 * max([n for n in numbers if n > _FEW], default=_FEW) + 5
-    if longest > _LONGEST:
-        return False
-    try:
-        return all(
-            _is_causal(_run(gm, subgraph, mask, padding, seen, tokens), seen)
-            for seen in _probes(longest, tokens, has_padding=padding is not None)
-        )
-    except Exception:  # a subgraph that cannot be run on its own proves nothing
-        return False
+    numbers = [abs(n) for n in _integers(subgraph) if _FEW < abs(n) < torch.iinfo(torch.int32).max]
+
+    def passes(longest: int) -> bool:
+        try:
+            return longest <= _LONGEST and all(
+                _is_causal(_run(gm, subgraph, mask, padding, seen, tokens), seen)
+                for seen in _probes(longest, tokens, has_padding=padding is not None)
+            )
+        except Exception:  # a subgraph that cannot be run on its own proves nothing
+            return False
+
+    if passes(2 * max(numbers, default=_FEW) + 5):
+        return inf
+    smallest = min(numbers, default=0) - 1  # one less, for windows that are counted without the position itself
+    return smallest if passes(min(smallest, _LONGEST)) else 0
 
 
 def _subgraph(mask: fx.Node) -> list[fx.Node]:
@@ -115,7 +129,7 @@ def _integers(subgraph: list[fx.Node]) -> list[int]:
 
 
 def _probes(longest: int, tokens: Tokens, *, has_padding: bool) -> list[Tensor]:
-    """Padding masks [B, S] bool."""
+    """Padding masks [B, S] bool, one of them this long."""
     random = torch.Generator().manual_seed(0)
     rows = [1, 2, 3] if tokens.batch.is_Symbol else [int(tokens.batch)] * 3
     probes = [torch.ones(rows[0], longest, dtype=torch.bool), torch.ones(rows[1], 9, dtype=torch.bool)]

@@ -29,7 +29,7 @@ class Active:
         valid: [B, K] bool, False on that filling. What is computed there is never seen and never kept.
         read: which of them, counted from 0 to K - 1, somebody reads in the decoder's output; None is all. The output at
             others is then of no use. The first call in which a graph runs computes it all the same.
-        length: S of the decoder that they are positions of, at least.
+        length: more than any of these positions, and at most the decoder's S; 0 if nobody knows.
         ran: the `Rewrite`s that ran on these positions, one entry per run.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Rewrite:
         gathers, scatters: how many the rewriter put in: one gather per live-in, one for the stream; with a tail, one
             more for the attention's result and one for the stream, and one scatter.
         causal: attentions whose mask gave way to `is_causal` (see `regate_patch.causal`).
+        longest: the sequence length up to which that is right: within it, no window hides anything.
         tail: does what comes after the last attention run at positions that are read (see `regate_patch.tail`)?
     """
 
@@ -50,6 +52,7 @@ class Rewrite:
     gathers: int
     scatters: int
     causal: int = 0
+    longest: float = inf
     tail: bool = False
     flops_tail: int = 0
 
@@ -58,7 +61,12 @@ Observer = Callable[[str, fx.GraphModule], None]
 
 
 def rewrite(
-    gm: fx.GraphModule, *, whole: bool = True, padding_elided: bool = False, observe: Observer | None = None
+    gm: fx.GraphModule,
+    *,
+    whole: bool = True,
+    padding_elided: bool = False,
+    any_length: bool = True,
+    observe: Observer | None = None,
 ) -> Rewrite | None:
     """Rewrite a graph that Dynamo captured; None if it holds no attention, and so nothing to elide.
 
@@ -66,6 +74,7 @@ def rewrite(
         gm: the captured graph, left as it was.
         whole: this graph should be all of the decoder: then its tail is looked for.
         padding_elided: no active position is one that the attention mask hides.
+        any_length: the rewritten graph must serve sequences of any length, else those up to its `longest`.
         observe: called with each pass's name and the graph after it (for tests and debugging).
 
     Raises:
@@ -84,7 +93,7 @@ def rewrite(
     tokens = find_tokens(gm, sequence_candidates(gm))
     span = find_span(gm, find_mixers(gm, tokens), tokens)
     check(span, tokens)
-    causal = use_causal_kernels(gm, span, tokens) if padding_elided else 0
+    causal, longest = use_causal_kernels(gm, span, tokens, any_length=any_length) if padding_elided else (0, inf)
     linear, quadratic = flops.polynomial(span.nodes, tokens)
     tail = find_tail(gm.graph, span, tokens) if whole else None
     flops_tail = flops.polynomial(tail.nodes, tokens)[0] if tail else 0
@@ -104,6 +113,7 @@ def rewrite(
         gathers=gathers,
         scatters=scatters,
         causal=causal,
+        longest=longest,
         tail=tail is not None,
         flops_tail=flops_tail,
     )

@@ -58,6 +58,18 @@ def test_verdicts() -> None:
     assert 0 < mixed.break_even_epochs < 1
 
 
+def test_hours() -> None:
+    found = regate.estimate(LLAMA, [(576, 60, 300)], epochs=2, copies=1000, flops_per_second=1e12)
+    alone = regate.estimate(LLAMA, [(576, 60, 300)], epochs=2, steps=2000)
+    assert found.dense_flops == pytest.approx(1000 * alone.dense_flops)
+    assert found.run == alone.run > 1
+    assert found.hours_dense == pytest.approx(2 * found.dense_flops / 1e12 / 3600)
+    assert found.hours == pytest.approx(found.hours_dense / found.run)
+    assert alone.hours is None
+    assert "hours dense" in str(found)
+    assert "hours" not in str(alone)
+
+
 @pytest.mark.parametrize("samples", [[], [(1, 2, 0)], [(-1, 2, 3)]])
 def test_samples_of_no_use(samples: Any) -> None:
     with pytest.raises(ConfigError, match="visual, prompt, answer"):
@@ -82,6 +94,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: An
     config.save_pretrained(tmp_path)
     assert cli.main(["estimate", "--model", str(tmp_path), "--tokens", "1352/60/110", "0/100/900"]) == 0
     assert "verdict" in capsys.readouterr().out
+    thinned = ["--visual-keep", "0.5", "--tflops", "400"]
+    assert cli.main(["estimate", "--model", str(tmp_path), "--tokens", "1352/60/110", *thinned]) == 0
+    assert "hours dense" in capsys.readouterr().out
     counts = tmp_path / "counts.jsonl"
     counts.write_text("[576, 60, 300]\n[0, 10, 30]\n")
     assert cli.main(["estimate", "--model", str(tmp_path), "--counts", str(counts)]) == 0

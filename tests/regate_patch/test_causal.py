@@ -60,11 +60,30 @@ def test_causal_decoders(config: Any, masked: bool) -> None:
     assert _causal(model, **inputs) == [(2, 2)]
 
 
-@pytest.mark.parametrize("window", [4, 300, 100_000])
-def test_windows_stay(window: int) -> None:
-    """However long: the window of a short sequence is indistinguishable by its mask, so its number is read."""
+@pytest.mark.parametrize(("window", "causal"), [(4, 0), (300, 2), (100_000, 2)])
+def test_windows(window: int, causal: int) -> None:
+    """One that is wider than the sequence hides nothing."""
     model = AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=window))
-    assert _causal(model, attention_mask=torch.ones(2, 10, dtype=torch.int64)) == [(2, 0)]
+    assert _causal(model, attention_mask=torch.ones(2, 10, dtype=torch.int64)) == [(2, causal)]
+
+
+def test_sequences_longer_than_the_window() -> None:
+    """They get the mask back; shorter ones still do without. Exact on both sides of the window's edge."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=40)).double()
+    handle = regate_patch.patch(conventional.decoder(model), backend="eager", padding_elided=True)
+    for length, causal in ((20, 2), (39, 2), (40, 0), (41, 0), (60, 0), (12, 2), (200, 0)):
+        ids = torch.randint(64, (2, length))
+        mask = torch.ones(2, length, dtype=torch.int64)
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            with regate_patch.active(mask.bool()):
+                found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # Mistral's norms are float32
+        assert [graph.causal for graph in handle.statistics.last] == [causal], length
+    assert [graph.causal for graph in handle.statistics.graphs] == [2, 0]
+    assert handle.statistics.graphs[0].longest == 39
+    assert handle.statistics.recompiles == 1
 
 
 def test_masks_of_position_ids_stay() -> None:
