@@ -6,7 +6,7 @@ VERSIONS ?= tests/versions.txt
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test matrix zoo models lint clean
+.PHONY: demo test matrix zoo models benchmark lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.demo.train
@@ -25,6 +25,10 @@ zoo: $(VENV)/ready
 # The table of results, docs/models.md.
 models: $(VENV)/ready
 	$(BIN)/python -m tests.zoo.table
+
+# Steps, compilation and teacher on this machine, an hour on two cores: runs/benchmarks/tables.md and pictures.
+benchmark: $(VENV)/ready
+	$(BIN)/python -m benchmarks
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

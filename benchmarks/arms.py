@@ -32,7 +32,7 @@ class Trained:
     def __init__(self, model: nn.Module, backend: str = "eager") -> None:
         self.model = torch.compile(model) if backend == "inductor" else model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)
 
     def step(self, batch: Batch) -> None:
         self.model(**batch, use_cache=False).loss.backward()

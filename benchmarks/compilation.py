@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 from benchmarks import arms
-from benchmarks.machine import described, write
+from benchmarks.machine import described, earlier, write
 from benchmarks.models import SIZES, build
 from benchmarks.workloads import batch
 from regate.estimate import Sample
@@ -67,8 +67,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    result: dict[str, Any] = described("benchmarks.compilation", "torch", "transformers")
-    result["settings"] = {k: v for k, v in vars(args).items() if k != "out"}
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
+    result: dict[str, Any] = described("benchmarks.compilation", "torch", "transformers") | {"settings": settings}
+    result["runs"] = (earlier(args.out, result) or {"runs": {}})["runs"]
 
     def model() -> nn.Module:
         return build(SIZES[args.model], device=args.device, dtype=getattr(torch, args.dtype))
@@ -87,12 +88,13 @@ def main() -> None:
         "dense, torch.compile(dynamic=True)": lambda data, kept: dynamic.step(data),
         "regate": alternating,
     }
-    with torch._inductor.config.patch(force_disable_caches=True):
-        result["runs"] = {name: run(name, step, samples, args) for name, step in steps.items()}
-    result["runs"]["regate"]["recompiles_of_the_decoder"] = gated.gate.report()["recompiles"]
-    for found in result["runs"].values():
-        found["regate_compiles_in"] = result["runs"]["regate"]["compile_seconds"] / found["compile_seconds"]
-    write(result, args.out)
+    for name, step in steps.items():
+        if name not in result["runs"]:
+            with torch._inductor.config.patch(force_disable_caches=True):
+                result["runs"][name] = run(name, step, samples, args)
+            if step is alternating:
+                result["runs"][name]["recompiles_of_the_decoder"] = gated.gate.report()["recompiles"]
+            write(result, args.out)
     for name, found in result["runs"].items():
         print(
             f"{name:36} {found['compile_seconds']:.0f} s of compilation in steps {found['steps_that_compiled']}, "

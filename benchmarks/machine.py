@@ -32,6 +32,21 @@ def described(module: str, *packages: str) -> dict[str, Any]:
     }
 
 
+def earlier(path: Path, result: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier run wrote to `path`, if its settings, versions and device were those of `result`."""
+    if not path.exists():
+        return None
+    before = json.loads(path.read_text())
+
+    def same(name: str) -> bool:
+        if name != "device":
+            return bool(before.get(name) == result[name])
+        return all(before[name].get(part) == result[name].get(part) for part in ("cpu", "cores", "gpu"))
+
+    measured_with = [name for name in result if name not in ("command", "workloads", "runs")]
+    return before if all(map(same, measured_with)) else None
+
+
 def write(result: dict[str, Any], path: Path) -> None:
     """As JSON; a file that was there is replaced when the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from tqdm import tqdm
 import regate_patch
 from benchmarks import arms
 from benchmarks.arithmetic import Arithmetic, needed, roofline
-from benchmarks.machine import described, write
+from benchmarks.machine import described, earlier, write
 from benchmarks.models import SIZES, build
 from benchmarks.workloads import WORKLOADS, batch, kept_labels, label
 from regate.estimate import Sample
@@ -229,10 +228,8 @@ def main(argv: list[str] | None = None) -> None:
         "settings": settings,
         "workloads": {},
     }
-    if args.out.exists():
-        before = json.loads(args.out.read_text())
-        if before["settings"] == settings:
-            result["workloads"] = before["workloads"]
+    if (before := earlier(args.out, result)) is not None:
+        result["workloads"] = before["workloads"]
     for title, sample in WORKLOADS.items():
         if label(sample) in result["workloads"] or (args.only and label(sample) not in args.only):
             continue

@@ -1,6 +1,6 @@
-"""The tables and the picture of `benchmarks/README.md`, made from the figures in `results/`.
+"""The tables and pictures of `benchmarks/README.md`, made from the figures in `results/`.
 
-python -m benchmarks.tables          # rewrites what stands between the markers in README.md, and steps-*.png
+python -m benchmarks.tables       # rewrites what stands between markers in README.md, and tables.md, and the pictures
 """
 
 from __future__ import annotations
@@ -120,22 +120,62 @@ def draw(result: dict[str, Any], backend: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def between(text: str, marker: str, new: str) -> str:
-    pattern = rf"(<!-- {marker} -->\n).*?(<!-- end -->)"
-    assert re.search(pattern, text, re.DOTALL), f"README.md has no marker {marker}"
-    return re.sub(pattern, lambda m: f"{m[1]}{new}\n{m[2]}", text, flags=re.DOTALL)
+def compilation(result: dict[str, Any]) -> str:
+    lines = [_row(["run", "compilation", "in steps", "graphs", "median step after it"]), _row(["---"] * 5)]
+    regate = result["runs"]["regate"]["compile_seconds"]
+    for name, found in result["runs"].items():
+        ratio = "" if name == "regate" else f" (ReGATE: {regate / found['compile_seconds']:.2f} of it)"
+        steps = ", ".join(map(str, found["steps_that_compiled"]))
+        lines.append(
+            _row(
+                [
+                    name,
+                    f"{found['compile_seconds']:.0f} s{ratio}",
+                    steps,
+                    str(found["graphs"]),
+                    f"{found['median_step_seconds']:.3f} s",
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def teacher(result: dict[str, Any]) -> str:
+    lines = [_row(["V/P/A", "of a dense epoch", "cheaper than padded"]), _row(["---"] * 3)]
+    for name, found in result["workloads"].items():
+        lines.append(_row([name, f"{found['share_of_dense_epoch']:.1%}", f"{found['times_cheaper_than_padded']:.1f}x"]))
+    return "\n".join(lines)
+
+
+def write_all(folder: Path) -> str:
+    """Tables of every result in a folder, by the name of what they show; beside them the pictures and `tables.md`."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        kind = path.stem.split("-")[0]
+        if kind == "steps":
+            for backend in result["settings"]["backends"]:
+                draw(result, backend, folder / f"{path.stem}-{backend}.png")
+                found[f"{path.stem} {backend}"] = table(result, backend)
+                found[f"estimate {path.stem} {backend}"] = predictions(result, backend)
+        elif kind in ("compilation", "teacher"):
+            found[path.stem] = {"compilation": compilation, "teacher": teacher}[kind](result)
+    text = "\n\n".join(f"<!-- {name} -->\n{lines}\n<!-- end -->" for name, lines in found.items()) + "\n"
+    (folder / "tables.md").write_text(text)
+    return text
+
+
+def into(text: str, tables: str) -> str:
+    """`text` with what stands between markers taken from `tables`, where both have the marker."""
+    for marker, new in re.findall(r"<!-- (.+?) -->\n(.*?)<!-- end -->", tables, flags=re.DOTALL):
+        pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, new=new: f"{m[1]}{new}{m[2]}", text, flags=re.DOTALL)
+    return text
 
 
 def main() -> None:
     readme = FOLDER / "README.md"
-    text = readme.read_text()
-    for path in sorted(FOLDER.glob("results/steps-*.json")):
-        result = json.loads(path.read_text())
-        for backend in result["settings"]["backends"]:
-            draw(result, backend, FOLDER / "results" / f"{path.stem}-{backend}.png")
-            text = between(text, f"{path.stem} {backend}", table(result, backend))
-            text = between(text, f"estimate {path.stem} {backend}", predictions(result, backend))
-    readme.write_text(text)
+    readme.write_text(into(readme.read_text(), write_all(FOLDER / "results")))
 
 
 if __name__ == "__main__":

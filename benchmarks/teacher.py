@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import arms
-from benchmarks.machine import described, write
+from benchmarks.machine import described, earlier, write
 from benchmarks.models import SIZES, build
 from benchmarks.workloads import WORKLOADS, batch, label
 from model_adapters import find_adapter
@@ -85,16 +85,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = {**described("benchmarks.teacher", "torch", "transformers"), "workloads": {}}
+    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"device": device}
+    result: dict[str, Any] = described("benchmarks.teacher", "torch", "transformers") | {"settings": settings}
+    result["workloads"] = (earlier(args.out, result) or {"workloads": {}})["workloads"]
     for sample in WORKLOADS.values():
-        if sample.visual:
-            found = result["workloads"][label(sample)] = measure(sample, args, device)
-            print(
-                f"{label(sample):14} {found['share_of_dense_epoch']:.1%} of a dense epoch, "
-                f"{found['times_cheaper_than_padded']:.1f}x cheaper than padded, "
-                f"differs by {found['largest_difference']:.1g}"
-            )
-    write(result, args.out)
+        if not sample.visual or label(sample) in result["workloads"]:
+            continue
+        found = result["workloads"][label(sample)] = measure(sample, args, device)
+        write(result, args.out)
+        print(
+            f"{label(sample):14} {found['share_of_dense_epoch']:.1%} of a dense epoch, "
+            f"{found['times_cheaper_than_padded']:.1f}x cheaper than padded, "
+            f"differs by {found['largest_difference']:.1g}"
+        )
 
 
 if __name__ == "__main__":
