@@ -24,6 +24,7 @@ def on_cpu(folder: Path) -> list[list[str]]:
     return [
         ["steps", "--rows", "2", "--out", f"{folder}/steps-cpu.json"],
         ["steps", "--rows", "2", "--backends", "inductor", "--out", f"{folder}/steps-cpu-inductor.json"],
+        ["steps", "--rows", "8", "--only", "96/60/100", "96/60/400", "--out", f"{folder}/steps-cpu-8-rows.json"],
         ["compilation", "--out", f"{folder}/compilation-cpu.json"],
         ["teacher", "--out", f"{folder}/teacher-cpu.json"],
     ]

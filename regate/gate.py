@@ -267,7 +267,8 @@ class Gate:
         """May the head run at kept labels only, and in chunks? Asked once, in the first gated forward."""
         if self.adapter.with_labels is not labels_alone or call.get("fused_lm_head"):
             return False  # labels are laid out otherwise, or the head does so by itself
-        assert self._lazy_head is not None
+        if is_sharded(module):
+            self._lazy_head = None
         with regate_patch.active(self._positions):
             proof = prove(module, self._decoder, self._lazy_head, call, labels, kept)
         self._decoded = self._active = None
@@ -275,7 +276,6 @@ class Gate:
             self._note(f"the vocabulary projection runs at every position: {proof.long}")
         elif proof.eager is not None:
             self._note(f"logits at kept labels are computed all at once: {proof.eager}")
-        if proof.eager is not None or is_sharded(module):
             self._lazy_head = None
         return proof.long is None
 

@@ -15,6 +15,7 @@ model is, and no loss per label, which difficulties are made of.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -22,14 +23,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
 
-CHUNK = 2**26  # logits that exist at once: 256 MB in float32
+CHUNK = 2**27  # logits that exist at once: 512 MB in float32
 Transform = Callable[[Tensor], Tensor]
 
 
 class LazyHead:
-    """What stands in for a head's `forward`: it gives `LazyLogits`.
+    """What stands in for a head's `forward`: it gives `LazyLogits`. A copied or pickled head has its own forward.
 
     Attributes:
         chunk: logits that exist at once.
@@ -42,13 +44,14 @@ class LazyHead:
         self.forward = head.forward
         self.losses: Tensor | None = None
         self._taken = 0
+        self._rows: int | None = None
 
     @contextlib.contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """Inside, the head's logits are lazy."""
+    def standing_in(self, *, rows: int | None = None) -> Iterator[None]:
+        """Inside, the head's logits are lazy; `rows` of them are a chunk, if given."""
         own = self.head.__dict__.get("forward")
         self.forward = self.head.forward
-        self.losses, self._taken = None, 0
+        self.losses, self._taken, self._rows = None, 0, rows
         self.head.forward = self
         try:
             yield
@@ -65,10 +68,28 @@ class LazyHead:
         none = self.forward(args[0].detach().reshape(-1, args[0].shape[-1])[:0])
         return LazyLogits(args[0], self, none)
 
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return [p for p in self.head.parameters() if p.requires_grad]
+
+    def rows(self, vocabulary: int) -> int:
+        """How many rows are a chunk."""
+        return self._rows or max(self.chunk // vocabulary, 1)
+
     def took(self, losses: Tensor | None) -> None:
         """Note the losses of one cross-entropy."""
         self._taken += 1
         self.losses = losses if self._taken == 1 else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _class_forward(memo.get(id(self.head), self.head))
+
+    def __reduce__(self) -> Any:
+        return _class_forward, (self.head,)
+
+
+def _class_forward(module: nn.Module) -> types.MethodType:
+    return types.MethodType(type(module).forward, module)
 
 
 class LazyLogits(Tensor):
@@ -78,37 +99,46 @@ class LazyLogits(Tensor):
     _head: LazyHead
     _transforms: tuple[Transform, ...]
     _none: Tensor  # logits of no row, which say what V and the dtype are
+    _context: Callable[[], contextlib.AbstractContextManager[None]]  # in which the head was called
     _computed: Tensor | None
 
     @staticmethod
     def __new__(
-        cls, hidden: Tensor, head: LazyHead, none: Tensor, transforms: tuple[Transform, ...] = ()
+        cls,
+        hidden: Tensor,
+        head: LazyHead,
+        none: Tensor,
+        transforms: tuple[Transform, ...] = (),
+        context: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
     ) -> LazyLogits:
         shape = (*hidden.shape[:-1], none.shape[-1])
         made: LazyLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=none.dtype, device=none.device)  # type: ignore
         made._hidden, made._head, made._none, made._transforms, made._computed = hidden, head, none, transforms, None
+        made._context = context or _current_context(hidden.device.type)
         return made
 
     def _at(self, hidden: Tensor) -> LazyLogits:
         """The logits of these rows."""
-        return LazyLogits(hidden, self._head, self._none, self._transforms)
+        return LazyLogits(hidden, self._head, self._none, self._transforms, self._context)
 
     def _then(self, transform: Transform) -> LazyLogits:
         """The logits, each of them changed."""
-        return LazyLogits(self._hidden, self._head, transform(self._none), (*self._transforms, transform))
+        return LazyLogits(
+            self._hidden, self._head, transform(self._none), (*self._transforms, transform), self._context
+        )
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if args and isinstance(args[0], LazyLogits) and args[0]._computed is None:
-                if function in _FACTS:
+        if args and isinstance(args[0], LazyLogits) and args[0]._computed is None:
+            if function in _FACTS:
+                with torch._C.DisableTorchFunctionSubclass():
                     return function(*args, **kwargs)
-                deferred = args[0]._deferred(function, args[1:], kwargs)
-                if deferred is not None:
-                    return deferred
-            args, kwargs = torch.utils._pytree.tree_map_only(LazyLogits, LazyLogits.compute, (args, kwargs))
-            return function(*args, **kwargs)
+            deferred = args[0]._deferred(function, args[1:], kwargs)
+            if deferred is not None:
+                return deferred
+        args, kwargs = pytree.tree_map_only(LazyLogits, LazyLogits.compute, (args, kwargs))
+        return function(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -119,10 +149,17 @@ class LazyLogits(Tensor):
         raise TypeError(f"{function} was called on logits that are not computed yet, in a way that passes Python by")
 
     def compute(self) -> Tensor:
-        """The logits, from now on a plain tensor."""
+        """The logits, from now on a plain tensor; as they would be if they had been computed when the head was."""
         if self._computed is None:
-            self._computed = _logits(self._hidden, self._head, self._transforms)
+            with self._context():
+                self._computed = self._logits(self._hidden)
         return self._computed
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self._head.forward(hidden)
+        for transform in self._transforms:
+            logits = transform(logits)
+        return logits
 
     def _deferred(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation on logits that stay lazy, or None if it needs them."""
@@ -138,6 +175,9 @@ class LazyLogits(Tensor):
             sizes = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
             if len(sizes) > 1 and all(isinstance(n, int) for n in sizes) and sizes[-1] == self.shape[-1]:
                 return self._at(self._hidden.reshape(*sizes[:-1], self._hidden.shape[-1]))
+        if function in (Tensor.flatten, torch.flatten) and len(args) == 2 and not kwargs:
+            if args[1] % self.dim() < self.dim() - 1:
+                return self._at(self._hidden.flatten(*args))
         if function is F.cross_entropy:
             return self._cross_entropy(*args, **kwargs)
         return None
@@ -155,22 +195,21 @@ class LazyLogits(Tensor):
         """`F.cross_entropy(self, target, ...)` of [N, V] logits and [N] labels; None if it is asked otherwise."""
         whole = self.dim() == 2 and target.dim() == 1 and not target.is_floating_point()
         usual = weight is None and size_average is None and reduce is None and reduction in ("none", "sum", "mean")
-        if not whole or not usual:
+        if not whole or not usual or len(target) != len(self):
             return None
-
-        def some(hidden: Tensor, labels: Tensor) -> Tensor:
-            return entropy(_logits(hidden, self._head, self._transforms), labels, reduction="none")
-
         entropy = partial(F.cross_entropy, ignore_index=ignore_index, label_smoothing=label_smoothing)
-        n = max(self._head.chunk // self.shape[-1], 1)
+        n = self._head.rows(self.shape[-1])
         if len(target) <= n:  # to the bit what the model would have made of logits
             logits = self.compute()
             with torch.no_grad():
                 losses = entropy(logits, target, reduction="none")
             found = entropy(logits, target, reduction=reduction)
         else:
-            chunks = zip(self._hidden.split(n), target.split(n), strict=True)
-            losses = torch.cat([checkpoint(some, *chunk, use_reentrant=False) for chunk in chunks])
+
+            def some(hidden: Tensor, labels: Tensor) -> Tensor:
+                return entropy(self._logits(hidden), labels, reduction="none")
+
+            losses = _InChunks.apply(some, n, self._hidden, target, *self._head.trained())
             total = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
             mean = total / (target != ignore_index).sum()
             found = {"none": losses, "sum": total.to(losses.dtype), "mean": mean.to(losses.dtype)}[reduction]
@@ -178,11 +217,54 @@ class LazyLogits(Tensor):
         return found
 
 
-def _logits(hidden: Tensor, head: LazyHead, transforms: tuple[Transform, ...]) -> Tensor:
-    logits = head.forward(hidden)
-    for transform in transforms:
-        logits = transform(logits)
-    return logits
+class _InChunks(torch.autograd.Function):
+    """`some(hidden, labels)` [N] of n rows at a time, computed again for the backward pass.
+
+    Gradients of parameters are summed over chunks in float32: bfloat16 would lose what many chunks add.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        some: Callable[[Tensor, Tensor], Tensor],
+        n: int,
+        hidden: Tensor,
+        labels: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.some, ctx.n, ctx.context = some, n, _current_context(hidden.device.type)
+        ctx.save_for_backward(hidden, labels, *parameters)
+        return torch.cat([some(*rows) for rows in zip(hidden.split(n), labels.split(n), strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        hidden, labels, *parameters = ctx.saved_tensors
+        by_hidden = torch.empty_like(hidden)
+        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        chunks = (x.split(ctx.n) for x in (hidden, labels, gradient, by_hidden))
+        for rows, of_rows, by_losses, by_rows in zip(*chunks, strict=True):
+            leaf = rows.detach().requires_grad_()
+            with ctx.context(), torch.enable_grad():
+                losses = ctx.some(leaf, of_rows)
+            by_leaf, *found = torch.autograd.grad(losses, [leaf, *parameters], by_losses)
+            by_rows.copy_(by_leaf)
+            for total, x in zip(sums, found, strict=True):
+                total += x
+        return None, None, by_hidden, None, *(x.to(p.dtype) for x, p in zip(sums, parameters, strict=True))
+
+
+def _current_context(device: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Autocast and gradient mode as they are here, to be entered elsewhere."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    grad = torch.is_grad_enabled()
+
+    @contextlib.contextmanager
+    def entered() -> Iterator[None]:
+        with torch.autocast(device, dtype=dtype, enabled=enabled), torch.set_grad_enabled(grad):
+            yield
+
+    return entered
 
 
 def _rows_only(index: Any, rank: int) -> Any:

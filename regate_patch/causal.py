@@ -83,7 +83,7 @@ def _causal_up_to(gm: fx.GraphModule, mask: fx.Node, tokens: Tokens) -> float:
     if passes(2 * max(numbers, default=_FEW) + 5):
         return inf
     smallest = min(numbers, default=0) - 1  # one less, for windows that are counted without the position itself
-    return smallest if passes(min(smallest, _LONGEST)) else 0
+    return shorter if passes(shorter := min(smallest, _LONGEST)) else 0
 
 
 def _subgraph(mask: fx.Node) -> list[fx.Node]:

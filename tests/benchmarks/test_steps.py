@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import steps, tables
+from benchmarks import machine, steps, tables
 from benchmarks.arithmetic import Arithmetic, roofline
 from benchmarks.models import SIZES, build
 from benchmarks.workloads import WORKLOADS, batch, kept_labels
@@ -63,6 +63,23 @@ def test_share_of_positions() -> None:
     share = tables.share_computed(result, {"tokens": list(sample), "rows": 4})
     by_hand = (4 * sample.prompt + int(kept.sum())) / data["labels"].numel()
     assert share == pytest.approx(by_hand, abs=0.01)  # the prompt's last position predicts a label
+
+
+def test_another_machine_starts_anew(tmp_path: Path) -> None:
+    result = {"command": "x", "torch": "1", "device": {"cpu": "a", "cores": 2, "load_average": 0.5}, "workloads": {}}
+    machine.write(result, tmp_path / "x.json")
+    same = {**result, "command": "y", "device": {**result["device"], "load_average": 2.0}}
+    assert machine.earlier(tmp_path / "x.json", same) == result
+    assert machine.earlier(tmp_path / "x.json", {**same, "torch": "2"}) is None
+    assert machine.earlier(tmp_path / "x.json", {**same, "device": {"cpu": "b", "cores": 2}}) is None
+    assert machine.earlier(tmp_path / "y.json", same) is None
+
+
+def test_tables_go_where_their_marker_is() -> None:
+    page = "before\n<!-- a b -->\nold\n<!-- end -->\nafter\n<!-- c -->\nkept\n<!-- end -->\n"
+    assert tables.into(page, "<!-- a b -->\n| 1 |\n<!-- end -->\n\n<!-- d -->\n2\n<!-- end -->\n") == page.replace(
+        "old", "| 1 |"
+    )
 
 
 def test_roofline() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +34,7 @@ def _capped(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _scaled(logits: Tensor, labels: Tensor) -> Tensor:
     """Logit scale as Cohere has it, label smoothing as trainers do."""
-    return F.cross_entropy((0.25 * logits).reshape(-1, V), labels.view(-1), label_smoothing=0.1)
+    return F.cross_entropy((0.25 * logits).flatten(0, 1), labels.view(-1), label_smoothing=0.1)
 
 
 def _in_place(logits: Tensor, labels: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def test_cross_entropy_never_sees_more_than_a_chunk(
     kept: list[int] = []
 
     def pack(x: Tensor) -> Tensor:
-        kept.append(x.numel())
+        kept.append(x.numel() if x.shape[-1:] == (V,) else 0)
         return x
 
     with LazyHead(head, chunk=3 * V).standing_in(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -127,6 +129,55 @@ def test_losses_per_label_are_noted() -> None:
     with lazy.standing_in():
         _scaled(head(hidden), labels)  # with label smoothing they are no -log p
         assert lazy.losses is None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_many_chunks_lose_no_gradient(autocast: bool) -> None:
+    """In bfloat16, the sum of many chunks' gradients would forget most of them."""
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(32, V, bias=False), torch.randn(4096, 32)
+    labels = torch.randint(0, V, (4096,))
+    (expected,) = torch.autograd.grad(F.cross_entropy(head(hidden), labels), [head.weight])
+    if not autocast:
+        head, hidden = head.bfloat16(), hidden.bfloat16()
+    errors = []
+    for rows in (4096, 8):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), LazyHead(head).standing_in(rows=rows):
+            loss = F.cross_entropy(head(hidden).float(), labels)
+        (found,) = torch.autograd.grad(loss, [head.weight])
+        assert found.dtype == head.weight.dtype
+        errors.append(float((found.float() - expected).norm() / expected.norm()))
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_a_metric_without_gradients_takes_none_away() -> None:
+    head, hidden, labels = _problem()
+    expected = torch.autograd.grad(_shifted(head(hidden), labels), hidden)[0]
+    with LazyHead(head).standing_in():
+        logits = head(hidden)
+        with torch.no_grad():
+            assert (logits.argmax(-1) == labels).shape == (2, 7)
+        found = torch.autograd.grad(_shifted(logits, labels), hidden)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_logits_computed_late_are_those_of_then() -> None:
+    """Outside the autocast under which the head was called."""
+    head, hidden, _ = _problem()
+    head, hidden = head.float(), hidden.detach().float()
+    with LazyHead(head).standing_in(), torch.autocast("cpu", torch.bfloat16):
+        logits, expected = head(hidden), F.linear(hidden, head.weight, head.bias)  # type: ignore[arg-type]
+    assert torch.equal(logits + 0, expected)
+
+
+def test_copies_have_a_head_of_their_own() -> None:
+    head, hidden, _ = _problem()
+    with LazyHead(head).standing_in():
+        copied, pickled = copy.deepcopy(head), pickle.loads(pickle.dumps(head))
+    for other in (copied, pickled):
+        other.weight.data.zero_()
+        assert torch.equal(other(hidden), other.bias.expand(2, 7, V))
+    assert head.weight.any()
 
 
 def test_autocast() -> None:
