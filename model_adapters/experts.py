@@ -56,11 +56,11 @@ def _replacing(class_name: str, forward: Callable[..., Any]) -> Callable[[nn.Mod
         before = {cls: cls.forward for cls in classes}
         try:
             for cls in classes:
-                cls.forward = forward  # type: ignore[method-assign]
+                cls.forward = forward
             yield
         finally:
             for cls, own in before.items():
-                cls.forward = own  # type: ignore[method-assign]
+                cls.forward = own
 
     return capturable
 

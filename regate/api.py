@@ -9,8 +9,9 @@ from model_adapters import AdapterError, ModelAdapter, find_adapter
 from model_adapters.conventional import unwrap
 from regate.config import Config
 from regate.errors import GateNotAppliedError, UnknownArchitectureError
-from regate.gate import Gate, OnUnsupported, TeacherChoice
+from regate.gate import Gate, OnUnsupported
 from regate.hooks import owners
+from regate.reference import TeacherChoice
 from regate.store import Store
 
 

@@ -25,29 +25,27 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import regate_patch
-from model_adapters import AdapterError, Batch, Layout, ModelAdapter, find_adapter
+from model_adapters import AdapterError, Batch, Layout, ModelAdapter
 from model_adapters.base import labels_alone
 from model_adapters.conventional import text_config
 from regate import batches, checkpoint, keys, reference, router
 from regate.config import Config
 from regate.decision import Decision
 from regate.errors import ConfigError, NotGatedError, UnknownArchitectureError
-from regate.head import Reading, hidden_states, prove
+from regate.head import Reading, ShortHead, hidden_states
 from regate.hooks import Hook
-from regate.logits import LazyHead
 from regate.loss import Places
 from regate.outputs import kept_losses, rescale, without_logits
 from regate.report import Counters, Report, Stopwatch
 from regate.scorer import Samples, Scorer
 from regate.selection import IGNORED, predicted
-from regate.sharding import is_sharded, refuse_opaque
+from regate.sharding import refuse_opaque
 from regate.sharing import Exchange
 from regate.steps import Steps
 from regate.store import Store
 from regate_patch import to_device
 
 log = logging.getLogger("regate")
-TeacherChoice = Literal["auto", "4bit", "precomputed"] | nn.Module | None
 OnUnsupported = Literal["raise", "warn"]
 
 
@@ -61,7 +59,7 @@ class Gate:
         *,
         adapter: ModelAdapter,
         backend: regate_patch.Backend,
-        teacher: TeacherChoice,
+        teacher: reference.TeacherChoice,
         store: Store,
         on_unsupported: OnUnsupported,
     ) -> None:
@@ -76,19 +74,20 @@ class Gate:
         self._decoded: Any = None  # the decoder's output in this forward
         self._reading: Reading | None = None
         self._read = False  # are predictors of kept labels all that is read of the decoder's output?
-        self._short_head: bool | None = None if config.logits == "kept" else False  # None: not proven yet
         self._scope: contextlib.ExitStack | None = None
         self._active: regate_patch.Active | None = None  # what the decoder ran on in this forward
         self._model = model
         self._target = adapter.causal_lm(model)
         self._decoder = adapter.decoder(model)
         self._head = adapter.head(model)
-        self._lazy_head: LazyHead | None = LazyHead(self._head)  # None: its logits are computed at once
+        self._short_head = ShortHead(self._target, self._decoder, self._head, wanted=config.logits == "kept")
         self._vocabulary = getattr(text_config(self._target), "vocab_size", None) or _rows_of(self._head)
         self._handle = regate_patch.patch(
             self._decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True
         )
-        self._teacher = self._make_teacher(teacher, backend, on_unsupported)
+        self._teacher = reference.teacher_of(
+            model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported
+        )
         self.store = store
         self.scorer = Scorer(
             config,
@@ -129,21 +128,6 @@ class Gate:
         if self._teacher is not None:
             store.bind(self._teacher.fingerprint())
         self.exchange.store = store
-
-    def _make_teacher(
-        self, teacher: TeacherChoice, backend: regate_patch.Backend, on_unsupported: OnUnsupported
-    ) -> reference.Teacher | None:
-        if teacher is None or self.config.reference_weight == 0 or self.config.selection == "random":
-            return None
-        source: reference.Source = "copy"
-        model, adapter = self._model, self.adapter
-        if isinstance(teacher, nn.Module):
-            model, adapter, source = teacher, find_adapter(teacher), "given"
-        elif teacher == "precomputed" or reference.uses_peft(model):
-            source = "live"
-        elif teacher == "4bit":
-            source = "4bit"
-        return reference.Teacher(model, adapter, backend=backend, source=source, on_unsupported=on_unsupported)
 
     # -- hooks ----------------------------------------------------------------------------------------
 
@@ -190,14 +174,12 @@ class Gate:
         self._scope.enter_context(self.adapter.capturable(self._model))
         if balanced:
             self._scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))
-        if self._short_head is not False:
-            if self._short_head is None:
-                self._short_head = self._prove_short_head(module, changed, layout.labels, kept)
-            if self._short_head:
-                self._reading = Reading.of(layout.labels, kept)
-                changed["labels"] = to_device(self._reading.labels, device)
-                if self._lazy_head is not None:
-                    self._scope.enter_context(self._lazy_head.standing_in())
+        if self._short_head.allowed is None:
+            self._try_short_head(changed, layout.labels, kept)
+        if self._short_head.allowed:
+            self._reading = Reading.of(layout.labels, kept)
+            changed["labels"] = to_device(self._reading.labels, device)
+            self._scope.enter_context(self._short_head.chunks())
         if self._reading is None:
             self._places = Places.of(layout.labels, kept)
         else:
@@ -223,9 +205,15 @@ class Gate:
                 f"{type(self._decoder).__name__}; register an adapter whose `decoder` is the module it calls"
             )
         start = time.perf_counter()
-        self._count(active, reading)
+        if self.step != self._counted_step:
+            self._counted_step = self.step
+            self.counters.count_step(full=self.last.full)
+        self.counters.count_forward(self.last)
+        if active is not None:  # else on_unsupported="warn", and the decoder cannot be rewritten
+            projected = self.last.labels.shape[1] if reading is None else reading.index.shape[1]
+            self.counters.count_flops(self._handle.statistics, self._head, self.last, active, projected)
         hidden = None if decoded is None else hidden_states(decoded)
-        known = None if reading is None or self._lazy_head is None else self._lazy_head.losses
+        known = None if reading is None else self._short_head.losses
         losses = kept_losses(output, self._places, known=known, hidden_states=hidden, head=self._head)
         self.scorer.write()
         self.scorer.observe(self._waiting, self.last.labels, self.last.kept, losses)
@@ -263,21 +251,16 @@ class Gate:
         assert self.last is not None
         return to_device(self.last.active, next(self._head.parameters()).device)
 
-    def _prove_short_head(self, module: nn.Module, call: dict[str, Any], labels: Tensor, kept: Tensor) -> bool:
-        """May the head run at kept labels only, and in chunks? Asked once, in the first gated forward."""
+    def _try_short_head(self, call: dict[str, Any], labels: Tensor, kept: Tensor) -> None:
+        """In the first gated forward."""
         if self.adapter.with_labels is not labels_alone or call.get("fused_lm_head"):
-            return False  # labels are laid out otherwise, or the head does so by itself
-        if is_sharded(module):
-            self._lazy_head = None
+            self._short_head.allowed = False  # labels are laid out otherwise, or the head does so by itself
+            return
         with regate_patch.active(self._positions):
-            proof = prove(module, self._decoder, self._lazy_head, call, labels, kept)
+            problem = self._short_head.try_out(call, labels, kept)
         self._decoded = self._active = None
-        if proof.long is not None:
-            self._note(f"the vocabulary projection runs at every position: {proof.long}")
-        elif proof.eager is not None:
-            self._note(f"logits at kept labels are computed all at once: {proof.eager}")
-            self._lazy_head = None
-        return proof.long is None
+        if problem is not None:
+            self._note(problem)
 
     def _on_step(self) -> None:
         self.watch.step(full=self.config.is_full(self.step))
@@ -324,29 +307,6 @@ class Gate:
     def _choose(self, batch: Batch, layout: Layout, samples: Samples, full: bool) -> Tensor:
         """The labels kept, bool [B, S]."""
         return samples.candidates if full else self.scorer.keep(batch, layout, samples, step=self.step)
-
-    # -- counting ---------------------------------------------------------------------------------------
-
-    def _count(self, active: regate_patch.Active | None, reading: Reading | None) -> None:
-        assert self.last is not None
-        c, last = self.counters, self.last
-        if self.step != self._counted_step:
-            self._counted_step = self.step
-            c.steps_full += last.full
-            c.steps_sparse += not last.full
-        c.labels_seen += last.labels_seen
-        c.labels_kept += last.labels_kept
-        c.positions_seen += last.positions_seen
-        c.positions_computed += sum(last.computed)
-        if active is None:  # on_unsupported="warn", and the decoder cannot be rewritten
-            return
-        rows, length = last.labels.shape
-        projected = length if reading is None else reading.index.shape[1]
-        read = None if active.read is None else active.read.index.shape[1]
-        head = 6.0 * rows * sum(p.numel() for p in self._head.parameters() if p.dim() == 2)
-        flops = self._handle.statistics.flops
-        c.flops_dense += 3 * rows * flops(length) + head * length
-        c.flops_computed += 3 * rows * flops(active.index.shape[1], read) + head * projected
 
     def _note(self, note: str) -> None:
         if note not in self._notes:

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regate.hooks import standing_in
 from regate.logits import LazyHead
 from regate.outputs import get
 from regate.selection import IGNORED
-from regate_patch import PatchError, to_device
+from regate_patch import PatchError, is_sharded, to_device
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,42 @@ def with_hidden_states(output: Any, hidden: Tensor) -> Any:
     if isinstance(output, tuple):
         return (hidden, *output[1:])
     return type(output)(**{**output, "last_hidden_state": hidden})
+
+
+class ShortHead:
+    """Finds out once whether a model's head may run at kept labels alone, and a chunk at a time.
+
+    Attributes:
+        allowed: may it run at kept labels alone? None until it was tried.
+        lazy: makes its logits lazy; None where they must be computed at once.
+    """
+
+    def __init__(self, module: nn.Module, decoder: nn.Module, head: nn.Module, *, wanted: bool) -> None:
+        self.module, self.decoder = module, decoder
+        self.allowed: bool | None = None if wanted else False
+        self.lazy: LazyHead | None = LazyHead(head)
+
+    def try_out(self, call: dict[str, Any], labels: Tensor, kept: Tensor) -> str | None:
+        """Settle both on the forward at hand (see `prove`); what the user should know of it, if anything."""
+        if is_sharded(self.module):
+            self.lazy = None
+        proof = prove(self.module, self.decoder, self.lazy, call, labels, kept)
+        self.allowed = proof.long is None
+        if proof.long is not None:
+            return f"the vocabulary projection runs at every position: {proof.long}"
+        if proof.eager is not None:
+            self.lazy = None
+            return f"logits at kept labels are computed all at once: {proof.eager}"
+        return None
+
+    def chunks(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the head's logits exist a chunk at a time, if they may."""
+        return contextlib.nullcontext() if self.lazy is None else self.lazy.standing_in()
+
+    @property
+    def losses(self) -> Tensor | None:
+        """Of the last forward's labels, if the model took its cross-entropy of lazy logits; see `LazyHead.losses`."""
+        return None if self.lazy is None else self.lazy.losses
 
 
 _FEW = 64  # labels of each row that a proof looks at: enough to tell, and few enough to fit wherever training does
@@ -131,8 +168,9 @@ def prove(
         """The loss, and its gradients by the shortened hidden states and by the head's parameters."""
         output = reading.shorten(decoded[-1])
         hidden = hidden_states(output).requires_grad_()
+        given = with_hidden_states(output, hidden)
         thirds = reading.index.numel() // 3 + 1
-        with torch.enable_grad(), _standing_in(decoder, with_hidden_states(output, hidden)), chunks(lazily, thirds):
+        with torch.enable_grad(), standing_in(decoder, lambda *args, **kwargs: given), chunks(lazily, thirds):
             loss = get(module.forward(**short_call), "loss")
         learning = [] if lazy is None else lazy.trained()
         return [loss.detach(), *torch.autograd.grad(loss, [hidden, *learning], allow_unused=True)]
@@ -146,7 +184,7 @@ def prove(
         plain, long = _tried(lambda: short(lazily=False))
         if plain is None:
             return Proof(long, eager)
-        found, problem = _tried(lambda: short(lazily=True))
+        found, problem = _tried(lambda: short(lazily=True)) if lazy is not None else (None, None)
         eager = eager or problem
         if found is not None and not all(map(_same, found, plain, [_LOSS, *[_GRADIENT] * len(plain)])):
             eager = f"its loss or gradient would be others: the loss {found[0]}, not {plain[0]}"
@@ -182,17 +220,3 @@ def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def _standing_in(module: nn.Module, output: Any) -> Iterator[None]:
-    """Calls of `module` give this output."""
-    own = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

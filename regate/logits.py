@@ -15,7 +15,6 @@ model is, and no loss per label, which difficulties are made of.
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
+
+from regate.hooks import standing_in
+from regate_patch import class_forward
 
 CHUNK = 2**27  # logits that exist at once: 512 MB in float32
 Transform = Callable[[Tensor], Tensor]
@@ -49,17 +51,10 @@ class LazyHead:
     @contextlib.contextmanager
     def standing_in(self, *, rows: int | None = None) -> Iterator[None]:
         """Inside, the head's logits are lazy; `rows` of them are a chunk, if given."""
-        own = self.head.__dict__.get("forward")
         self.forward = self.head.forward
         self.losses, self._taken, self._rows = None, 0, rows
-        self.head.forward = self
-        try:
+        with standing_in(self.head, self):
             yield
-        finally:
-            if own is None:
-                del self.head.forward
-            else:
-                self.head.forward = own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lazily = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() >= 2
@@ -82,14 +77,10 @@ class LazyHead:
         self.losses = losses if self._taken == 1 else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _class_forward(memo.get(id(self.head), self.head))
+        return class_forward(memo.get(id(self.head), self.head))
 
     def __reduce__(self) -> Any:
-        return _class_forward, (self.head,)
-
-
-def _class_forward(module: nn.Module) -> types.MethodType:
-    return types.MethodType(type(module).forward, module)
+        return class_forward, (self.head,)
 
 
 class LazyLogits(Tensor):
@@ -112,7 +103,7 @@ class LazyLogits(Tensor):
         context: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
     ) -> LazyLogits:
         shape = (*hidden.shape[:-1], none.shape[-1])
-        made: LazyLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=none.dtype, device=none.device)  # type: ignore
+        made: LazyLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=none.dtype, device=none.device)
         made._hidden, made._head, made._none, made._transforms, made._computed = hidden, head, none, transforms, None
         made._context = context or _current_context(hidden.device.type)
         return made

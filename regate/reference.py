@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import regate_patch
-from model_adapters import Batch, Layout, ModelAdapter
+from model_adapters import Batch, Layout, ModelAdapter, find_adapter
 from model_adapters.conventional import text_config
+from regate.config import Config
 from regate.errors import NonFiniteLossError
 from regate.loss import Places, label_losses
 from regate.quantize import to_4bit, unpacked
@@ -27,6 +28,29 @@ from regate.selection import predicted, predictors
 from regate.sharding import refuse_sharded
 
 Source = Literal["copy", "4bit", "live", "given"]
+TeacherChoice = Literal["auto", "4bit", "precomputed"] | nn.Module | None
+
+
+def teacher_of(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    config: Config,
+    choice: TeacherChoice,
+    *,
+    backend: regate_patch.Backend,
+    on_unsupported: regate_patch.OnUnsupported,
+) -> Teacher | None:
+    """The teacher that a user asked for (see `regate.apply`); None where no score needs one."""
+    if choice is None or config.reference_weight == 0 or config.selection == "random":
+        return None
+    source: Source = "copy"
+    if isinstance(choice, nn.Module):
+        model, adapter, source = choice, find_adapter(choice), "given"
+    elif choice == "precomputed" or uses_peft(model):
+        source = "live"
+    elif choice == "4bit":
+        source = "4bit"
+    return Teacher(model, adapter, backend=backend, source=source, on_unsupported=on_unsupported)
 
 
 class Teacher:

@@ -8,6 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from statistics import median
 
+from torch import nn
+
+from regate.decision import Decision
+from regate_patch import Active, Statistics
+
 Number = int | float
 
 
@@ -29,6 +34,26 @@ class Counters:
     teacher_seconds: float = 0.0
     teacher_samples: int = 0
     nonfinite_losses: int = 0
+
+    def count_step(self, *, full: bool) -> None:
+        self.steps_full += full
+        self.steps_sparse += not full
+
+    def count_forward(self, decision: Decision) -> None:
+        self.labels_seen += decision.labels_seen
+        self.labels_kept += decision.labels_kept
+        self.positions_seen += decision.positions_seen
+        self.positions_computed += sum(decision.computed)
+
+    def count_flops(
+        self, decoder: Statistics, head: nn.Module, decision: Decision, active: Active, projected: int
+    ) -> None:
+        """Of a forward that ran on `active` and projected so many positions of each row onto the vocabulary."""
+        rows, length = decision.labels.shape
+        read = None if active.read is None else active.read.index.shape[1]
+        per_position = 6.0 * rows * sum(p.numel() for p in head.parameters() if p.dim() == 2)
+        self.flops_dense += 3 * rows * decoder.flops(length) + per_position * length
+        self.flops_computed += 3 * rows * decoder.flops(active.index.shape[1], read) + per_position * projected
 
     def load(self, state: Mapping[str, Number]) -> None:
         for field in fields(self):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from regate.errors import UnsupportedShardingError
+from regate_patch import is_sharded
 
 
 def refuse_opaque(model: nn.Module) -> None:
@@ -30,11 +29,6 @@ def refuse_opaque(model: nn.Module) -> None:
         f"{kind} gathers parameters in ways that a captured decoder would bypass; use FSDP2 (`fsdp_version: 2` in "
         "accelerate's config, or `torch.distributed.fsdp.fully_shard`) or DDP"
     )
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Has FSDP2 split it? Then a module's parameters are whole only while its own forward runs."""
-    return dist.is_available() and any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def refuse_sharded(model: nn.Module) -> None:

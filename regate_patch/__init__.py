@@ -8,7 +8,7 @@
 Needs torch only, and knows nothing of scores, teachers or multimodal models: any rule may choose the positions.
 """
 
-from regate_patch.capture import Backend, Handle, OnUnsupported, Statistics, patch
+from regate_patch.capture import Backend, Handle, OnUnsupported, Statistics, class_forward, is_sharded, patch
 from regate_patch.context import Active, Rule, active, current
 from regate_patch.errors import (
     ActiveIndexError,
@@ -37,8 +37,10 @@ __all__ = [
     "Statistics",
     "UnsupportedGraphError",
     "active",
+    "class_forward",
     "current",
     "inspect",
+    "is_sharded",
     "patch",
     "rewrite",
     "to_device",

@@ -150,7 +150,7 @@ class GatedForward:
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.compiled is None:  # only now: the decoder may have been sharded since `patch`
             if self.allow_graph_breaks is None:
-                self.allow_graph_breaks = _is_sharded(self.decoder)
+                self.allow_graph_breaks = is_sharded(self.decoder)
             self.compiled = torch.compile(
                 self.forward, backend=self._compile, dynamic=True, fullgraph=not self.allow_graph_breaks
             )
@@ -227,26 +227,25 @@ class GatedForward:
         statistics.last = tuple(ran)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self._unpatched(memo.get(id(self.decoder), self.decoder))
+        return class_forward(memo.get(id(self.decoder), self.decoder))
 
     def __reduce__(self) -> Any:
-        return _class_forward, (self.decoder,)
-
-    def _unpatched(self, decoder: nn.Module) -> Any:
-        return _class_forward(decoder)
+        return class_forward, (self.decoder,)
 
 
-def _class_forward(decoder: nn.Module) -> types.MethodType:
-    return types.MethodType(type(decoder).forward, decoder)
+def class_forward(module: nn.Module) -> types.MethodType:
+    """The forward that a module has by its class, whatever stands in for it."""
+    return types.MethodType(type(module).forward, module)
 
 
-def _is_sharded(decoder: nn.Module) -> bool:
-    """Do FSDP2's hooks, which Dynamo cannot capture, hang on the layers?"""
+def is_sharded(module: nn.Module) -> bool:
+    """Has FSDP2 split it? Then its hooks, which Dynamo cannot capture, hang on the parts, and parameters are whole only
+    while the part's own forward runs."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(module, FSDPModule) for module in decoder.modules())
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def _inner(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
