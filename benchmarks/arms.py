@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import regate
 from benchmarks.models import causal_lm
-from regate.selection import active_positions
+from regate.scoring.selection import active_positions
 from regate_patch.context import Active
 
 Batch = dict[str, Tensor]

@@ -27,7 +27,7 @@ from benchmarks import arms
 from benchmarks.machine import described, earlier, write
 from benchmarks.models import SIZES, build
 from benchmarks.workloads import batch
-from regate.estimate import Sample
+from regate.insight.estimate import Sample
 
 
 def lengths(steps: int) -> list[Sample]:

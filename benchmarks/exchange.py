@@ -27,8 +27,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from benchmarks.machine import described, write
-from regate.sharing import Exchange
-from regate.store import TABLES, Store
+from regate.memory.sharing import Exchange
+from regate.memory.store import TABLES, Store
 
 
 def records(rank: int, step: int, rows: int, labels: int) -> dict[bytes, np.ndarray]:

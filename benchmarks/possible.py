@@ -12,7 +12,7 @@ import argparse
 
 from benchmarks.workloads import WORKLOADS
 from regate import Config
-from regate.estimate import Sample
+from regate.insight.estimate import Sample
 
 
 def gain(sample: Sample, keep: float) -> float:

@@ -32,7 +32,7 @@ from benchmarks.arithmetic import Arithmetic, needed, roofline
 from benchmarks.machine import described, earlier, write
 from benchmarks.models import SIZES, build
 from benchmarks.workloads import WORKLOADS, batch, kept_labels, label
-from regate.estimate import Sample
+from regate.insight.estimate import Sample
 
 
 @dataclass

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.machine import described, write
-from regate.store import TABLES, Store
+from regate.memory.store import TABLES, Store
 
 
 def key(sample: int) -> bytes:

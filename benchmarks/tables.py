@@ -21,7 +21,7 @@ from benchmarks.arms import SPARSE_AFTER_ONE
 from benchmarks.models import SIZES
 from benchmarks.workloads import batch, kept_labels
 from regate import Config, count_tokens, estimate
-from regate.estimate import Sample, build_on_meta
+from regate.insight.estimate import Sample, build_on_meta
 
 FOLDER = Path(__file__).parent
 

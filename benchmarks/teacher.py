@@ -23,10 +23,10 @@ from benchmarks.machine import described, earlier, write
 from benchmarks.models import SIZES, build
 from benchmarks.workloads import WORKLOADS, batch, label
 from model_adapters import find_adapter
-from regate import batches
-from regate.estimate import Sample
-from regate.loss import Places, label_losses
-from regate.reference import Teacher
+from regate.insight.estimate import Sample
+from regate.output.loss import Places, label_losses
+from regate.scoring.teacher import Teacher
+from regate.training import batches
 
 
 def measure(sample: Sample, args: argparse.Namespace, device: str) -> dict[str, Any]:

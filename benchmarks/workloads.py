@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regate.estimate import Sample
-from regate.selection import keep_highest, predicted
+from regate.insight.estimate import Sample
+from regate.scoring.selection import keep_highest, predicted
 
 VISUAL_ID = 0  # stands for a visual token
 

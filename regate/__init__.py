@@ -9,12 +9,12 @@ An implementation of Reference-Guided Adaptive Token Elision (arXiv 2507.21420).
 from model_adapters import Layout, ModelAdapter, Padding, register_adapter
 from regate.api import apply, remove
 from regate.config import Config
-from regate.decision import Decision
 from regate.errors import RegateError
-from regate.estimate import Estimate, count_tokens, estimate
 from regate.gate import Gate
-from regate.report import Report
-from regate.store import Store
+from regate.insight.estimate import Estimate, count_tokens, estimate
+from regate.insight.report import Report
+from regate.memory.store import Store
+from regate.scoring.decision import Decision
 from regate.trainer import GateCallback, register
 from regate.version import __version__
 

@@ -10,9 +10,9 @@ from model_adapters.conventional import unwrap
 from regate.config import Config
 from regate.errors import GateNotAppliedError, UnknownArchitectureError
 from regate.gate import Gate, OnUnsupported
-from regate.hooks import owners
-from regate.reference import TeacherChoice
-from regate.store import Store
+from regate.memory.store import Store
+from regate.scoring.teacher import TeacherChoice
+from regate.training.hooks import owners
 
 
 def apply(

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from regate.config import Config
 from regate.errors import ConfigError, RegateError
-from regate.estimate import build_on_meta, costs_of, estimate, inspect
+from regate.insight.estimate import build_on_meta, costs_of, estimate, inspect
 
 _NUMBERS = ("keep", "visual_keep", "cycle", "full_steps", "warmup")  # of the config
 

@@ -30,7 +30,7 @@ class Config:
             the kept token itself.
         seed: of the random selection.
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
-            have embeddings most like another's (see `regate.visual`).
+            have embeddings most like another's (see `regate.scoring.visual`).
         logits: where training forwards compute them: at positions that predict "kept" labels, a chunk at a time, or,
             which takes more time and memory, at "all". With "kept" the loss and its gradients are the same up to
             rounding, and `outputs.logits` is None.

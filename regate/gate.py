@@ -28,21 +28,25 @@ import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter
 from model_adapters.base import labels_alone
 from model_adapters.conventional import text_config
-from regate import batches, checkpoint, keys, reference, router
 from regate.config import Config
-from regate.decision import Decision
 from regate.errors import ConfigError, NotGatedError, UnknownArchitectureError
-from regate.head import Reading, ShortHead, hidden_states
-from regate.hooks import Hook
-from regate.loss import Places
-from regate.outputs import kept_losses, rescale, without_logits
-from regate.report import Counters, Report, Stopwatch
-from regate.scorer import Samples, Scorer
-from regate.selection import IGNORED, predicted
-from regate.sharding import refuse_opaque
-from regate.sharing import Exchange
-from regate.steps import Steps
-from regate.store import Store
+from regate.insight.report import Counters, Report, Stopwatch
+from regate.memory import checkpoint
+from regate.memory.sharing import Exchange
+from regate.memory.store import Store
+from regate.output import router
+from regate.output.head import Reading, ShortHead, hidden_states
+from regate.output.loss import Places
+from regate.output.outputs import kept_losses, rescale, without_logits
+from regate.scoring import keys
+from regate.scoring import teacher as teachers
+from regate.scoring.decision import Decision
+from regate.scoring.scorer import Samples, Scorer
+from regate.scoring.selection import IGNORED, predicted
+from regate.training import batches
+from regate.training.hooks import Hook
+from regate.training.sharding import refuse_opaque
+from regate.training.steps import Steps
 from regate_patch import to_device
 
 log = logging.getLogger("regate")
@@ -59,7 +63,7 @@ class Gate:
         *,
         adapter: ModelAdapter,
         backend: regate_patch.Backend,
-        teacher: reference.TeacherChoice,
+        teacher: teachers.TeacherChoice,
         store: Store,
         on_unsupported: OnUnsupported,
     ) -> None:
@@ -85,7 +89,7 @@ class Gate:
         self._handle = regate_patch.patch(
             self._decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True
         )
-        self._teacher = reference.teacher_of(
+        self._teacher = teachers.teacher_of(
             model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported
         )
         self.store = store

@@ -15,10 +15,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_callback import ExportableState
 
-from regate import checkpoint
 from regate.api import gate_of
 from regate.errors import CheckpointError, ConfigError
 from regate.gate import Gate
+from regate.memory import checkpoint
 
 log = logging.getLogger("regate")
 

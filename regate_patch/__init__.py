@@ -19,7 +19,7 @@ from regate_patch.errors import (
     UnsupportedGraphError,
 )
 from regate_patch.inspection import inspect
-from regate_patch.rewrite import Rewrite, rewrite
+from regate_patch.passes.rewrite import Rewrite, rewrite
 from regate_patch.transfer import to_device
 
 __all__ = [

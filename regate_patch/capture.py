@@ -1,7 +1,7 @@
 """Capture a decoder with Dynamo, rewrite what it captured, and stand in for `decoder.forward`.
 
 Outside `active(...)` the decoder's own forward runs, untouched. Inside, `torch.compile` calls it with a private
-backend: each captured graph is rewritten (`regate_patch.rewrite`) and run through the inner backend with the
+backend: each captured graph is rewritten (`regate_patch.passes.rewrite`) and run through the inner backend with the
 active positions of the moment. Sizes are symbols throughout, so one artefact serves every B, S and K.
 """
 
@@ -30,7 +30,7 @@ from regate_patch.errors import (
     PatchError,
     UnsupportedGraphError,
 )
-from regate_patch.rewrite import Observer, Rewrite, rewrite
+from regate_patch.passes.rewrite import Observer, Rewrite, rewrite
 
 log = logging.getLogger("regate_patch")
 Backend = str | Callable[..., Any]

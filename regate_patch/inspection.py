@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from regate_patch.capture import Statistics, tracing
 from regate_patch.errors import NoBlocksError
-from regate_patch.rewrite import rewrite
+from regate_patch.passes.rewrite import rewrite
 
 
 def inspect(decoder: nn.Module, *args: Any, **kwargs: Any) -> Statistics:

@@ -13,7 +13,7 @@ from benchmarks import machine, steps, tables
 from benchmarks.arithmetic import Arithmetic, roofline
 from benchmarks.models import SIZES, build
 from benchmarks.workloads import WORKLOADS, batch, kept_labels
-from regate.estimate import costs_of, inspect
+from regate.insight.estimate import costs_of, inspect
 
 WORKLOAD = "96/60/100"
 

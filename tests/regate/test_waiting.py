@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import regate
-from regate.store import Store
-from regate.visual import thinned
+from regate.memory.store import Store
+from regate.scoring.visual import thinned
 from tests.zoo import CORE
 
 # What a GPU's host would wait for: a value, or the size of a result that depends on values.

@@ -10,7 +10,7 @@ from torch import fx
 
 import regate_patch
 from model_adapters import conventional
-from regate_patch.graph import is_call
+from regate_patch.analysis.graph import is_call
 from tests.zoo import CORE
 
 SHAPES = [(b, s, k) for b in (2, 3, 5) for s, k in ((14, 4), (17, 17), (23, 3), (23, 9), (31, 2), (32, 5), (40, 16))]

@@ -1,0 +1,1 @@
+"""What gating can gain before training, and what it did after."""

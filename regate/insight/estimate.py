@@ -1,0 +1,244 @@
+"""What gating can gain on given data, before anything is trained: arithmetic alone, and an honest verdict.
+
+A sample is V visual, P prompt and A answer tokens. A sparse step computes visual_keep*V + P + keep*A positions, a full
+step all of them, as dense training does. Of these, keep*A or A are read: projected onto the vocabulary, and computed
+after the last attention; with `logits="all"` all are. The teacher reads P + A tokens once per sample, forward only. The
+decoder's cost is read off its captured graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+
+import regate_patch
+from model_adapters import AdapterError, Batch, find_adapter
+from model_adapters.conventional import text_config
+from regate.config import Config
+from regate.errors import ConfigError, UnknownArchitectureError
+from regate.output.logits import CHUNK
+from regate.scoring.selection import IGNORED
+
+_WORTH, _LITTLE = 1.15, 1.05
+
+
+class Sample(NamedTuple):
+    """Token counts of one sample, as the decoder sees it."""
+
+    visual: int
+    prompt: int
+    answer: int
+
+    @property
+    def total(self) -> int:
+        return self.visual + self.prompt + self.answer
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Forward FLOPs of a language model: `linear*n + quadratic*n**2` for a row of n positions, `tail` less for each of
+    them that is not read, and `head` for each position that is projected onto the vocabulary, computed or not."""
+
+    linear: float
+    quadratic: float
+    tail: float
+    head: float
+    vocabulary: int
+
+    def forward(self, positions: float, projected: float) -> float:
+        unread = max(positions - projected, 0)
+        return self.linear * positions + self.quadratic * positions**2 - self.tail * unread + self.head * projected
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Ratios to dense training of the language model with causal attention; encoder and optimizer are left out.
+
+    Attributes:
+        tokens: per sample, on average.
+        answers_share: answer tokens over all tokens.
+        full, sparse, schedule: how many times cheaper a full and a sparse step are, and the schedule's average.
+        teacher: cost of all reference losses, over that of one dense epoch.
+        run: how many times cheaper the whole run is, teacher included.
+        break_even_epochs: after how many epochs the teacher's cost is regained; infinite if never.
+        dense_flops: of one dense epoch, forward and backward.
+        hours_dense, hours: of the whole run, dense and gated, at the throughput given; None without.
+        sparse_activations: positions a sparse step keeps for the backward pass, over those of a dense one. Peak memory
+            is set by full steps.
+        logits_bytes_dense, logits_bytes_full: float32 logits of the longest sample that exist at once, in a dense
+            and in a full step.
+    """
+
+    tokens: float
+    answers_share: float
+    full: float
+    sparse: float
+    schedule: float
+    teacher: float
+    run: float
+    break_even_epochs: float
+    dense_flops: float
+    hours_dense: float | None
+    hours: float | None
+    sparse_activations: float
+    logits_bytes_dense: int
+    logits_bytes_full: int
+
+    @property
+    def verdict(self) -> str:
+        if self.run >= _WORTH:
+            return f"worth it: {self.run:.2f}x on the language model over the whole run"
+        if self.run >= _LITTLE:
+            return f"a little: {self.run:.2f}x on the language model over the whole run"
+        return (
+            f"not worth it here, for speed: {self.run:.2f}x over the whole run. Answers are {self.answers_share:.0%} "
+            "of the tokens, and only answers can be elided"
+        )
+
+    def __str__(self) -> str:
+        pays = f"{self.break_even_epochs:.2f} epochs" if self.break_even_epochs < 1e6 else "never"
+        time = []
+        if self.hours_dense is not None:
+            time = [f"time       {self.hours_dense:,.1f} hours dense, {self.hours:,.1f} gated, of the language model"]
+        return "\n".join(
+            [
+                f"data       {self.tokens:,.0f} tokens per sample, answers are {self.answers_share:.0%} of them",
+                f"steps      full {self.full:.2f}x, sparse {self.sparse:.2f}x, schedule {self.schedule:.2f}x cheaper",
+                f"FLOPs      {self.dense_flops:.3g} for one dense epoch of the language model",
+                *time,
+                f"teacher    {self.teacher:.1%} of a dense epoch, once; regained after: {pays}",
+                f"memory     sparse steps keep {self.sparse_activations:.0%} of the positions' activations; full steps "
+                f"set the peak, with {self.logits_bytes_full / 1e6:,.0f} MB of logits per sample "
+                f"where dense has {self.logits_bytes_dense / 1e6:,.0f} MB",
+                f"verdict    {self.verdict}",
+            ]
+        )
+
+
+def estimate(
+    model: nn.Module | PretrainedConfig,
+    samples: Iterable[Sequence[int]],
+    config: Config | None = None,
+    *,
+    epochs: float = 1,
+    steps: int | None = None,
+    copies: int = 1,
+    flops_per_second: float | None = None,
+) -> Estimate:
+    """What `config` gains on `samples` with this model.
+
+    Args:
+        model: a model, or a transformers configuration, of which no weight is made.
+        samples: (visual, prompt, answer) token counts of each.
+        config: of the gate.
+        epochs: of the run; the teacher is paid once.
+        steps: optimizer steps of the run, of which the schedule says which are full; None is one per sample.
+        copies: how many samples of the data each of `samples` stands for.
+        flops_per_second: that dense training sustains, all devices together, for `hours`.
+
+    Raises:
+        ConfigError: no samples, or counts that are negative or hold no answer.
+        UnknownArchitectureError: no adapter serves the model.
+    """
+    config = config or Config()
+    counted = [Sample(*map(int, sample)) for sample in samples]
+    if not counted or any(min(s) < 0 or s.answer == 0 for s in counted):
+        raise ConfigError("estimate needs samples of (visual, prompt, answer) token counts, each with an answer")
+    model = build_on_meta(model) if isinstance(model, PretrainedConfig) else model
+    costs = costs_of(model, inspect(model))
+    kept = [ceil(config.keep * s.answer - 1e-6) for s in counted]
+    dense = 3 * sum(costs.forward(s.total, s.total) for s in counted)
+    everywhere = config.logits == "all"
+    full = 3 * sum(costs.forward(s.total, s.total if everywhere else s.answer) for s in counted)
+    computed = [ceil(config.visual_keep * s.visual - 1e-6) + s.prompt + k for s, k in zip(counted, kept, strict=True)]
+    sparse = 3 * sum(
+        costs.forward(n, s.total if everywhere else k) for s, n, k in zip(counted, computed, kept, strict=True)
+    )
+    teacher = sum(costs.forward(s.prompt + s.answer, s.answer) for s in counted)
+    if config.reference_weight == 0 or config.selection == "random":
+        teacher = 0.0
+    steps = max(round(epochs * len(counted) * copies) if steps is None else steps, 1)
+    full_share = sum(map(config.is_full, range(steps))) / steps
+    epoch = full_share * full + (1 - full_share) * sparse
+    longest = max(counted, key=lambda s: s.total)
+    positions = sum(s.total for s in counted)
+    run = epochs * dense / (epochs * epoch + teacher)
+    hours = None if flops_per_second is None else epochs * copies * dense / flops_per_second / 3600
+    return Estimate(
+        tokens=positions / len(counted),
+        answers_share=sum(s.answer for s in counted) / positions,
+        full=dense / full,
+        sparse=dense / sparse,
+        schedule=dense / epoch,
+        teacher=teacher / dense,
+        run=run,
+        break_even_epochs=teacher / (dense - epoch) if dense > epoch else float("inf"),
+        dense_flops=copies * dense,
+        hours_dense=hours,
+        hours=None if hours is None else hours / run,
+        sparse_activations=sum(computed) / positions,
+        logits_bytes_dense=4 * longest.total * costs.vocabulary,
+        logits_bytes_full=4
+        * (longest.total * costs.vocabulary if everywhere else min(longest.answer * costs.vocabulary, CHUNK)),
+    )
+
+
+def costs_of(model: nn.Module, found: regate_patch.Statistics) -> Costs:
+    """The costs of a model's decoder, from what was found in it, and of its head."""
+    weight = _projection(model)
+    return Costs(
+        linear=sum(graph.flops_linear for graph in found.graphs),
+        quadratic=sum(graph.flops_quadratic for graph in found.graphs),
+        tail=sum(graph.flops_tail for graph in found.graphs),
+        head=2.0 * weight.numel(),
+        vocabulary=weight.shape[0],
+    )
+
+
+def inspect(model: nn.Module) -> regate_patch.Statistics:
+    """What the engine finds in a model's decoder; the model may have no weights (be on the "meta" device)."""
+    try:
+        adapter = find_adapter(model)
+        decoder = adapter.decoder(model)
+        weight = _projection(model)
+    except AdapterError as error:
+        raise UnknownArchitectureError(str(error)) from error
+    inputs = torch.zeros(2, 64, text_config(model).hidden_size, device=weight.device, dtype=weight.dtype)
+    mask = torch.ones(2, 64, device=weight.device, dtype=torch.int64)
+    with adapter.capturable(model):
+        return regate_patch.inspect(decoder, inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+
+
+def _projection(model: nn.Module) -> Tensor:
+    """The weights of the head, [V, D]."""
+    return next(p for p in find_adapter(model).head(model).parameters() if p.dim() == 2)
+
+
+def build_on_meta(config: PretrainedConfig) -> nn.Module:
+    """The model of a configuration, without weights."""
+    with torch.device("meta"):
+        for kind in (AutoModelForImageTextToText, AutoModelForCausalLM):
+            if type(config) in kind._model_mapping:
+                return kind.from_config(config)
+    raise UnknownArchitectureError(
+        f"transformers has no image-text-to-text or causal language model for {type(config).__name__}"
+    )
+
+
+def count_tokens(model: nn.Module, batches: Iterable[Batch]) -> list[Sample]:
+    """Token counts of every sample of a data loader, for `estimate`."""
+    adapter = find_adapter(model)
+    found: list[Any] = []
+    for batch in batches:
+        layout = adapter.layout(model, batch)
+        answer = (layout.labels != IGNORED) & layout.valid
+        prompt = layout.valid & ~layout.visual & ~answer
+        columns = [x.sum(1).tolist() for x in (layout.visual & layout.valid & ~answer, prompt, answer)]
+        found += [Sample(*row) for row in zip(*columns, strict=True)]
+    return [sample for sample in found if sample.answer]

@@ -1,0 +1,1 @@
+"""What is remembered of samples: in a store, between ranks, in checkpoints."""

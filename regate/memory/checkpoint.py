@@ -1,0 +1,88 @@
+"""The gate's state in a trainer's checkpoint folder, and difficulties as the few tensors that state holds.
+
+Files of a folder: `regate.pt`, of rank 0, with every difficulty; `regate-rank1.pt` and so on, what other ranks keep to
+themselves. Each is written under another name and renamed, so a kill leaves a whole file or none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from regate.errors import CheckpointError
+from regate.memory.store import half
+
+NAME = "regate.pt"
+
+
+def rank() -> int:
+    """This process's number; 0 where there is only one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _file_of(rank: int) -> str:
+    return NAME if rank == 0 else f"regate-rank{rank}.pt"
+
+
+def save(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write this rank's `state` into `folder`, whole or not at all."""
+    path = Path(folder) / _file_of(rank())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """This rank's state; of rank 0 if the run had fewer ranks, and always with rank 0's difficulties.
+
+    Raises:
+        CheckpointError: the folder holds none, or the file is damaged.
+    """
+    main = Path(folder) / NAME
+    if not main.exists():
+        raise CheckpointError(f"{main.parent} holds no {NAME}: it was not saved by a gated run")
+    own = main.with_name(_file_of(rank()))
+    state = _read(main)
+    return state if own == main or not own.exists() else _read(own) | {"difficulty": state["difficulty"]}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); resume from an older checkpoint") from error
+
+
+def pack(records: Iterable[tuple[bytes, np.ndarray]]) -> dict[str, Tensor]:
+    """Records as three tensors: keys uint8 [n, 16], lengths int64 [n], losses float16 [total]."""
+    rows = list(records)
+    keys = np.frombuffer(b"".join(key for key, _ in rows), np.uint8).reshape(-1, 16)
+    losses = [half(losses) for _, losses in rows]
+    return {
+        "keys": torch.from_numpy(keys.copy()),
+        "lengths": torch.tensor([len(x) for x in losses], dtype=torch.int64),
+        "losses": torch.from_numpy(np.concatenate([np.zeros(0, np.float16), *losses])),
+    }
+
+
+def unpack(packed: dict[str, Tensor]) -> Iterator[tuple[bytes, np.ndarray]]:
+    """The records that `pack` was given."""
+    rows = packed["losses"].numpy().astype(np.float32)
+    ends = packed["lengths"].cumsum(0)
+    starts = ends - packed["lengths"]
+    for key, start, end in zip(packed["keys"].numpy(), starts.tolist(), ends.tolist(), strict=True):
+        yield key.tobytes(), rows[start:end]

@@ -1,0 +1,129 @@
+"""What one rank learns about a sample, the others learn too: next epoch the sample may be theirs.
+
+Every `every` optimizer steps each rank passes on the records it made since, through a process group of its own and in
+a thread, while training goes on; they are taken over at the next exchange. Ranks whose stores are one and the same
+file have nothing to pass on. Optimizer steps are what all ranks count alike, so all of them exchange at one moment.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from regate.errors import RankError
+from regate.memory.store import TABLES, Store, Table, half
+
+Records = dict[Table, dict[bytes, np.ndarray]]
+
+
+@dataclass
+class _Message:
+    """What one rank passes on, and which file it keeps its own records in."""
+
+    home: tuple[Any, ...]
+    records: Records
+
+
+@dataclass
+class _Flight:
+    """An exchange on its way."""
+
+    thread: threading.Thread
+    received: list[_Message] = field(default_factory=list)
+    error: Exception | None = None
+
+
+class Exchange:
+    """The records of all ranks in every rank's store.
+
+    Args:
+        store: this rank's.
+        every: optimizer steps between exchanges.
+    """
+
+    def __init__(self, store: Store, *, every: int = 16) -> None:
+        self.store, self.every = store, every
+        self.bytes_sent = 0
+        self._ticks = 0
+        self._outgoing: Records = {table: {} for table in TABLES}
+        self._flight: _Flight | None = None
+        self._group: Any = None
+        self._one_file = False
+
+    @property
+    def needed(self) -> bool:
+        """Are there other ranks, with files of their own as far as is known?"""
+        return not self._one_file and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+    def add(self, table: Table, records: Mapping[bytes, np.ndarray]) -> None:
+        """Records that this rank just stored."""
+        if self.needed:
+            self._outgoing[table].update((k, half(v)) for k, v in records.items())
+
+    def tick(self) -> None:
+        """One optimizer step was made, on this rank and on every other.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        if not self.needed:
+            return
+        self._ticks += 1
+        if self._ticks % self.every == 0:
+            self._land()
+            self._launch()
+
+    def finish(self) -> None:
+        """Pass on and take over everything now. Every rank must call it.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        if self.needed:
+            self._land()
+            self._launch()
+            self._land()
+
+    def _launch(self) -> None:
+        if not self.needed:  # the exchange that just landed showed that all share one file
+            return
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        data = (self.store.path / "data.mdb").stat()
+        message = _Message((socket.gethostname(), data.st_dev, data.st_ino), self._outgoing)
+        self.bytes_sent += sum(len(k) + v.nbytes for table in self._outgoing.values() for k, v in table.items())
+        self._outgoing = {table: {} for table in TABLES}
+        flight = _Flight(threading.Thread(target=lambda: self._gather(message, flight), daemon=True))
+        self._flight = flight
+        flight.thread.start()
+
+    def _gather(self, message: _Message, flight: _Flight) -> None:
+        try:
+            received: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(received, message, group=self._group)
+            flight.received = received
+        except Exception as error:  # handed to the training thread, which is the one that can raise it
+            flight.error = error
+
+    def _land(self) -> None:
+        """Wait for the exchange that is on its way, and take over what it brought."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        flight.thread.join()
+        if flight.error is not None:
+            raise RankError(
+                f"difficulties could not be exchanged between ranks: {flight.error}. All ranks must make the same "
+                "number of optimizer steps; a rank that stopped shows its own error."
+            ) from flight.error
+        own = flight.received[dist.get_rank()].home
+        others = [message.records for message in flight.received if message.home != own]
+        for table in TABLES:
+            self.store.put(table, {k: v for records in others for k, v in records[table].items()})
+        self._one_file = all(message.home == own for message in flight.received)

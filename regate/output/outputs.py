@@ -1,0 +1,74 @@
+"""What a model's output says of its losses, in each of the forms that trainers ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from regate.errors import LabelsError
+from regate.output.loss import Places, label_losses
+from regate_patch import to_device
+
+# TRL's fused head (trl.trainer.utils.FusedCausalLMOutput): sums of these over labels become its loss and its metrics.
+_PER_LABEL = ("log_probs", "entropy", "is_top1")
+
+
+def get(output: Any, name: str) -> Any:
+    """An entry of a model's output, None where it has none."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def kept_losses(
+    output: Any, kept: Places, *, known: Tensor | None, hidden_states: Tensor | None, head: nn.Module
+) -> Tensor:
+    """`-log p(label)` of kept labels, [N] float32 on the model's device.
+
+    From what there is: losses `known` from the model's own cross-entropy, [B*S] or [B*(S-1)], 0 where there is no
+    label; `logits` [B, S, V]; `log_probs` [B, S-1] of TRL's fused head; or, where a fused loss leaves neither (Liger),
+    the decoder's `hidden_states` [B, S, D] through `head`.
+
+    Raises:
+        LabelsError: none of them fits labels [B, S].
+    """
+    logits, log_probs = get(output, "logits"), get(output, "log_probs")
+    rows, length = kept.shape
+    if known is not None and len(known) in (rows * length, rows * (length - 1)):
+        places = kept.to(known.device)
+        return known.reshape(rows, -1)[places.row, places.column - 1]
+    if logits is not None and logits.shape[:2] == kept.shape:
+        return label_losses(logits.detach(), kept)
+    if log_probs is not None and log_probs.shape == (rows, length - 1):
+        places = kept.to(log_probs.device)
+        return -log_probs.detach()[places.row, places.column - 1].float()
+    if logits is None and hidden_states is not None and hidden_states.shape[:2] == kept.shape:
+        return label_losses(hidden_states.detach(), kept, head=head)
+    got = {name: list(x.shape) for name, x in (("logits", logits), ("log_probs", log_probs)) if x is not None}
+    raise LabelsError(
+        f"difficulties need the model's logits [B, S, V] = [{rows}, {length}, V]; its output has {got or 'none'}"
+    )
+
+
+def rescale(output: Any, candidates: Tensor, share: float) -> Any:
+    """TRL sums `log_probs` itself and divides by its own count of all labels: let the sums stand for all labels.
+
+    Per-label values of kept labels [B, S-1] are divided by the `share` of labels that is kept, and `label_mask` says
+    again which labels the batch had (`candidates`); then every mean that is taken of them is a mean over kept labels.
+    Other outputs stay as they are.
+    """
+    if get(output, "log_probs") is None or get(output, "label_mask") is None:
+        return output
+    for name in _PER_LABEL:
+        if (values := get(output, name)) is not None:
+            setattr(output, name, values / share)
+    output.label_mask = to_device(candidates[:, 1:], get(output, "log_probs").device)
+    return output
+
+
+def without_logits(output: Any) -> Any:
+    """Logits at kept labels alone fit nothing that a caller has: better none."""
+    if isinstance(output, dict):
+        return type(output)(**{**output, "logits": None})
+    output.logits = None
+    return output

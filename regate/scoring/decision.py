@@ -1,0 +1,91 @@
+"""What the gate decides in one forward, decided on the host.
+
+The batch is read once, before the forward. From then on the host knows how many positions there are of each kind and
+only tells the device, so that no part of the forward waits for the device because it is gated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from model_adapters import Layout
+from regate.config import Config
+from regate.scoring.selection import IGNORED, active_positions, predictors
+from regate.scoring.visual import count_left, thinned
+from regate_patch import Active, to_device
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate decided in one forward; tensors are [B, S], on the CPU.
+
+    Attributes:
+        full: every label kept?
+        labels: int64, as the batch brought them.
+        valid: bool, False on padding.
+        kept: bool, labels that enter the loss.
+        active: bool, positions that the decoder computes; on the decoder's device once `thin` has chosen them.
+        spare: bool, visual ones that may still be left out (`Config.visual_keep`), as soon as there are embeddings to
+            choose by; None where there are none, or no longer.
+        computed: per row, how many positions the decoder computes in the end.
+        read: per row, how many of them predict a kept label.
+        labels_seen, labels_kept, positions_seen: of the batch.
+    """
+
+    full: bool
+    labels: Tensor
+    valid: Tensor
+    kept: Tensor
+    active: Tensor
+    spare: Tensor | None
+    computed: list[int]
+    read: list[int]
+    labels_seen: int
+    labels_kept: int
+    positions_seen: int
+
+    @classmethod
+    def of(cls, layout: Layout, kept: Tensor, config: Config, *, full: bool, everything: bool) -> Decision:
+        """From a batch's layout and the labels kept, both on the CPU; `everything` computes all but padding."""
+        active, spare = layout.valid, None
+        if not everything:
+            active = active_positions(layout.labels, kept, layout.valid, alignment=config.alignment)
+        computed = active.sum(1)
+        if config.visual_keep < 1 and not full:
+            spare = layout.visual & active & ~predictors(kept)
+            n = spare.sum(1)
+            computed -= n - count_left(n, config.visual_keep)
+            spare = spare if bool(spare.any()) else None
+        seen, labels_kept = int((layout.labels[:, 1:] != IGNORED).sum()), int(kept.sum())
+        return cls(
+            full, layout.labels, layout.valid, kept, active, spare, computed.tolist(), kept.sum(1).tolist(),
+            seen, labels_kept, int(layout.valid.sum()),
+        )  # fmt: skip
+
+    @property
+    def share(self) -> float:
+        """Of the labels that are kept."""
+        return self.labels_kept / self.labels_seen
+
+    @property
+    def labels_left(self) -> Tensor:
+        """The labels, -100 where they are not kept."""
+        return torch.where(self.kept, self.labels, IGNORED)
+
+    def thin(self, embeddings: Tensor, keep: float) -> Decision:
+        """With the share `keep` of spare tokens, chosen by `embeddings` [B, S, D]."""
+        if self.spare is None:
+            return self
+        stay = thinned(embeddings, self.spare, keep)
+        surely = to_device(self.active & ~self.spare, embeddings.device)
+        return replace(self, active=surely | stay, spare=None)
+
+    def positions(self, device: torch.device, *, read: bool) -> Active:
+        """For the engine, on `device`; with `read`, only predictors of kept labels are read in the output."""
+        chosen = Active.from_mask(self.active, most=max(self.computed))
+        if read:
+            chosen = chosen.reading(to_device(predictors(self.kept), self.active.device), most=max(self.read))
+        return chosen.to(device)

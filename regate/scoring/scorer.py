@@ -1,0 +1,194 @@
+"""How much each label is worth: what the teacher and the student's own history say of it.
+
+Per label there are two numbers. Its reference loss is stored once, by the sample's text. Its difficulty is a moving
+average of the student's losses, by the sample, and until there is one, what the vocabulary's prior expects.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model_adapters import Batch, Layout
+from regate.config import Config
+from regate.errors import GateNotAppliedError, StoreError
+from regate.insight.report import Counters
+from regate.memory.sharing import Exchange
+from regate.memory.store import Store, Table
+from regate.scoring import difficulty
+from regate.scoring.selection import keep_highest
+from regate.scoring.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The rows of a batch, by name.
+
+    Attributes:
+        text: one key per row, of its text alone; reference losses are stored by it.
+        sample: one key per row, of text and visual input; difficulties are stored by it.
+        candidates: bool [B, S] on the CPU, the labels that some position predicts.
+    """
+
+    text: list[bytes]
+    sample: list[bytes]
+    candidates: Tensor
+
+
+@dataclass
+class _Pending:
+    """Losses of one forward, [N] on the device, perhaps still being computed; the rest [B, S] on the CPU."""
+
+    samples: Samples
+    labels: Tensor
+    kept: Tensor
+    losses: Tensor
+
+
+class Scorer:
+    """Scores labels, keeps the best, and learns from the losses of those that were kept.
+
+    Losses take three steps to the store, so that neither the device nor the disk is waited for: `observe` takes them as
+    they are being computed; `collect`, before the next forward, fetches them; `write` stores what was collected, while
+    the device computes.
+
+    Args:
+        config: the gate's.
+        exchange: has the store, and passes on to other ranks what is stored.
+        counters: the gate's.
+        teacher: None scores by difficulty alone.
+        lazily: compute missing reference losses when they are needed; else only at step 0.
+        vocabulary: V, rows of the prior.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        exchange: Exchange,
+        counters: Counters,
+        teacher: Teacher | None,
+        lazily: bool,
+        vocabulary: int,
+    ) -> None:
+        self.config, self.exchange, self.counters = config, exchange, counters
+        self.teacher, self.lazily = teacher, lazily
+        self.prior = difficulty.VocabularyPrior(vocabulary, decay=config.ema_decay)
+        self._pending: list[_Pending] = []
+        self._unwritten: dict[bytes, np.ndarray] = {}  # difficulties that are not in the store yet
+
+    @property
+    def store(self) -> Store:
+        """Of reference losses and difficulties."""
+        return self.exchange.store
+
+    def keep(self, batch: Batch, layout: Layout, samples: Samples, *, step: int) -> Tensor:
+        """The `ceil(keep * n)` labels of each row that are worth most, bool [B, S].
+
+        Raises:
+            StoreError: a reference loss is missing, and there is no teacher to compute it.
+        """
+        scores = self._scores(batch, layout, samples, step)
+        return keep_highest(scores, samples.candidates, self.config.keep)
+
+    def _scores(self, batch: Batch, layout: Layout, samples: Samples, step: int) -> Tensor:
+        """[B, S] float32, read at candidates only: `student_weight*m + reference_weight*ref`."""
+        config, candidates = self.config, samples.candidates
+        if config.selection == "random":
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.counters.labels_seen)
+            return torch.rand(candidates.shape, generator=generator)
+        m = self._difficulties(samples)
+        expected = self.prior.expect(torch.where(candidates, layout.labels, 0))
+        score = config.student_weight * torch.where(m == difficulty.UNSEEN, expected, m)
+        if self.teacher is not None:
+            ref = _spread(self._references(batch, layout, samples.text, step), candidates, 0.0)
+            score = score + config.reference_weight * ref
+        return score
+
+    def _references(self, batch: Batch, layout: Layout, text: list[bytes], step: int) -> Sequence[np.ndarray | None]:
+        """Reference losses of the batch's rows, computed and stored where they are missing."""
+        if not self.lazily and step > 0 and self.store.missing("reference", text):
+            raise StoreError(
+                "a sample has no reference loss, and teacher='precomputed' keeps no teacher; run "
+                "gate.precompute over every sample before training, or use teacher='auto'"
+            )
+        self.teach(batch, layout, text)
+        return self.store.get("reference", text)
+
+    def teach(self, batch: Batch, layout: Layout, text: list[bytes]) -> None:
+        """Compute and store the reference losses of those rows that have none.
+
+        Raises:
+            GateNotAppliedError: there is no teacher.
+        """
+        if self.teacher is None:
+            raise GateNotAppliedError(
+                "this gate has no teacher (teacher=None, reference_weight=0 or selection='random')"
+            )
+        missing = self.store.missing("reference", text)
+        if not missing:
+            return
+        start = time.perf_counter()
+        rows = [text.index(key) for key in missing]
+        losses = self.teacher.losses(batch, layout, rows)
+        self._put("reference", {k: x.numpy() for k, x in zip(missing, losses, strict=True)})
+        self.counters.teacher_samples += len(rows)
+        self.counters.teacher_seconds += time.perf_counter() - start
+
+    def _difficulties(self, samples: Samples) -> Tensor:
+        """[B, S] float32, `UNSEEN` where there is none."""
+        rows = self.store.get("difficulty", samples.sample)
+        latest = [self._unwritten.get(name, row) for name, row in zip(samples.sample, rows, strict=True)]
+        return _spread(latest, samples.candidates, difficulty.UNSEEN)
+
+    def observe(self, samples: Samples, labels: Tensor, kept: Tensor, losses: Tensor) -> None:
+        """The student's `losses` [N] at kept labels of `labels` [B, S]."""
+        self._pending.append(_Pending(samples, labels, kept, losses))
+
+    def collect(self) -> None:
+        """Learn from the losses of earlier forwards; waits until they are computed."""
+        pending, self._pending = self._pending, []
+        for item in pending:
+            candidates, losses = item.samples.candidates, item.losses.cpu()
+            self.counters.nonfinite_losses += int((~torch.isfinite(losses)).sum())
+            self.prior.observe(item.labels[item.kept], losses)
+            m = self._difficulties(item.samples)
+            loss = torch.zeros_like(m)
+            loss[item.kept] = losses
+            m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay)
+            rows = m[candidates].split(candidates.sum(1).tolist())
+            self._unwritten |= {k: r.numpy() for k, r in zip(item.samples.sample, rows, strict=True) if len(r)}
+
+    def write(self) -> None:
+        """Store what was collected."""
+        if self._unwritten:
+            self._put("difficulty", self._unwritten)
+            self._unwritten = {}
+
+    def flush(self) -> None:
+        """Learn from every forward so far, and store it."""
+        self.collect()
+        self.write()
+
+    def forget(self) -> None:
+        """Drop losses that were not written yet."""
+        self._pending.clear()
+        self._unwritten.clear()
+
+    def _put(self, table: Table, records: dict[bytes, np.ndarray]) -> None:
+        self.store.put(table, records)
+        self.exchange.add(table, records)
+
+
+def _spread(rows: Sequence[np.ndarray | None], candidates: Tensor, missing: float) -> Tensor:
+    """Per-row label values [n_labels] onto their positions [B, S]; `missing` everywhere else."""
+    out = torch.full(candidates.shape, missing, dtype=torch.float32)
+    for b, row in enumerate(rows):
+        if row is not None:
+            out[b, candidates[b]] = torch.from_numpy(row)
+    return out

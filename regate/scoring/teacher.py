@@ -1,0 +1,210 @@
+"""The reference loss: what a frozen text-only teacher makes of each label (paper, section 3.1).
+
+The teacher is the student's own language model as it was before training. It sees the text with a placeholder at
+every visual position. By default placeholders are masked out of its attention, so the engine leaves them out of its
+compute too: the same numbers for a fraction of the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import regate_patch
+from model_adapters import Batch, Layout, ModelAdapter, find_adapter
+from model_adapters.conventional import text_config
+from regate.config import Config
+from regate.errors import NonFiniteLossError
+from regate.output.loss import Places, label_losses
+from regate.scoring.quantize import to_4bit, unpacked
+from regate.scoring.selection import predicted, predictors
+from regate.training.sharding import refuse_sharded
+
+Source = Literal["copy", "4bit", "live", "given"]
+TeacherChoice = Literal["auto", "4bit", "precomputed"] | nn.Module | None
+
+
+def teacher_of(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    config: Config,
+    choice: TeacherChoice,
+    *,
+    backend: regate_patch.Backend,
+    on_unsupported: regate_patch.OnUnsupported,
+) -> Teacher | None:
+    """The teacher that a user asked for (see `regate.apply`); None where no score needs one."""
+    if choice is None or config.reference_weight == 0 or config.selection == "random":
+        return None
+    source: Source = "copy"
+    if isinstance(choice, nn.Module):
+        model, adapter, source = choice, find_adapter(choice), "given"
+    elif choice == "precomputed" or uses_peft(model):
+        source = "live"
+    elif choice == "4bit":
+        source = "4bit"
+    return Teacher(model, adapter, backend=backend, source=source, on_unsupported=on_unsupported)
+
+
+class Teacher:
+    """Text-only language model that gives reference losses.
+
+    Args:
+        model: the multimodal model it belongs to.
+        adapter: how to find the language model and its inputs.
+        backend: of the engine.
+        source: "copy" takes a frozen copy of the language model now (in bfloat16 once it is on CUDA), "4bit" one
+            whose linear layers are quantised. "live" uses the model's own,
+            which the gate has patched, as it is at each call: before training starts, or with PEFT adapters, which
+            are switched off for the call. "given" freezes and patches the language model of `model`, another one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: ModelAdapter,
+        *,
+        backend: regate_patch.Backend,
+        source: Source,
+        on_unsupported: regate_patch.OnUnsupported = "raise",
+    ) -> None:
+        self.model, self.adapter, self.source = model, adapter, source
+        parts: Any = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
+        self.handle: regate_patch.Handle | None = None
+        if source in ("copy", "4bit"):
+            refuse_sharded(model)
+            parts = copy.deepcopy(parts)  # one deepcopy of all parts keeps tied weights tied
+            _halve_on_cuda(parts)
+            if source == "4bit":
+                to_4bit(parts[1])
+        self.embeddings, self.decoder, self.head = parts
+        if source != "live":
+            for part in parts:
+                part.requires_grad_(False).eval()
+            self.handle = regate_patch.patch(
+                self.decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True
+            )
+
+    def _device(self) -> torch.device:
+        """Where it computes; a copy made before the model was moved goes where the model is by now."""
+        device = next(self.embeddings.parameters()).device
+        if self.source not in ("copy", "4bit"):
+            return device
+        followed = next(self.adapter.embeddings(self.model).parameters()).device
+        if followed != device:
+            parts = [part.to(followed) for part in (self.embeddings, self.decoder, self.head)]
+            if self.source == "copy":
+                _halve_on_cuda(parts)
+        return followed
+
+    @torch.no_grad()
+    def losses(self, batch: Batch, layout: Layout, rows: Sequence[int] | None = None) -> list[Tensor]:
+        """Reference losses of the batch's rows (or of `rows`), each [n_labels] float32 on the CPU.
+
+        Args:
+            batch: the arguments of the model's call.
+            layout: of the batch, on the CPU.
+            rows: which, all if None.
+
+        Raises:
+            NonFiniteLossError: the teacher's loss is NaN or infinite.
+        """
+        device = self._device()
+        chosen = torch.arange(len(layout.labels)) if rows is None else torch.tensor(list(rows))
+        labels, valid = layout.labels[chosen], layout.valid[chosen]
+        visual = layout.visual[chosen]
+        wanted = predicted(labels)
+        if not bool(wanted.any()):
+            return [torch.zeros(0) for _ in chosen]
+        padding = self.adapter.padding
+        ids = torch.where(visual, self.placeholder(), layout.input_ids[chosen])
+        positions = self.adapter.position_ids(self.model, batch)
+        if positions is not None and positions.shape[-2] == len(layout.labels):
+            positions = positions.index_select(-2, chosen.to(positions.device))
+        seen = valid if padding.attend else valid & ~visual
+        needed = wanted.flip(1).cummax(1).values.flip(1).roll(-1, 1)  # up to the last predictor
+        needed[:, -1] = False
+        with self._switched(), unpacked(self.decoder):
+            computed = regate_patch.Active.from_mask(seen & needed).reading(predictors(wanted)).to(device)
+            with regate_patch.active(computed), self.adapter.capturable(self.model):
+                text, mask = ids.to(device), seen.long().to(device)
+                hidden = self.adapter.run_decoder(self.decoder, self.embeddings, text, mask, positions)
+            losses = label_losses(hidden, Places.of(labels, wanted), head=self.head).cpu()
+        if not bool(torch.isfinite(losses).all()):
+            row = wanted.nonzero()[~torch.isfinite(losses)][0]
+            raise NonFiniteLossError(
+                f"the teacher's loss at row {int(row[0])}, position {int(row[1])} of this batch is not finite; "
+                "check the model's weights and dtype (float16 overflows where bfloat16 does not)"
+            )
+        return list(losses.split(wanted.sum(1).tolist()))
+
+    def placeholder(self) -> int:
+        """The id that stands at visual positions."""
+        config = text_config(self.model)
+        choices = (
+            self.adapter.padding.token_id,
+            getattr(config, "pad_token_id", None),
+            getattr(config, "eos_token_id", None),
+        )
+        for choice in choices:
+            if isinstance(choice, int) and choice >= 0:
+                return choice
+        return 0
+
+    @contextlib.contextmanager
+    def _switched(self) -> Iterator[None]:
+        """The live model as a teacher: in eval mode, PEFT adapters off."""
+        if self.source != "live":
+            yield
+            return
+        training = [m for m in self.decoder.modules() if m.training]
+        disable = getattr(self.model, "disable_adapter", contextlib.nullcontext)
+        self.decoder.eval()
+        try:
+            with disable():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def fingerprint(self) -> dict[str, str]:
+        """What reference losses depend on; a store refuses losses made under another fingerprint."""
+        digest = blake2b(digest_size=16)
+        for part in (self.embeddings, self.decoder, self.head):
+            for name, parameter in sorted(part.named_parameters()):
+                if "lora_" in name:
+                    continue
+                flat = parameter.detach().reshape(-1)
+                sample = flat[:: max(flat.numel() // 64, 1)][:64].float().cpu()
+                digest.update(name.replace("base_layer.", "").encode() + sample.numpy().tobytes())
+        config = text_config(self.model)
+        padding = self.adapter.padding
+        return {
+            "weights": digest.hexdigest(),
+            "architecture": type(self.decoder).__name__,
+            "vocabulary": str(getattr(config, "vocab_size", None)),
+            "padding": json.dumps({"token_id": self.placeholder(), "attend": padding.attend}),
+        }
+
+    def close(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+
+def _halve_on_cuda(parts: Sequence[nn.Module]) -> None:
+    """Parameters to bfloat16; buffers stay, for rotary frequencies in bfloat16 are wrong at far positions."""
+    for parameter in (p for part in parts for p in part.parameters()):
+        if parameter.is_cuda and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def uses_peft(model: nn.Module) -> bool:
+    """Does the model carry switchable adapters over frozen base weights?"""
+    return any("lora_" in name for name, _ in model.named_parameters()) and hasattr(model, "disable_adapter")

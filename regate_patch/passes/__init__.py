@@ -1,0 +1,1 @@
+"""Passes over a captured graph; `rewrite` has their list."""

@@ -1,0 +1,111 @@
+"""What gating can gain, from token counts; and the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
+
+import regate
+from benchmarks.workloads import WORKLOADS, label
+from regate import cli
+from regate.errors import ConfigError
+from regate.insight.estimate import Sample
+from tests.zoo import CORE
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 8, "vocab_size": 4096,
+}  # fmt: skip
+LLAMA = LlamaConfig(**SIZES)
+
+
+@pytest.mark.parametrize("w", list(WORKLOADS.values())[::3], ids=label)
+def test_arithmetic(w: Sample) -> None:
+    """Against FLOPs counted by hand: weights twice per position, half of two attention products, the head; and in the
+    last layer output projection and MLP only where the head reads."""
+    d, layers = 512, 3
+    k = -(-w.answer // 2)
+
+    def flops(n: int, m: int) -> float:
+        unread = 2 * max(n - m, 0) * (d * d + 3 * d * 1536)
+        return layers * (2 * n * (4 * d * d + 3 * d * 1536) + 2 * d * n * n) - unread + 2 * m * d * 4096
+
+    found = regate.estimate(LLAMA, [w] * 3, regate.Config(logits="kept"))
+    dense = flops(w.total, w.total)
+    assert found.sparse == pytest.approx(dense / flops(w.total - w.answer + k, k), rel=1e-6)
+    assert found.full == pytest.approx(dense / flops(w.total, w.answer), rel=1e-6)
+    assert found.teacher == pytest.approx(flops(w.prompt + w.answer, w.answer) / (3 * dense), rel=1e-6)
+    assert found.schedule == found.full  # three steps are all warm-up
+    everywhere = regate.estimate(LLAMA, [w] * 3, regate.Config(logits="all"))
+    assert everywhere.full == 1
+    assert everywhere.sparse == pytest.approx(dense / flops(w.total - w.answer + k, w.total), rel=1e-6)
+    assert found.dense_flops == pytest.approx(3 * 3 * dense, rel=1e-6)
+
+
+def test_verdicts() -> None:
+    schedule = {"steps": 10_000}
+    assert regate.estimate(LLAMA, [(0, 100, 900)], epochs=3, **schedule).verdict.startswith("worth it")
+    deep = LlamaConfig(**{**SIZES, "vocab_size": 256, "num_hidden_layers": 24})
+    poor = regate.estimate(deep, [(1352, 60, 20)], regate.Config(keep=0.9), **schedule)
+    assert poor.verdict.startswith("not worth it here")
+    assert "answers are 1%" in str(poor)
+    whole = regate.Config(warmup=0, cycle=100, full_steps=25)
+    mixed = regate.estimate(LLAMA, [(0, 100, 900)], whole, steps=100)
+    assert mixed.schedule == pytest.approx(1 / (0.25 / mixed.full + 0.75 / mixed.sparse))
+    assert mixed.run < mixed.schedule < mixed.sparse
+    assert 0 < mixed.break_even_epochs < 1
+
+
+def test_hours() -> None:
+    found = regate.estimate(LLAMA, [(576, 60, 300)], epochs=2, copies=1000, flops_per_second=1e12)
+    alone = regate.estimate(LLAMA, [(576, 60, 300)], epochs=2, steps=2000)
+    assert found.dense_flops == pytest.approx(1000 * alone.dense_flops)
+    assert found.run == alone.run > 1
+    assert found.hours_dense == pytest.approx(2 * found.dense_flops / 1e12 / 3600)
+    assert found.hours == pytest.approx(found.hours_dense / found.run)
+    assert alone.hours is None
+    assert "hours dense" in str(found)
+    assert "hours" not in str(alone)
+
+
+@pytest.mark.parametrize("samples", [[], [(1, 2, 0)], [(-1, 2, 3)]])
+def test_samples_of_no_use(samples: Any) -> None:
+    with pytest.raises(ConfigError, match="visual, prompt, answer"):
+        regate.estimate(LLAMA, samples)
+
+
+def test_counts_of_a_data_loader() -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    found = regate.count_tokens(model, [batch])
+    assert [s.total for s in found] == batch["attention_mask"].sum(1).tolist()
+    assert [s.answer for s in found] == (batch["labels"] != -100).sum(1).tolist()
+    assert all(s.visual > 0 for s in found)
+    assert regate.estimate(model, found).sparse > 1
+
+
+TWO_LAYERS = {"num_hidden_layers": 2}
+CONFIGS = [LlavaConfig(text_config={"model_type": "llama", **TWO_LAYERS}), Qwen2_5_VLConfig(text_config=TWO_LAYERS)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["llava", "qwen2_5_vl"])
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: Any) -> None:
+    config.save_pretrained(tmp_path)
+    assert cli.main(["estimate", "--model", str(tmp_path), "--tokens", "1352/60/110", "0/100/900"]) == 0
+    assert "verdict" in capsys.readouterr().out
+    thinned = ["--visual-keep", "0.5", "--tflops", "400"]
+    assert cli.main(["estimate", "--model", str(tmp_path), "--tokens", "1352/60/110", *thinned]) == 0
+    assert "hours dense" in capsys.readouterr().out
+    counts = tmp_path / "counts.jsonl"
+    counts.write_text("[576, 60, 300]\n[0, 10, 30]\n")
+    assert cli.main(["estimate", "--model", str(tmp_path), "--counts", str(counts)]) == 0
+    assert cli.main(["inspect", "--model", str(tmp_path)]) == 0
+    assert "2 attention and 2 MLP blocks in 1 graph(s)" in capsys.readouterr().out
+
+
+def test_commands_explain_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LLAMA.save_pretrained(tmp_path)
+    assert cli.main(["estimate", "--model", str(tmp_path), "--tokens", "12/3"]) == 2
+    assert "visual/prompt/answer" in capsys.readouterr().err
+    assert cli.main(["inspect", "--model", str(tmp_path / "nowhere")]) == 2

@@ -1,0 +1,113 @@
+"""The vocabulary projection at kept labels alone: same loss, same gradients, no logits; or not at all."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import regate
+from model_adapters import conventional
+from regate.output.head import Reading
+from tests import oracle
+from tests.zoo import CORE
+
+FULL = regate.Config(warmup=1000)
+
+
+def _steps(name: str, config: regate.Config | None, padding: Any, number: int = 3) -> tuple[Any, list[Any]]:
+    """Loss and gradients of training forwards on different batches, and what the head was given in each."""
+    torch._dynamo.reset()
+    model = CORE[name].build().double()
+    gate = regate.apply(model, config, teacher=None) if config else None
+    seen: list[int] = []
+    conventional.head(model).register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    found = []
+    for seed in range(number):
+        model.zero_grad(set_to_none=True)
+        output = model(**oracle.double(CORE[name].batch(padding, seed=seed)))
+        output.loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((output.loss.detach(), grads, output.logits, seen[-1]))
+    return gate, found
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "idefics3", "mistral3"])
+@pytest.mark.parametrize(("padding", "keep"), [("left", 1.0), ("right", 0.5)])
+def test_same_loss_and_gradients(name: str, padding: Any, keep: float) -> None:
+    sparse: dict[str, Any] = {
+        "warmup": 0,
+        "cycle": 1,
+        "full_steps": 0,
+        "keep": keep,
+        "selection": "random",
+        "logits": "kept",
+    }
+    if keep == 1:
+        _, expected = _steps(name, None, padding)
+    else:
+        _, expected = _steps(name, regate.Config(**{**sparse, "logits": "all"}), padding)
+    gate, found = _steps(name, regate.Config(**sparse) if keep < 1 else FULL, padding)
+    assert "every position" not in str(gate.report())
+    tolerance = {"atol": 1e-6, "rtol": 1e-5}  # transformers' losses are float32 whatever the model is
+    for (loss, grads, logits, read), (whole, gradients, _, length) in zip(found, expected, strict=True):
+        torch.testing.assert_close(loss, whole, **tolerance)
+        for n, gradient in gradients.items():
+            torch.testing.assert_close(grads[n], gradient, **tolerance, msg=lambda m, n=n: f"{n}: {m}")
+        assert logits is None
+        assert read < length
+
+
+def test_all_logits_on_request() -> None:
+    _, found = _steps("llava", regate.Config(warmup=1000, logits="all"), "right")
+    assert all(logits.shape[1] == length for _, _, logits, length in found)
+
+
+def test_a_loss_that_needs_every_position_gets_it() -> None:
+    """Its own forward divides by the length: shortening would change the loss, and is not done."""
+    model = CORE["llava"].build()
+    forward = type(model).forward
+
+    def divides(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        return type(output)(**{**output, "loss": output.loss / output.logits.shape[1]})
+
+    batch = CORE["llava"].batch("right")
+    gate = regate.apply(model, FULL, teacher=None)
+    model.forward = types.MethodType(divides, model)  # as trainers do
+    expected = model.eval()(**batch).loss
+    model.train()
+    for _ in range(2):
+        output = model(**batch)
+        torch.testing.assert_close(output.loss, expected)
+        assert output.logits is not None
+    assert "vocabulary projection runs at every position: the model's loss on the short sequence" in str(gate.report())
+
+
+def test_difficulties_are_the_same() -> None:
+    def learnt(logits: Any) -> dict[bytes, Any]:
+        model = CORE["llava"].build()
+        gate = regate.apply(model, regate.Config(warmup=0, cycle=1, full_steps=0, logits=logits), teacher=None)
+        for seed in (0, 1, 0, 1):
+            model(**CORE["llava"].batch("right", seed=seed)).loss.backward()
+        gate.flush()
+        return dict(gate.store.items("difficulty"))
+
+    short, whole = learnt("kept"), learnt("all")
+    assert short.keys() == whole.keys()
+    for key, losses in short.items():
+        torch.testing.assert_close(torch.from_numpy(losses), torch.from_numpy(whole[key]), atol=5e-3, rtol=0)
+
+
+def test_reading() -> None:
+    labels = torch.tensor([[-100, 5, 6, 7], [-100, -100, 8, 9]])
+    kept = torch.tensor([[False, True, False, True], [False, False, True, False]])
+    reading = Reading.of(labels, kept)
+    assert reading.labels.tolist() == [[-100, 5, 7], [-100, 8, -100]]
+    assert reading.index[:, :1].tolist() == [[0], [1]]
+    assert reading.index[0].tolist() == [0, 2, 2]
+    hidden: Tensor = torch.arange(8.0).reshape(2, 4, 1)
+    assert reading.shorten((hidden, "cache"))[0][0, :, 0].tolist() == [0.0, 2.0, 2.0]

@@ -1,0 +1,70 @@
+"""Selection and alignment, against a row-by-row reading of the definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from regate.scoring.selection import IGNORED, active_positions, keep_highest, predicted
+
+
+def _random(seed: int) -> tuple[Tensor, Tensor]:
+    """Labels in one or two spans, and validity with padding on either side."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.full((6, 24), IGNORED)
+    valid = torch.ones(6, 24, dtype=torch.bool)
+    for row in range(6):
+        start = int(torch.randint(0, 8, (), generator=g))
+        labels[row, start : start + 5] = 7
+        if row % 2:
+            labels[row, 15:20] = 8
+        pad = int(torch.randint(0, 4, (), generator=g))
+        valid[row, slice(24 - pad, 24) if row % 3 else slice(0, pad)] = False
+        labels[row][~valid[row]] = IGNORED
+    return labels, valid
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, 0.9, 1.0])
+def test_keeps_the_highest(keep: float) -> None:
+    labels, _ = _random(0)
+    candidates = predicted(labels)
+    scores = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1))
+    kept = keep_highest(scores, candidates, keep)
+    for row in range(len(labels)):
+        at = candidates[row].nonzero()[:, 0].tolist()
+        k = math.ceil(keep * len(at) - 1e-9)
+        best = sorted(at, key=lambda i: -float(scores[row, i]))[:k]
+        assert sorted(best) == kept[row].nonzero()[:, 0].tolist()
+
+
+def test_nothing_to_keep_in_a_row_without_labels() -> None:
+    candidates = torch.tensor([[False, False, False], [False, True, False]])
+    assert keep_highest(torch.rand(2, 3), candidates, 0.5).tolist() == candidates.tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_active_positions_follow_the_definition(seed: int) -> None:
+    labels, valid = _random(seed)
+    kept = keep_highest(torch.rand(labels.shape), predicted(labels), 0.5)
+    active = active_positions(labels, kept, valid)
+    for b, row in enumerate(labels.tolist()):
+        predictors = [j for j in range(23) if kept[b, j + 1]]
+        for j in range(24):
+            is_answer = row[j] != IGNORED
+            next_label = j < 23 and row[j + 1] != IGNORED
+            wanted = (not is_answer) or (kept[b, j + 1] if next_label else True)
+            wanted = bool(wanted) and bool(valid[b, j]) and bool(predictors) and j <= predictors[-1]
+            assert wanted == bool(active[b, j]), (b, j)
+
+
+def test_both_adds_the_kept_tokens() -> None:
+    labels = torch.tensor([[IGNORED, 5, 6, 7, 8, IGNORED, 9]])
+    kept = torch.tensor([[False, False, True, False, False, False, True]])
+    valid = torch.ones_like(kept)
+    predictor = active_positions(labels, kept, valid)
+    both = active_positions(labels, kept, valid, alignment="both")
+    assert predictor.tolist() == [[True, True, False, False, True, True, False]]
+    assert both.tolist() == [[True, True, True, False, True, True, False]]

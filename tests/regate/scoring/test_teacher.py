@@ -1,0 +1,191 @@
+"""The teacher: equal numbers for a fraction of the work, computed once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import regate
+import regate_patch
+from model_adapters import find_adapter
+from regate.errors import NonFiniteLossError, StoreError, StoreMismatchError
+from regate.scoring.teacher import Teacher
+from tests.zoo import CORE
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_elided_placeholders_give_the_padded_numbers(name: str, padding: Any) -> None:
+    """Against a plain eager pass over the padded sequence, placeholders masked out of attention."""
+    model, batch = CORE[name].build().double(), CORE[name].batch(padding)
+    adapter = find_adapter(model)
+    layout = adapter.layout(model, batch)
+    teacher = Teacher(model, adapter, backend="eager", source="copy")
+    losses = teacher.losses(batch, layout)
+    ids = layout.input_ids.masked_fill(layout.visual, teacher.placeholder())
+    with torch.no_grad():
+        hidden = adapter.decoder(model).eval()(
+            inputs_embeds=adapter.embeddings(model)(ids), attention_mask=(layout.valid & ~layout.visual).long(),
+            position_ids=adapter.position_ids(model, batch), use_cache=False,
+        )[0]  # fmt: skip
+        logits = adapter.head(model)(hidden)
+    for row, got in enumerate(losses):
+        at = (layout.labels[row] != -100).nonzero()[:, 0]
+        expected = F.cross_entropy(logits[row, at - 1], layout.labels[row, at], reduction="none")
+        torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_the_teacher_computes_text_only() -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none")
+    adapter = find_adapter(model)
+    teacher = Teacher(model, adapter, backend="eager", source="copy")
+    computed = set()
+
+    def note(module: nn.Module, args: Any) -> None:
+        active = regate_patch.current()
+        assert active is not None
+        computed.add(active.index.shape[1])
+
+    teacher.decoder.register_forward_pre_hook(note)
+    layout = adapter.layout(model, batch)
+    first = teacher.losses(batch, layout)
+    other = batch | {"pixel_values": batch["pixel_values"] + 1}
+    assert all(torch.equal(a, b) for a, b in zip(first, teacher.losses(other, layout), strict=True))
+    assert computed == {int((~layout.visual).sum(1)[0]) - 1}  # no image, nor the last position, which predicts nothing
+
+
+def test_precompute_computes_each_text_once(tmp_path: Path) -> None:
+    model = CORE["llava"].build()
+    batches = [CORE["llava"].batch(seed=s) for s in range(3)]
+    gate = regate.apply(model, store=str(tmp_path / "store"))
+    gate.precompute(batches, progress=False)
+    assert gate.report()["teacher_samples"] == 6
+    gate.precompute(batches, progress=False)
+    assert gate.report()["teacher_samples"] == 6
+    regate.remove(model)
+    again = regate.apply(model, store=str(tmp_path / "store"))
+    again.precompute([*batches, CORE["llava"].batch("left", seed=0)], progress=False)  # padding is not content
+    assert again.report()["teacher_samples"] == 0
+
+
+KILLED = """
+import sys, torch, regate
+from tests.zoo import CORE
+gate = regate.apply(CORE["llava"].build(), store=sys.argv[1])
+def batches():
+    for s in range(1000):
+        print(s, flush=True)
+        yield CORE["llava"].batch(seed=s)
+gate.precompute(batches(), progress=False)
+"""
+
+
+def test_precompute_resumes_after_a_kill(tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    process = subprocess.Popen([sys.executable, "-c", KILLED, store], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 5:
+            time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    model = CORE["llava"].build()
+    gate = regate.apply(model, store=store)
+    done = gate.store.stats()["reference"]
+    assert done >= 10  # five whole batches of two
+    gate.precompute((CORE["llava"].batch(seed=s) for s in range(8)), progress=False)
+    assert gate.store.stats()["reference"] == max(done, 16)
+    assert gate.report()["teacher_samples"] == max(16 - done, 0)
+
+
+def test_another_teachers_cache_is_refused(tmp_path: Path) -> None:
+    model = CORE["llava"].build()
+    regate.apply(model, store=str(tmp_path / "store"))
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    with pytest.raises(StoreMismatchError, match="weights"):
+        regate.apply(model, store=str(tmp_path / "store"))
+
+
+def test_records_go_to_the_store_of_the_gate(tmp_path: Path) -> None:
+    model = CORE["llava"].build()
+    gate = regate.apply(model, store=str(tmp_path / "first"))
+    first, batch = gate.store, CORE["llava"].batch()
+    gate.precompute([batch], progress=False)
+    gate.store = regate.Store(tmp_path / "second")
+    gate.choose(batch)
+    model(**batch)
+    gate.flush()
+    assert first.stats()["difficulty"] == 0
+    assert gate.store.stats()["reference"] == gate.store.stats()["difficulty"] == 2
+    with regate.Store(tmp_path / "third") as third:
+        third.bind({"weights": "others"})
+        with pytest.raises(StoreMismatchError, match="weights"):
+            gate.store = third
+
+
+def test_precomputed_needs_every_sample() -> None:
+    model = CORE["llava"].build()
+    gate = regate.apply(model, regate.Config(warmup=1, cycle=1, full_steps=0), teacher="precomputed")
+    gate.precompute([CORE["llava"].batch(seed=0)], progress=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(**CORE["llava"].batch(seed=0)).loss.backward()
+        optimizer.step()
+    with pytest.raises(StoreError, match=r"gate\.precompute"):
+        model(**CORE["llava"].batch(seed=1))
+
+
+def test_a_broken_teacher_says_so() -> None:
+    model = CORE["llava"].build()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    gate = regate.apply(model)
+    with pytest.raises(NonFiniteLossError, match="row 0, position"):
+        gate.precompute([CORE["llava"].batch()], progress=False)
+
+
+def test_a_4bit_teacher_is_small_and_close() -> None:
+    pytest.importorskip("bitsandbytes")
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    adapter = find_adapter(model)
+    layout = adapter.layout(model, batch)
+    full = Teacher(model, adapter, backend="eager", source="copy")
+    small = Teacher(model, adapter, backend="eager", source="4bit")
+    size = [sum(p.numel() * p.element_size() for p in t.decoder.layers.parameters()) for t in (full, small)]
+    assert size[1] < 0.2 * size[0]
+    for a, b in zip(full.losses(batch, layout), small.losses(batch, layout), strict=True):
+        assert not torch.equal(a, b)
+        torch.testing.assert_close(a, b, atol=0.3, rtol=0)
+    assert small.handle is not None
+    assert small.handle.statistics.attention == small.handle.statistics.mlp == 2
+
+
+def test_peft_base_is_the_teacher_without_a_copy() -> None:
+    peft = pytest.importorskip("peft")
+    model = CORE["llava"].build()
+    batch = CORE["llava"].batch("right")
+    adapter = find_adapter(model)
+    expected = Teacher(model, adapter, backend="eager", source="copy").losses(batch, adapter.layout(model, batch))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    parameters = sum(p.numel() for p in wrapped.parameters())
+    gate = regate.apply(wrapped, regate.Config(warmup=0, cycle=1, full_steps=0))
+    wrapped(**batch).loss.backward()
+    assert gate._teacher is not None
+    assert gate._teacher.source == "live"
+    assert sum(p.numel() for p in gate._teacher.decoder.parameters()) < parameters
+    stored = {v.tobytes() for _, v in gate.store.items("reference")}
+    assert stored == {x.half().float().numpy().tobytes() for x in expected}
+    assert gate.report()["labels_kept"] < gate.report()["labels_seen"]
+    assert all(m.training for m in wrapped.modules())
