@@ -12,8 +12,8 @@ from benchmarks.models import causal_lm
 from benchmarks.workloads import VISUAL_ID
 from model_adapters import Layout
 from regate import Config
+from regate.labels import IGNORED
 from regate.scoring.decision import Decision
-from regate.scoring.selection import IGNORED
 
 # Dense bfloat16 FLOPs and bytes of memory per second, from the vendor's data sheets (SXM).
 _PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.0e12)}

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from regate.insight.estimate import Sample
-from regate.scoring.selection import keep_highest, predicted
+from regate.labels import predicted
+from regate.scoring.selection import keep_highest
 
 VISUAL_ID = 0  # stands for a visual token
 

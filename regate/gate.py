@@ -30,7 +30,8 @@ from model_adapters.base import labels_alone
 from model_adapters.conventional import text_config
 from regate.config import Config
 from regate.errors import ConfigError, NotGatedError, UnknownArchitectureError
-from regate.insight.report import Counters, Report, Stopwatch
+from regate.insight.report import Report
+from regate.labels import IGNORED, predicted
 from regate.memory import checkpoint
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store
@@ -42,8 +43,8 @@ from regate.scoring import keys
 from regate.scoring import teacher as teachers
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples, Scorer
-from regate.scoring.selection import IGNORED, predicted
 from regate.training import batches
+from regate.training.counters import Counters, Stopwatch
 from regate.training.hooks import Hook
 from regate.training.sharding import refuse_opaque
 from regate.training.steps import Steps
@@ -212,10 +213,12 @@ class Gate:
         if self.step != self._counted_step:
             self._counted_step = self.step
             self.counters.count_step(full=self.last.full)
-        self.counters.count_forward(self.last)
+        self.counters.add(self.last.sums)
         if active is not None:  # else on_unsupported="warn", and the decoder cannot be rewritten
             projected = self.last.labels.shape[1] if reading is None else reading.index.shape[1]
-            self.counters.count_flops(self._handle.statistics, self._head, self.last, active, projected)
+            self.counters.count_flops(
+                self._handle.statistics, self._head, active, length=self.last.labels.shape[1], projected=projected
+            )
         hidden = None if decoded is None else hidden_states(decoded)
         known = None if reading is None else self._short_head.losses
         losses = kept_losses(output, self._places, known=known, hidden_states=hidden, head=self._head)

@@ -1,4 +1,4 @@
-"""The house's one-way doors: regate imports regate_patch and model_adapters, and no import runs back."""
+"""The house's one-way doors: between the packages, and between the rooms of each."""
 
 from __future__ import annotations
 
@@ -8,27 +8,69 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ALLOWED = {"regate": {"regate_patch", "model_adapters"}, "regate_patch": set(), "model_adapters": set()}
+PACKAGES = {"regate": {"regate_patch", "model_adapters"}, "regate_patch": set(), "model_adapters": set()}
 MODELS = ("llama", "llava", "qwen", "gemma", "mistral", "intern", "idefics")
+
+# From the ground up: a room imports from those before it, and the last ones, which users touch, from all.
+ROOMS = {
+    "regate": ["version", "errors", "config", "labels", "memory", "training", "output", "scoring", "insight"],
+    "regate_patch": ["errors", "transfer", "ops", "context", "analysis", "passes"],
+}
+MOST = 8  # files in a room
 
 
 def _imports(file: Path) -> set[str]:
+    """The modules that a file imports, `a.b` for `from a import b` where b is one."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
+            names = (alias.name for alias in node.names)
+            found |= {f"{node.module}.{name}" if _is_module(node.module, name) else node.module for name in names}
     return found
 
 
-@pytest.mark.parametrize("package", ALLOWED)
-def test_import_direction(package: str) -> None:
+def _is_module(package: str, name: str) -> bool:
+    place = ROOT / package.replace(".", "/") / name
+    return place.is_dir() or place.with_suffix(".py").exists()
+
+
+def _room(module: str) -> str | None:
+    """`scoring` for `regate.scoring.keys`; None for the package itself."""
+    return module.partition(".")[2].split(".")[0] or None
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_one_way(package: str) -> None:
     files = list((ROOT / package).rglob("*.py"))
     assert files
     for file in files:
-        foreign = (_imports(file) & set(ALLOWED)) - {package} - ALLOWED[package]
+        packages = {module.split(".")[0] for module in _imports(file)}
+        foreign = (packages & set(PACKAGES)) - {package} - PACKAGES[package]
         assert not foreign, f"{file} imports {foreign}"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_one_way(package: str) -> None:
+    order = {room: i for i, room in enumerate(ROOMS[package])}
+    for room, place in order.items():
+        folder = ROOT / package / room
+        files = list(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+        for file in files:
+            for module in _imports(file):
+                if module.split(".")[0] != package or _room(module) in (None, room):
+                    assert module != package, f"{file} imports from the package's front: {module}"
+                    continue
+                assert order.get(_room(module), len(order)) < place, f"{file} imports {module}, which stands above it"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_are_small(package: str) -> None:
+    for folder in [f for f in (ROOT / package).rglob("*") if f.is_dir() and f.name != "__pycache__"]:
+        files = [f.name for f in folder.glob("*.py") if f.name != "__init__.py"]
+        assert files, folder
+        assert len(files) <= MOST, f"{folder.name} holds {len(files)} files: {files}"
 
 
 def test_the_engine_names_no_model() -> None:

@@ -22,8 +22,8 @@ from model_adapters import AdapterError, Batch, find_adapter
 from model_adapters.conventional import text_config
 from regate.config import Config
 from regate.errors import ConfigError, UnknownArchitectureError
+from regate.labels import IGNORED
 from regate.output.logits import CHUNK
-from regate.scoring.selection import IGNORED
 
 _WORTH, _LITTLE = 1.15, 1.05
 

@@ -6,8 +6,8 @@ still predicts label t + 1: the model's own head and loss then run on a short se
     decoder output   h0 h1 h2 h3 h4 h5        shortened   h2 h4 h4
     labels           -  -  -  y3 -  y5        shortened   -  y3 y5
 
-That a model's loss is the same on both, and with logits that are computed in chunks (`logits.py`), is not taken for granted:
-`prove` compares them once, before the first step.
+That a model's loss is the same on both, and with logits that are computed in chunks (`logits.py`), is not taken for
+granted: `prove` compares them once, before the first step.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regate.labels import IGNORED
 from regate.output.logits import LazyHead
 from regate.output.outputs import get
-from regate.scoring.selection import IGNORED
 from regate.training.hooks import standing_in
 from regate_patch import PatchError, is_sharded, to_device
 

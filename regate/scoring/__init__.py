@@ -1,1 +1,1 @@
-"""What an answer token is worth: the teacher, difficulties, the labels kept and the positions computed for them."""
+"""What an answer token is worth: the teacher, difficulties, labels kept, positions computed."""

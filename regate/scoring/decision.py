@@ -13,7 +13,8 @@ from torch import Tensor
 
 from model_adapters import Layout
 from regate.config import Config
-from regate.scoring.selection import IGNORED, active_positions, predictors
+from regate.labels import IGNORED, predictors
+from regate.scoring.selection import active_positions
 from regate.scoring.visual import count_left, thinned
 from regate_patch import Active, to_device
 
@@ -64,6 +65,16 @@ class Decision:
             full, layout.labels, layout.valid, kept, active, spare, computed.tolist(), kept.sum(1).tolist(),
             seen, labels_kept, int(layout.valid.sum()),
         )  # fmt: skip
+
+    @property
+    def sums(self) -> dict[str, int]:
+        """For the counters."""
+        return {
+            "labels_seen": self.labels_seen,
+            "labels_kept": self.labels_kept,
+            "positions_seen": self.positions_seen,
+            "positions_computed": sum(self.computed),
+        }
 
     @property
     def share(self) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model_adapters import Batch, Layout
-from regate.scoring.selection import IGNORED
+from regate.labels import IGNORED
 
 _PIXELS = 256  # values of a row's visual input that enter its fingerprint
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from model_adapters import Batch, Layout
 from regate.config import Config
 from regate.errors import GateNotAppliedError, StoreError
-from regate.insight.report import Counters
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store, Table
 from regate.scoring import difficulty
 from regate.scoring.selection import keep_highest
 from regate.scoring.teacher import Teacher
+from regate.training.counters import Counters
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,7 @@ import torch
 from torch import Tensor
 
 from regate.config import Alignment
-
-IGNORED = -100
-
-
-def predicted(labels: Tensor) -> Tensor:
-    """[B, S] bool: labels that some position predicts: supervised and not the first of the row."""
-    labelled = labels != IGNORED
-    labelled[:, 0] = False
-    return labelled
-
-
-def predictors(labels: Tensor) -> Tensor:
-    """[B, S] bool: the positions that predict these labels, bool [B, S]."""
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1))
+from regate.labels import IGNORED, predictors
 
 
 def keep_highest(scores: Tensor, candidates: Tensor, keep: float) -> Tensor:

@@ -22,9 +22,9 @@ from model_adapters import Batch, Layout, ModelAdapter, find_adapter
 from model_adapters.conventional import text_config
 from regate.config import Config
 from regate.errors import NonFiniteLossError
+from regate.labels import predicted, predictors
 from regate.output.loss import Places, label_losses
 from regate.scoring.quantize import to_4bit, unpacked
-from regate.scoring.selection import predicted, predictors
 from regate.training.sharding import refuse_sharded
 
 Source = Literal["copy", "4bit", "live", "given"]

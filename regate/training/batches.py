@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model_adapters import Batch, Layout
 from regate.errors import LabelsError, PackedRowsError
-from regate.scoring.selection import IGNORED
+from regate.labels import IGNORED
 
 # Boundaries of packed sequences, as flash attention's variable-length kernels are told of them.
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regate.scoring.selection import IGNORED, active_positions, keep_highest, predicted
+from regate.labels import IGNORED, predicted
+from regate.scoring.selection import active_positions, keep_highest
 
 
 def _random(seed: int) -> tuple[Tensor, Tensor]:

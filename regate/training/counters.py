@@ -1,0 +1,76 @@
+"""What a run did so far: plain sums, and the time that steps take."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from statistics import median
+
+from torch import nn
+
+from regate_patch import Active, Statistics
+
+Number = int | float
+
+
+@dataclass
+class Counters:
+    """Plain sums over the run. FLOPs are of decoder and output projection, forward and backward."""
+
+    steps_full: int = 0
+    steps_sparse: int = 0
+    steps_missed: int = 0
+    forwards_ungated: int = 0
+    labels_seen: int = 0
+    labels_kept: int = 0
+    positions_seen: int = 0
+    positions_computed: int = 0
+    flops_dense: float = 0.0
+    flops_computed: float = 0.0
+    gate_seconds: float = 0.0
+    teacher_seconds: float = 0.0
+    teacher_samples: int = 0
+    nonfinite_losses: int = 0
+
+    def count_step(self, *, full: bool) -> None:
+        self.steps_full += full
+        self.steps_sparse += not full
+
+    def add(self, sums: Mapping[str, Number]) -> None:
+        """Of one forward, by name."""
+        for name, number in sums.items():
+            setattr(self, name, getattr(self, name) + number)
+
+    def count_flops(self, decoder: Statistics, head: nn.Module, active: Active, *, length: int, projected: int) -> None:
+        """Of a forward on sequences of `length` that ran on `active` and projected so many positions of each row."""
+        rows = active.index.shape[0]
+        read = None if active.read is None else active.read.index.shape[1]
+        per_position = 6.0 * rows * sum(p.numel() for p in head.parameters() if p.dim() == 2)
+        self.flops_dense += 3 * rows * decoder.flops(length) + per_position * length
+        self.flops_computed += 3 * rows * decoder.flops(active.index.shape[1], read) + per_position * projected
+
+    def load(self, state: Mapping[str, Number]) -> None:
+        for field in fields(self):
+            setattr(self, field.name, state.get(field.name, getattr(self, field.name)))
+
+
+class Stopwatch:
+    """Wall time from optimizer step to optimizer step, full and sparse ones apart: medians of the last `window`."""
+
+    def __init__(self, window: int = 101) -> None:
+        self._seconds: dict[bool, deque[float]] = {full: deque(maxlen=window) for full in (True, False)}
+        self._last: float | None = None
+
+    def step(self, *, full: bool) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds[full].append(now - self._last)
+        self._last = now
+
+    def medians(self) -> dict[str, float]:
+        """Seconds per full and per sparse step, and their ratio; 0.0 where there was none yet."""
+        full, sparse = (median(self._seconds[kind] or [0.0]) for kind in (True, False))
+        measured = full / sparse if full and sparse else 0.0
+        return {"seconds_per_full_step": full, "seconds_per_sparse_step": sparse, "speedup_measured": measured}
