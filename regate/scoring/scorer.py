@@ -63,7 +63,6 @@ class Scorer:
         counters: the gate's.
         teacher: None scores by difficulty alone.
         lazily: compute missing reference losses when they are needed; else only at step 0.
-        vocabulary: V, rows of the prior.
     """
 
     def __init__(
@@ -74,11 +73,10 @@ class Scorer:
         counters: Counters,
         teacher: Teacher | None,
         lazily: bool,
-        vocabulary: int,
     ) -> None:
         self.config, self.exchange, self.counters = config, exchange, counters
         self.teacher, self.lazily = teacher, lazily
-        self.prior = difficulty.VocabularyPrior(vocabulary, decay=config.ema_decay)
+        self.prior = difficulty.VocabularyPrior(decay=config.ema_decay)
         self._pending: list[_Pending] = []
         self._unwritten: dict[bytes, np.ndarray] = {}  # difficulties that are not in the store yet
 

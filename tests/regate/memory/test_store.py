@@ -29,7 +29,7 @@ for name in ("regate", "regate_patch"):
     sys.modules[name].__path__ = [name]
 from regate.errors import StoreFullError
 from regate.memory.store import Store
-from tests.regate.test_store import fill, intact, key, losses
+from tests.regate.memory.test_store import fill, intact, key, losses
 """
 TEACHER = {"teacher": "tiny", "tokenizer": "abc", "padding": "right"}
 
