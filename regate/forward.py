@@ -39,6 +39,7 @@ from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples, Scorer
 from regate.training import batches, supervision
 from regate.training.counters import Counters
+from regate.training.segments import Segments
 from regate_patch import is_sharded, to_device
 
 
@@ -77,8 +78,8 @@ class Parts:
         size = getattr(text_config(self.target), "vocab_size", None)
         return size or max(p.shape[0] for p in self.head.parameters() if p.dim() == 2)
 
-    def layout(self, batch: Batch) -> Layout:
-        """The batch as the decoder sees it, on the CPU.
+    def read(self, batch: Batch) -> tuple[Layout, Samples]:
+        """The batch as the decoder sees it, [B, S] on the CPU, and its samples.
 
         Raises:
             UnknownArchitectureError: the adapter cannot read it.
@@ -88,16 +89,22 @@ class Parts:
             layout = self.adapter.layout(self.model, batch)
         except AdapterError as error:
             raise UnknownArchitectureError(str(error)) from error
-        return batches.on_host(batch, layout, vocabulary=self.vocabulary)
-
-    def samples(self, batch: Batch, layout: Layout) -> Samples:
-        """The batch's rows, by name."""
-        text = keys.text_keys(layout)
+        layout, segments = batches.on_host(batch, layout, vocabulary=self.vocabulary)
+        alone = segments.unpack_layout(layout)
+        text = keys.text_keys(alone)
         sample_ids = batch.get("sample_ids")
         pixels = keys.pixel_fingerprints(batch, self.adapter.visual_inputs, len(text))
         if pixels is None and bool(layout.visual.any()) and sample_ids is None:
             self.note("visual input has no row per sample: equal texts share one difficulty; pass sample_ids")
-        return Samples(text, keys.sample_keys(text, pixels, sample_ids), predicted(layout.labels))
+        names = keys.sample_keys(text, pixels, sample_ids)
+        return layout, Samples(text, names, alone, self._apart(batch, segments), segments)
+
+    def _apart(self, batch: Batch, segments: Segments) -> Batch:
+        """The batch with position ids of a row a sample."""
+        if segments.places is None:
+            return batch
+        ids = self.adapter.position_ids(self.model, batch)
+        return {**batch, "position_ids": None if ids is None else segments.unpack(ids)}
 
 
 class Forward:
@@ -105,11 +112,10 @@ class Forward:
 
     Attributes:
         decision: what is kept and computed.
-        samples: the rows.
     """
 
     def __init__(self, parts: Parts, batch: Batch, layout: Layout, samples: Samples, *, full: bool, step: int) -> None:
-        self.parts, self.samples, self.layout = parts, samples, layout
+        self.parts, self.layout, self._samples = parts, layout, samples
         self._target, self._decoder, self._head = parts.target, parts.decoder, parts.head
         self._call: dict[str, Any] = {k: v for k, v in (layout.call or batch).items() if k != "sample_ids"}
         self._device: torch.device = batch["labels"].device
@@ -121,7 +127,8 @@ class Forward:
         self._reader = reads.inner_reader(self._call, self._target, self._decoder)
         if self._reader is not None:
             reads.capturing(self._decoder)
-        kept = samples.candidates if full else parts.scorer.keep(batch, layout, samples, step=step)
+        self._kept = samples.candidates if full else parts.scorer.keep(samples, step=step)  # [N, L]
+        kept = samples.segments.pack(self._kept)
         if parts.proven is None:
             parts.proven = self._prove()
         self.read, self.short = self._reading_of(parts.proven)
@@ -134,11 +141,10 @@ class Forward:
         """A forward of the optimizer step `step`; None where no label can be predicted.
 
         Raises:
-            RegateError: the batch cannot be gated (see `Parts.layout`, `Scorer.keep`, `supervision.beside`).
+            RegateError: the batch cannot be gated (see `Parts.read`, `Scorer.keep`, `supervision.beside`).
         """
         start, taught = time.perf_counter(), parts.counters.teacher_seconds
-        layout = parts.layout(batch)
-        samples = parts.samples(batch, layout)
+        layout, samples = parts.read(batch)
         if not bool(samples.candidates.any()):
             return None
         parts.scorer.collect()
@@ -151,7 +157,8 @@ class Forward:
     def _prove(self) -> proof.Proven:
         """In the first forward: what full steps may leave out (see `proof`)."""
         parts, labels, valid = self.parts, self.layout.labels, self.layout.valid
-        few = self.samples.candidates & (self.samples.candidates.cumsum(1) <= proof.FEW)
+        candidates = predicted(labels)
+        few = candidates & (candidates.cumsum(1) <= proof.FEW)
         some = replace(self.layout, labels=torch.where(few, labels, IGNORED))
         sharded, projection = is_sharded(self._target), getattr(self._head, "projection", self._head)
         parts.lazy = None if sharded else LazyHead(projection)
@@ -187,7 +194,7 @@ class Forward:
                 )
             )
         self._active = None
-        for note in proven.notes if shortens and parts.config.logits == "kept" else proven.notes[1:]:
+        for note in proven.notes:
             parts.note(note)
         return proven
 
@@ -224,7 +231,7 @@ class Forward:
         """What the model is called with. Until `close`, its decoder computes active positions only."""
         start = time.perf_counter()
         parts, call, decision = self.parts, dict(self._call), self.decision
-        if not decision.full:
+        if not decision.full or self._samples.segments.places is not None:  # no label with which a sample begins
             labels = to_device(decision.labels_left, self._device)
             call |= parts.adapter.with_labels(parts.model, call, labels)
             call |= supervision.masked(self._beside, decision.labels, decision.kept)
@@ -313,7 +320,7 @@ class Forward:
             output, self._places, known=known, hidden_states=hidden_states(self._decoded), head=self._head
         )
         parts.scorer.write()
-        parts.scorer.observe(self.samples, decision.labels, decision.kept, losses)
+        parts.scorer.observe(self._samples, self._kept, losses)
         output = self._handed_out(output)
         parts.counters.gate_seconds += time.perf_counter() - start
         return output
@@ -328,8 +335,9 @@ class Forward:
             return with_logits(output, self._withheld)
         if decision.full:
             return output
-        output = rescale(output, self.samples.candidates, decision.share)
-        left_out = to_device(predictors(self.samples.candidates & ~decision.kept), self._device)
+        candidates = predicted(decision.labels)
+        output = rescale(output, candidates, decision.share)
+        left_out = to_device(predictors(candidates & ~decision.kept), self._device)
         return with_logits(output, lambda logits: watched(logits, left_out, _complain))
 
     def _withheld(self, logits: Tensor) -> Tensor:

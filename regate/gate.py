@@ -26,7 +26,6 @@ from regate.insight.report import Report
 from regate.memory import checkpoint
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store
-from regate.scoring import keys
 from regate.scoring import teacher as teachers
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Scorer
@@ -193,16 +192,14 @@ class Gate:
         device = next(self._parts.target.parameters()).device
         for batch in tqdm(dataloader, desc="reference losses", unit="batch", disable=not progress):
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            layout = self._parts.layout(batch)
-            self.scorer.teach(batch, layout, keys.text_keys(layout))
+            self.scorer.teach(self._parts.read(batch)[1])
         return self.report()
 
     def choose(self, batch: Batch, *, full: bool = False) -> Tensor:
         """The labels [B, S] bool that a sparse (or full) step would keep of this batch now; trains nothing."""
         self.flush()
-        layout = self._parts.layout(batch)
-        samples = self._parts.samples(batch, layout)
-        return samples.candidates if full else self.scorer.keep(batch, layout, samples, step=self.step)
+        samples = self._parts.read(batch)[1]
+        return samples.segments.pack(samples.candidates if full else self.scorer.keep(samples, step=self.step))
 
     def flush(self) -> None:
         """Write the difficulties of earlier forwards to the store; the forward after the next one would, too."""

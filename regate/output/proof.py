@@ -138,7 +138,8 @@ def prove(subject: Subject) -> Proven:
             continue
         found, problem = _tried(partial(_run, s, level))
         if found is not None and _same(found, own):
-            return Proven(level, short=False, lazy=False, notes=() if why is None else (_note(level, why),))
+            asked = s.short or level > Read.LIVE  # else nobody wanted more to be left out
+            return Proven(level, short=False, lazy=False, notes=(_note(level, why),) if why and asked else ())
         why = why or problem or f"its loss without such positions would be {found and found.loss}, and is {own.loss}"
     return Proven(Read.ALL, short=False, lazy=False, notes=(_note(Read.ALL, str(why)),))
 

@@ -20,7 +20,7 @@ import pytest
 from regate.errors import StoreCorruptError, StoreError, StoreFullError, StoreMismatchError
 from regate.memory.store import TABLES, Store, Table
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Another process needs the store alone, not the seconds that importing torch and transformers takes.
 STORE_ALONE = """
 import sys, types
