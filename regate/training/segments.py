@@ -31,7 +31,7 @@ _TEXT_FIRST = 4  # rows of position ids whose first is the text's (transformers'
 
 
 def starts(batch: Batch, layout: Layout) -> Tensor | None:
-    """[B, S] bool on the device, True where a sample begins within a row; None where nothing in the call says.
+    """[B, S] bool on the device, True where a sample begins within a row; None where no sign is in the call.
 
     Raises:
         PackedRowsError: boundaries that do not fit the batch.
