@@ -159,7 +159,7 @@ def gate_trainers() -> None:
     Trainer.call_model_init = gated_make  # type: ignore[assignment, method-assign]
 
 
-def _gate(trainer: Trainer, model: nn.Module) -> None:
+def _gate(trainer: Trainer, model: Any) -> None:
     if not any(isinstance(callback, GateCallback) for callback in trainer.callback_handler.callbacks):
         trainer.add_callback(GateCallback)
     where = f"{type(unwrap(model)).__name__} in {type(trainer).__name__}"
@@ -182,7 +182,7 @@ def _unwrap_checkpointing(model: nn.Module) -> None:
     """
     for module in model.modules():
         inner = getattr(module, "_gradient_checkpointing_func", None)
-        if hasattr(inner, "__wrapped__"):
+        if callable(inner) and hasattr(inner, "__wrapped__"):
             module._gradient_checkpointing_func = inspect.unwrap(inner)
 
 
