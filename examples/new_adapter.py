@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 import regate
@@ -44,9 +45,9 @@ class ToyMLLM(nn.Module):
         self.decoder = nn.Sequential(*(Block() for _ in range(3)), nn.LayerNorm(WIDTH))
 
     def forward(self, pixels: Tensor, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        image = self.vision(pixels).flatten(2).transpose(1, 2)
+        image = rearrange(self.vision(pixels), "b d y x -> b (y x) d")
         logits = self.to_logits(self.decoder(torch.cat([image, self.embed(tokens)], 1)))
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = F.cross_entropy(rearrange(logits[:, :-1], "b s v -> (b s) v"), rearrange(labels[:, 1:], "b s -> (b s)"))
         return {"loss": loss, "logits": logits}
 
 

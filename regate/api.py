@@ -12,7 +12,7 @@ from regate.errors import GateNotAppliedError, UnknownArchitectureError
 from regate.gate import Gate, OnUnsupported
 from regate.memory.store import Store
 from regate.scoring.teacher import TeacherChoice
-from regate.training.hooks import owners
+from regate.training.hooks import owners, through_peft
 
 
 def apply(
@@ -58,6 +58,7 @@ def apply(
         raise UnknownArchitectureError(str(error)) from error
     if (existing := _gate_on(target)) is not None:
         existing.remove()
+    through_peft(model)
     return Gate(
         model,
         config or Config(),

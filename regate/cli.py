@@ -2,6 +2,7 @@
 
 regate estimate --model PATH_OR_ID --tokens 1352/60/110      what gating can gain, and whether it is worth it
 regate inspect --model PATH_OR_ID                            what would be found in a model, without its weights
+regate run --keep 0.5 -- train.py --epochs 1                 gate a script's Hugging Face Trainer, without a line in it
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
+from regate import run
 from regate.config import Config
 from regate.errors import ConfigError, RegateError
 from regate.insight.estimate import build_on_meta, costs_of, estimate, inspect
@@ -22,11 +24,14 @@ _NUMBERS = ("keep", "visual_keep", "cycle", "full_steps", "warmup")  # of the co
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 2 where the input is of no use."""
+    """Run a command; 0, or 2 where the input is of no use. `run` has the exit code of what it runs."""
+    options, script = run.split(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="regate", description="Train a multimodal LLM on fewer tokens.")
     commands = parser.add_subparsers(dest="command", required=True)
     estimating = commands.add_parser("estimate", help="what gating can gain on this data, before training")
     inspecting = commands.add_parser("inspect", help="what would be found in a model, without its weights")
+    running = commands.add_parser("run", help="gate a script's Hugging Face Trainer, without a line in it")
+    run.add_options(running)
     for command in (estimating, inspecting):
         command.add_argument("--model", required=True, help="a Hugging Face id or local path; only its config is read")
         command.add_argument("--trust-remote-code", action="store_true")
@@ -43,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default = getattr(Config(), name)
         estimating.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     estimating.add_argument("--logits", choices=["all", "kept"], default=Config().logits)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(options)
+    if args.command == "run":
+        return run.from_options(args, script)
     try:
         model = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
         print(_estimate(model, args) if args.command == "estimate" else _inspect(model))

@@ -37,6 +37,10 @@ class NotGatedError(RegateError):
     """The model's parameters were stepped on a sparse step that no gated forward had prepared."""
 
 
+class NoTrainerError(RegateError):
+    """A command of `regate run` trained with no Hugging Face Trainer."""
+
+
 class CheckpointError(RegateError):
     """A checkpoint lacks the gate's state, or it cannot be read."""
 
@@ -71,6 +75,7 @@ __all__ = [
     "GateNotAppliedError",
     "LabelsError",
     "LogitsError",
+    "NoTrainerError",
     "NonFiniteLossError",
     "NotGatedError",
     "PackedRowsError",

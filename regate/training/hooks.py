@@ -58,6 +58,19 @@ def call_weakly(method: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+def through_peft(model: nn.Module) -> None:
+    """Let PEFT call the model that it wraps. Before 0.21 it called that model's `forward`, past all hooks."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if (kind.__module__, kind.__name__) == ("peft.tuners.tuners_utils", "BaseTuner"):
+                kind.forward = _call_inner  # type: ignore[attr-defined]
+
+
+def _call_inner(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `BaseTuner.forward` is from PEFT 0.21 on."""
+    return self.model(*args, **kwargs)
+
+
 def _nothing(*args: Any) -> None:
     """What a copied model's hook does."""
 
