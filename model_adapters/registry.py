@@ -17,11 +17,12 @@ from model_adapters.gemma import GEMMA
 from model_adapters.git import GIT
 from model_adapters.idefics import IDEFICS
 from model_adapters.internvl_chat import INTERNVL_CHAT
+from model_adapters.minicpm import MINICPM
 from model_adapters.videochat2 import VIDEOCHAT2
 from model_adapters.videollama2 import VIDEOLLAMA2
 
 ENTRY_POINTS = "regate.adapters"
-_HERE = (BLIP, CHAMELEON, ERNIE, GEMMA, GIT, IDEFICS, INTERNVL_CHAT, STEP, VIDEOCHAT2, VIDEOLLAMA2)
+_HERE = (BLIP, CHAMELEON, ERNIE, GEMMA, GIT, IDEFICS, INTERNVL_CHAT, MINICPM, STEP, VIDEOCHAT2, VIDEOLLAMA2)
 _BUILT_IN = {name: adapter for adapter in _HERE for name in adapter.serves}
 _REGISTERED: dict[str, ModelAdapter] = {}
 

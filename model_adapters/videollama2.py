@@ -23,7 +23,7 @@ def _layout(model: nn.Module, batch: Batch) -> Layout:
     inner, ids = conventional.unwrap(model), batch.get("input_ids")
     if batch.get("inputs_embeds") is not None or ids is None or not bool((ids < 0).any()):
         fields: dict[str, Any] = dict(conventional.layout(model, batch))
-        return Layout(**fields)
+        return Layout(**fields, items=None if ids is None else (0,) * len(ids))
     mask = batch.get("attention_mask")
     given = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     _, expanded_mask, cache, embeds, labels = inner.prepare_inputs_labels_for_multimodal(
@@ -38,7 +38,8 @@ def _layout(model: nn.Module, batch: Batch) -> Layout:
         "input_ids": None, "images": None, "inputs_embeds": embeds, "attention_mask": valid, "labels": labels,
         "past_key_values": cache,
     }  # fmt: skip
-    return Layout(input_ids=input_ids, labels=labels, valid=valid, visual=visual, call=call)
+    items = tuple(((ids < 0) & given).sum(1).tolist())
+    return Layout(input_ids=input_ids, labels=labels, valid=valid, visual=visual, call=call, items=items)
 
 
 def _expand(ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

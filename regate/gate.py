@@ -44,6 +44,7 @@ from regate.scoring import teacher as teachers
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples, Scorer
 from regate.training import batches
+from regate.training.calls import OuterCall
 from regate.training.counters import Counters, Stopwatch
 from regate.training.hooks import Hook
 from regate.training.sharding import refuse_opaque
@@ -83,6 +84,7 @@ class Gate:
         self._active: regate_patch.Active | None = None  # what the decoder ran on in this forward
         self._model = model
         self._target = adapter.causal_lm(model)
+        self._outer = OuterCall(model, self._target)
         self._decoder = adapter.decoder(model)
         self._head = adapter.head(model)
         self._short_head = ShortHead(self._target, self._decoder, self._head, wanted=config.logits == "kept")
@@ -305,11 +307,12 @@ class Gate:
 
     def _samples(self, batch: Batch, layout: Layout) -> Samples:
         text = keys.text_keys(layout)
+        batch = self._outer.arguments | dict(batch)
         sample_ids = batch.get("sample_ids")
-        pixels = keys.pixel_fingerprints(batch, self.adapter.visual_inputs, len(text))
-        if pixels is None and bool(layout.visual.any()) and sample_ids is None:
-            self._note("visual input has no row per sample: equal texts share one difficulty; pass sample_ids")
-        return Samples(text, keys.sample_keys(text, pixels, sample_ids), predicted(layout.labels))
+        visual = None if sample_ids is not None else keys.visual_keys(self._model, self.adapter, batch, layout)
+        if visual is None and sample_ids is None:
+            self._note(keys.UNKNOWN_IMAGES)
+        return Samples(text, keys.sample_keys(text, visual, sample_ids), predicted(layout.labels))
 
     def _choose(self, batch: Batch, layout: Layout, samples: Samples, full: bool) -> Tensor:
         """The labels kept, bool [B, S]."""
@@ -408,6 +411,7 @@ class Gate:
         """Take the gate off; the model is as it was before `apply`."""
         self._close_scope()
         self.flush()
+        self._outer.remove()
         self._steps.remove()
         for hook in self._hooks:
             hook.remove()
