@@ -34,20 +34,46 @@ def unwrap(model: Any) -> Any:
             return model
 
 
+def missing_conventions(model: nn.Module) -> list[str]:
+    """The methods of Hugging Face's language models that it lacks."""
+    return [name for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings") if not hasattr(model, name)]
+
+
+def language_model(model: nn.Module) -> Any:
+    """The model itself, unwrapped; or, where it is someone's own encoder and projector around one, that one.
+
+    Own is what lacks the conventions, or has no ids for visual tokens and holds one causal language model.
+    """
+    inner = unwrap(model)
+    own = type(inner).__module__.split(".")[0] != "transformers" and not _ids_of_config(inner)
+    if not (own or missing_conventions(inner)):
+        return inner
+    held: list[nn.Module] = []
+    for module in inner.modules():
+        inside = any(module in list(other.modules()) for other in held)
+        if module is not inner and not inside and not missing_conventions(module) and _takes_labels(unwrap(module)):
+            held.append(module)
+    return unwrap(held[0]) if len(held) == 1 else inner
+
+
+def _takes_labels(module: nn.Module) -> bool:
+    return "labels" in inspect.signature(module.forward).parameters
+
+
 def causal_lm(model: nn.Module) -> nn.Module:
-    """The model itself, unwrapped.
+    """`language_model`, if it is trained as one.
 
     Raises:
         AdapterError: it is no causal language model: an encoder-decoder, or not trained on labels.
     """
-    inner = unwrap(model)
+    inner = language_model(model)
     name, config = type(inner).__name__, getattr(inner, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise AdapterError(
             f"{name} is an encoder-decoder: its visual tokens go to the encoder and its decoder reads answers alone, "
             "so there is no shared sequence to leave positions out of"
         )
-    if "labels" not in inspect.signature(inner.forward).parameters:
+    if not _takes_labels(inner):
         raise AdapterError(
             f"{name} is not trained as a language model: its forward takes no labels, so there are no answer tokens "
             "to choose from; register an adapter whose `causal_lm` returns the module that takes them"
@@ -77,7 +103,7 @@ def decoder(model: nn.Module) -> nn.Module:
 
 def embeddings(model: nn.Module) -> nn.Module:
     """`get_input_embeddings()`."""
-    return unwrap(model).get_input_embeddings()
+    return language_model(model).get_input_embeddings()
 
 
 class CappedHead(nn.Module):
@@ -94,7 +120,7 @@ class CappedHead(nn.Module):
 
 def head(model: nn.Module) -> nn.Module:
     """`get_output_embeddings()`, with the soft cap and scale that the text config names."""
-    inner = unwrap(model)
+    inner = language_model(model)
     parts: list[Any] = [m for m in inner.modules() if hasattr(m, "get_output_embeddings")]
     projection = next((p for m in parts if (p := m.get_output_embeddings()) is not None), None)
     if projection is None:
@@ -112,13 +138,16 @@ def head(model: nn.Module) -> nn.Module:
 
 def text_config(model: nn.Module) -> Any:
     """The config of the text model inside a composite config."""
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None) or getattr(language_model(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def visual_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Ids that stand for features in `input_ids`, by kind: image, video, audio. Kinds that have none are left out."""
-    inner = unwrap(model)
+    return _ids_of_config(unwrap(model)) or _ids_of_config(language_model(model))
+
+
+def _ids_of_config(inner: nn.Module) -> dict[str, tuple[int, ...]]:
     config = getattr(inner, "config", None)
     found = {kind: {getattr(config, name, None) for name in names} for kind, names in _VISUAL_IDS.items()}
     found["image"].add(getattr(inner, "img_context_token_id", None))  # InternVL's own code
@@ -167,7 +196,7 @@ def position_ids(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     """The positions the batch brings, or those of multimodal rotary embeddings, or None."""
     if batch.get("position_ids") is not None:
         return batch["position_ids"]
-    inner: Any = getattr(unwrap(model), "model", None)
+    inner: Any = getattr(language_model(model), "model", None)
     compute = getattr(inner, "compute_3d_position_ids", None)
     if compute is None:
         return None

@@ -62,8 +62,8 @@ def find_adapter(model: nn.Module) -> ModelAdapter:
         for name in names:
             if name in table:
                 return table[name]
-    inner = conventional.unwrap(model)
-    missing = [f for f in ("get_decoder", "get_input_embeddings", "get_output_embeddings") if not hasattr(inner, f)]
+    inner = conventional.language_model(model)
+    missing = conventional.missing_conventions(inner)
     if missing:
         known = ", ".join(sorted({*_REGISTERED, *_plug_ins()})) or "none"
         raise AdapterError(
