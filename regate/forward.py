@@ -38,6 +38,7 @@ from regate.scoring import keys
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples, Scorer
 from regate.training import batches, supervision
+from regate.training.calls import OuterCall
 from regate.training.counters import Counters
 from regate.training.segments import Segments
 from regate_patch import is_sharded, to_device
@@ -50,6 +51,7 @@ class Parts:
     Attributes:
         model: as the user gave it.
         target, decoder: the module whose call receives labels, and the one that is captured; the gate hooks onto them.
+        outer: the running call of `model`, where `target` is inside it.
         proven: what full steps may leave out; None before the first forward.
         lazy: makes the head's logits lazy.
         note: tells the user something, once.
@@ -58,6 +60,7 @@ class Parts:
     model: nn.Module
     target: nn.Module
     decoder: nn.Module
+    outer: OuterCall
     adapter: ModelAdapter
     config: Config
     handle: regate_patch.Handle
@@ -92,11 +95,12 @@ class Parts:
         layout, segments = batches.on_host(batch, layout, vocabulary=self.vocabulary)
         alone = segments.unpack_layout(layout)
         text = keys.text_keys(alone)
-        sample_ids = batch.get("sample_ids")
-        pixels = keys.pixel_fingerprints(batch, self.adapter.visual_inputs, len(text))
-        if pixels is None and bool(layout.visual.any()) and sample_ids is None:
-            self.note("visual input has no row per sample: equal texts share one difficulty; pass sample_ids")
-        names = keys.sample_keys(text, pixels, sample_ids)
+        given = self.outer.arguments | dict(batch)
+        sample_ids = given.get("sample_ids")
+        visual = None if sample_ids is not None else keys.visual_keys(self.model, self.adapter, given, alone)
+        if visual is None and sample_ids is None:
+            self.note(keys.UNKNOWN_IMAGES)
+        names = keys.sample_keys(text, visual, sample_ids)
         return layout, Samples(text, names, alone, self._apart(batch, segments), segments)
 
     def _apart(self, batch: Batch, segments: Segments) -> Batch:

@@ -29,6 +29,7 @@ from regate.memory.store import Store
 from regate.scoring import teacher as teachers
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Scorer
+from regate.training.calls import OuterCall
 from regate.training.counters import Counters, Stopwatch
 from regate.training.hooks import Hook, call_weakly
 from regate.training.sharding import refuse_opaque
@@ -75,7 +76,16 @@ class Gate:
             lazily=teacher != "precomputed",
         )
         self._parts = Parts(
-            model, target, decoder, adapter, config, handle, self.scorer, self.counters, note=call_weakly(self._note)
+            model,
+            target,
+            decoder,
+            OuterCall(model, target),
+            adapter,
+            config,
+            handle,
+            self.scorer,
+            self.counters,
+            note=call_weakly(self._note),
         )
         self._steps = Steps(target, on_step=self._on_step, on_missed=self._on_missed)
         self._signature = inspect.signature(target.forward)
@@ -265,6 +275,7 @@ class Gate:
         """Take the gate off; the model is as it was before `apply`."""
         self._drop()
         self.flush()
+        self._parts.outer.remove()
         self._steps.remove()
         for hook in self._hooks:
             hook.remove()

@@ -55,8 +55,8 @@ def starts(batch: Batch, layout: Layout) -> Tensor | None:
 def _from_boundaries(name: str, boundaries: Tensor, shape: torch.Size) -> Tensor:
     if boundaries.dim() != 1 or boundaries.is_floating_point():
         raise PackedRowsError(
-            f"`{name}` {list(boundaries.shape)} {boundaries.dtype} should be the first positions of samples, [n + 1] of "
-            "integers from 0 to the number of positions"
+            f"`{name}` {list(boundaries.shape)} {boundaries.dtype} should be the first positions of samples, "
+            "[n + 1] of integers from 0 to the number of positions"
         )
     marks = torch.zeros(shape.numel() + 1, dtype=torch.bool, device=boundaries.device)
     marks[boundaries.long().clamp(max=shape.numel())] = True
