@@ -20,7 +20,7 @@ def apply(
     config: Config | None = None,
     *,
     adapter: ModelAdapter | None = None,
-    backend: regate_patch.Backend = "auto",
+    backend: regate_patch.Backend | None = "auto",
     teacher: TeacherChoice = "auto",
     store: Store | str | None = None,
     on_unsupported: OnUnsupported = "raise",
@@ -34,7 +34,7 @@ def apply(
         model: a multimodal causal language model, plain or wrapped by PEFT or DDP.
         config: see `Config`.
         adapter: how to serve the architecture; None finds it (`register_adapter`, plug-ins, conventions).
-        backend: how rewritten graphs run; "auto" is "inductor" on CUDA and "eager" elsewhere.
+        backend: how rewritten graphs run; "auto", or None, is "inductor" on CUDA and "eager" elsewhere.
         teacher: "auto" keeps a frozen copy of the language model (with PEFT: the base model, no copy) for samples
             whose reference loss is not stored; "4bit" quantises that copy (bitsandbytes); "precomputed" keeps none
             (call `gate.precompute` first); a module is a multimodal model whose language model is the teacher; None
@@ -63,7 +63,7 @@ def apply(
         model,
         config or Config(),
         adapter=adapter,
-        backend=backend,
+        backend="auto" if backend is None else backend,
         teacher=teacher,
         store=store if isinstance(store, Store) else Store(store),
         on_unsupported=on_unsupported,

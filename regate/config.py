@@ -33,7 +33,9 @@ class Config:
             have embeddings most like another's (see `regate.scoring.visual`).
         logits: where training forwards compute them: at positions that predict "kept" labels, a chunk at a time, or,
             which takes more time and memory, at "all". With "kept" the loss and its gradients are the same up to
-            rounding, and `outputs.logits` is None.
+            rounding, and reading `outputs.logits` is an error that names this setting; with "all" full steps run the
+            model as it is.
+        disable: passes of the engine that only save work, to be left out by name while debugging (`docs/engine.md`).
 
     Raises:
         ConfigError: a value out of its range.
@@ -53,6 +55,7 @@ class Config:
     seed: int = 0
     visual_keep: float = 1.0
     logits: Logits = "kept"
+    disable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._require("cycle", self.cycle >= 1, "at least 1")

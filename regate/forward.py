@@ -209,7 +209,7 @@ class Forward:
             yield
             return
         standing = self._decoder.forward
-        regate_patch.patch(self._decoder, backend="eager", padding_elided=True)
+        regate_patch.patch(self._decoder, backend="eager", padding_elided=True, disable=self.parts.config.disable)
         try:
             yield
         finally:

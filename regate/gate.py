@@ -63,7 +63,9 @@ class Gate:
         self._notes: list[str] = []
         self._model = model
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
-        handle = regate_patch.patch(decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True)
+        handle = regate_patch.patch(
+            decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True, disable=config.disable
+        )
         self._teacher = teachers.teacher_of(
             model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported
         )
@@ -125,7 +127,11 @@ class Gate:
         self._drop()  # what is left of a forward that was interrupted between its hooks
         batch = self._by_name(args, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name != "sample_ids"}  # ours, not the model's
-        if not (module.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
+            return args, kwargs
+        if not module.training:
+            if batch.get("labels") is not None:
+                self._steps.forward_in_eval_mode()
             return args, kwargs
         if batch.get("labels") is None:
             self._steps.forward_without_labels()
@@ -162,16 +168,17 @@ class Gate:
         self.watch.step(full=self.config.is_full(self.step))
         self.exchange.tick()
 
-    def _on_missed(self, cause: str) -> None:
-        """An optimizer step was made of forwards that were not gated."""
-        if self.config.is_full(self.step):
+    def _on_missed(self, cause: str, never: bool) -> None:
+        """An optimizer step was made of forwards that were not gated; `never`: none was so far."""
+        full = self.config.is_full(self.step)
+        if full and not never:
             return
-        self.counters.steps_missed += 1
+        self.counters.steps_missed += not full
+        wanted = "no forward has been gated so far" if never else f"step {self.step} should be sparse"
+        missed = f"{wanted}, but parameters were updated: {cause}."
         if self.on_unsupported == "raise":
-            raise NotGatedError(
-                f"step {self.step} should be sparse, but its parameters were updated without gating: {cause}."
-            )
-        self._note(f"a step should be sparse, but its parameters were updated without gating: {cause}.")
+            raise NotGatedError(missed)
+        self._note(missed)
 
     def _drop(self) -> None:
         if self._forward is not None:

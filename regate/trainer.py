@@ -36,12 +36,24 @@ class GateCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **others: Any,
     ) -> None:
-        """Raises `CheckpointError` where a gated run is resumed whose gate state cannot be found."""
+        """Checks that the run can be gated, and loads the gate's state where it is resumed.
+
+        Raises:
+            ConfigError: a trainer that trains on no labels, or weighs them by their sum.
+            CheckpointError: a gated run is resumed whose gate state cannot be found.
+        """
         gate = _gate(model)
         self.gated = gate is not None
         if gate is None:
             return
-        loss_type = getattr(args, "loss_type", "nll")  # TRL's
+        kind = _of_trl(args)
+        if kind not in (None, "SFTConfig"):
+            raise ConfigError(
+                f"a trainer with {kind} trains on preferences or rewards, and its model gets no labels: there are no "
+                "answer tokens to choose from. Train it without a gate (regate.remove(model)), or on labels with "
+                "SFTTrainer"
+            )
+        loss_type = getattr(args, "loss_type", None) or "nll"  # SFTConfig's; ms-swift has it, and leaves it None
         if loss_type != "nll" and gate.config.keep < 1:
             raise ConfigError(
                 f"loss_type={loss_type!r} weighs labels by what is summed over them, and sparse steps rescale "
@@ -107,6 +119,11 @@ class GateCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Says in `trainer_state.json` that the run was gated; the state itself is in its own file."""
         return {"args": {}, "attributes": {"gated": self.gated}}
+
+
+def _of_trl(args: TrainingArguments) -> str | None:
+    """The name of TRL's own class among those of the arguments."""
+    return next((c.__name__ for c in type(args).__mro__ if c.__module__.partition(".")[0] == "trl"), None)
 
 
 def _was_gated(state: TrainerState) -> bool:

@@ -16,6 +16,7 @@ from regate_patch.errors import (
     NotElidedError,
     PatchError,
     RegateError,
+    UnknownPassError,
     UnsupportedGraphError,
 )
 from regate_patch.inspection import inspect
@@ -35,6 +36,7 @@ __all__ = [
     "Rewrite",
     "Rule",
     "Statistics",
+    "UnknownPassError",
     "UnsupportedGraphError",
     "active",
     "class_forward",

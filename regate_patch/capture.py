@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from regate_patch.errors import (
     PatchError,
     UnsupportedGraphError,
 )
-from regate_patch.passes.rewrite import Observer, Rewrite, rewrite
+from regate_patch.passes.rewrite import Observer, Rewrite, rewrite, switched_off
 
 log = logging.getLogger("regate_patch")
 Backend = str | Callable[..., Any]
@@ -114,9 +114,11 @@ class GatedForward:
         on_unsupported: OnUnsupported,
         allow_graph_breaks: bool | None,
         padding_elided: bool,
+        disable: Collection[str],
         observe: Observer | None,
     ) -> None:
         self.decoder, self.backend, self.observe = decoder, backend, observe
+        self.disable = switched_off(disable)
         self.padding_elided = padding_elided
         self.on_unsupported, self.allow_graph_breaks = on_unsupported, allow_graph_breaks
         self.forward = decoder.forward
@@ -167,6 +169,7 @@ class GatedForward:
                 whole=not self.allow_graph_breaks,
                 padding_elided=self.padding_elided,
                 any_length=any_length,
+                disable=self.disable,
                 observe=self.observe,
             )
             if rewritten is None:
@@ -311,10 +314,11 @@ class Handle:
 def patch(
     decoder: nn.Module,
     *,
-    backend: Backend = "inductor",
+    backend: Backend | None = "inductor",
     on_unsupported: OnUnsupported = "raise",
     allow_graph_breaks: bool | None = None,
     padding_elided: bool = False,
+    disable: Collection[str] = (),
     observe: Observer | None = None,
 ) -> Handle:
     """Let `decoder` compute only the active positions inside `with regate_patch.active(...)`.
@@ -324,21 +328,28 @@ def patch(
 
     Args:
         decoder: the module that owns the decoder layers, called with hidden states or embeddings [B, S, D].
-        backend: how the rewritten graph is run: "inductor", "eager" (no compiler needed), "auto" (inductor where the
-            decoder is on CUDA when it first runs, else eager), or anything that `torch.compile(backend=...)` takes.
+        backend: how the rewritten graph is run: "inductor", "eager" (no compiler needed), "auto" or None (inductor where
+            the decoder is on CUDA when it first runs, else eager), or anything `torch.compile(backend=...)` takes.
         on_unsupported: "raise" the errors below, or "warn" once and run every position from then on.
         allow_graph_breaks: let Dynamo cut the decoder into several graphs, for hooks that cut it between layers. What
             runs between the graphs is not looked at: it must not mix tokens. None allows it where the cuts are
             FSDP2's.
         padding_elided: a promise that no active position is one that the attention mask hides. Then masks that say no
             more than "causal, without padding" give way to causal kernels.
+        disable: names of passes that only save work (`regate_patch.passes.rewrite.OPTIONAL`), to be left out; the
+            environment variable REGATE_DISABLE does the same.
         observe: called with (pass name, graph) after each pass, to look into the rewriter.
+
+    Raises:
+        UnknownPassError: no pass of that name can be switched off.
 
     Raises (when the decoder is first called inside `active`):
         NoBlocksError: no attention found.
         UnsupportedGraphError: a value whose token axis cannot be followed; names the node and source line.
     """
+    backend = "auto" if backend is None else backend
     existing = decoder.__dict__.get("forward")
     if isinstance(existing, GatedForward):
         del decoder.forward
-    return Handle(decoder, GatedForward(decoder, backend, on_unsupported, allow_graph_breaks, padding_elided, observe))
+    gated = GatedForward(decoder, backend, on_unsupported, allow_graph_breaks, padding_elided, disable, observe)
+    return Handle(decoder, gated)

@@ -23,5 +23,9 @@ class NotElidedError(PatchError):
     """A call that had to be elided ran fewer rewritten blocks than the decoder has."""
 
 
+class UnknownPassError(PatchError, ValueError):
+    """A pass was to be switched off that does not exist or is needed."""
+
+
 class ActiveIndexError(PatchError, ValueError):
     """The active positions do not fit the decoder's input."""

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from regate_patch.capture import Statistics, tracing
 from regate_patch.errors import NoBlocksError
-from regate_patch.passes.rewrite import rewrite
+from regate_patch.passes.rewrite import rewrite, switched_off
 
 
 def inspect(decoder: nn.Module, *args: Any, **kwargs: Any) -> Statistics:
@@ -27,7 +27,7 @@ def inspect(decoder: nn.Module, *args: Any, **kwargs: Any) -> Statistics:
     statistics = Statistics()
 
     def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        if (rewritten := rewrite(gm, padding_elided=True)) is None:
+        if (rewritten := rewrite(gm, padding_elided=True, disable=switched_off())) is None:
             statistics.other_graphs += 1
         else:
             statistics.graphs.append(rewritten)

@@ -1,4 +1,9 @@
-"""Counting optimizer steps, which is what the schedule counts: all micro-batches of one step share its decision."""
+"""Counting optimizer steps, which is what the schedule counts: all micro-batches of one step share its decision.
+
+An update of the model's parameters is a step, whoever makes it. Optimizers of torch say so by themselves. Until one is
+seen that holds parameters of this model, they may be updated by hand, inside the backward pass (LOMO) or through copies
+(mixed precision): then a digest of trainable parameters, taken at each gated forward, says whether one was made.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from regate.training.hooks import call_weakly
+
+_PARAMETERS, _VALUES = 8, 2**16  # how many enter a digest, and how much of each
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Steps:
@@ -18,18 +26,24 @@ class Steps:
     Args:
         module: whose parameters.
         on_step: called once per step, however many optimizers make it.
-        on_missed: called with the cause where a step was made and none of its forwards was gated; `step` is its number.
+        on_missed: called where a step was made and none of its forwards was gated, with the cause and with whether none
+            ever was; `step` is its number.
 
     Attributes:
         step: the step that forwards now contribute to, from 0.
     """
 
-    def __init__(self, module: nn.Module, *, on_step: Callable[[], None], on_missed: Callable[[str], None]) -> None:
+    def __init__(
+        self, module: nn.Module, *, on_step: Callable[[], None], on_missed: Callable[[str, bool], None]
+    ) -> None:
         self.step = 0
         self._module, self._on_step, self._on_missed = module, on_step, on_missed
         self._stepped: set[int] = set()  # optimizers that stepped since the last gated forward
-        self._optimizer_known = False
-        self._without_labels = 0  # training forwards since then
+        self._early: set[int] = set()  # optimizers that stepped before the first of those
+        self._optimizer_known = False  # was one seen that holds parameters of the module?
+        self._ever_gated = False
+        self._ungated = {"without labels": 0, "in eval mode": 0}  # forwards since the last gated one
+        self._digest: Tensor | None = None
         self._hook = register_optimizer_step_post_hook(call_weakly(self._after_optimizer))
 
     @property
@@ -41,40 +55,84 @@ class Steps:
         """Go on at `step`, whatever was before."""
         self.step = step
         self._stepped.clear()
+        self._digest = None
 
     def gated_forward(self) -> None:
         """A forward with labels: the first after an optimizer step begins the next one."""
-        self.restart(self.made)
-        self._without_labels = 0
+        made = self.made if self._optimizer_known else self._made_by_hand()
+        if made != self.step:
+            self.step = made
+            self._stepped.clear()
+        self._ever_gated = True
+        self._ungated = dict.fromkeys(self._ungated, 0)
 
     def forward_without_labels(self) -> None:
         """A training forward that cannot be gated."""
-        self._without_labels += 1
+        self._ungated["without labels"] += 1
+
+    def forward_in_eval_mode(self) -> None:
+        """A forward with labels and gradients whose module is not in training mode."""
+        self._ungated["in eval mode"] += 1
 
     def remove(self) -> None:
         self._hook.remove()
 
+    def _made_by_hand(self) -> int:
+        """The steps made, if parameters have other values than at the last gated forward."""
+        before, self._digest = self._digest, digest(self._module)
+        if before is None or torch.equal(before, self._digest):
+            return self.step
+        self._on_step()
+        return self.step + 1
+
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         own = {id(p) for p in self._module.parameters()}
-        holds = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
-        self._optimizer_known |= holds
-        if not holds and self._optimizer_known:
-            return  # another model's; until one with our parameters is seen, it may hold master copies of them
-        if holds and id(optimizer) in self._stepped:  # a second time, and no gated forward between
-            self.restart(self.made)
-            self._on_missed(self._cause())
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            return  # another model's, or of copies of our parameters: these tell by themselves
+        self._optimizer_known, self._digest = True, None
+        before = self._stepped if self._ever_gated else self._early
+        again = id(optimizer) in before  # a second time, and no gated forward between
+        if not self._ever_gated:  # such steps do not count: states are made by them, and other objectives trained
+            self._early.add(id(optimizer))
+            if again or any(self._ungated.values()):
+                self._on_missed(self._cause(), True)
+            return
+        if again:
+            self.step = self.made
+            self._stepped.clear()
+            self._on_missed(self._cause(), False)
         if not self._stepped:  # the first of the model's optimizers
             self._on_step()
         self._stepped.add(id(optimizer))
 
     def _cause(self) -> str:
         name = type(self._module).__name__
-        if self._without_labels:
+        if n := self._ungated["in eval mode"]:
             return (
-                f"{self._without_labels} training forward(s) of {name} got no `labels`. Pass them to the model; a "
-                "trainer keeps them back for label smoothing or for a loss function of its own"
+                f"{n} forward(s) of {name} with labels and gradients ran in eval mode, and only training forwards are "
+                "gated. Call model.train() before training (after evaluation, too)"
+            )
+        if n := self._ungated["without labels"]:
+            return (
+                f"{n} training forward(s) of {name} got no `labels`. Pass them to the model; a trainer keeps them back "
+                "for label smoothing, for a loss function of its own, or because it trains on preferences or rewards"
             )
         return (
             f"no training forward of {name} was called. What computes the loss must call the model itself, not its "
             "`forward` or its parts"
         )
+
+
+@torch.no_grad()
+def digest(module: nn.Module) -> Tensor:
+    """[n] on the CPU, a number for the values of each of some trainable parameters; one wait for the device."""
+    learning = [p for p in module.parameters() if p.requires_grad and p.numel()]
+    some = learning[:: max(len(learning) // _PARAMETERS, 1)][-_PARAMETERS:]
+    numbers = []
+    for parameter in some:
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        values = local.detach().flatten()
+        values = values[:: max(len(values) // _VALUES, 1)].contiguous()
+        as_integers = values.view(_INTEGERS[values.element_size()]).long()
+        numbers.append((as_integers * torch.arange(1, len(values) + 1, device=values.device)).sum())
+    return torch.stack([n.to(numbers[0].device) for n in numbers]).cpu() if numbers else torch.zeros(0)

@@ -1,28 +1,162 @@
-"""The passes, in order, from a captured decoder graph to one that computes active positions only."""
+"""The passes, in order, from a captured decoder graph to one that computes active positions only.
+
+`PASSES` is the list; `rewrite` walks it. Each pass works on the graph at hand and on what those before it found, and
+promises one of two things:
+
+    "needed"   without it the graph would compute active positions wrongly, or not at all
+    "saves"    it only saves work: numbers at positions that are read are the same without it, up to rounding, and it
+               can be switched off by name
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from regate_patch import ops
 from regate_patch.analysis import flops
-from regate_patch.analysis.blocks import find_span
+from regate_patch.analysis.blocks import Span, find_span
 from regate_patch.analysis.graph import erase_dead, expr, is_call, is_scalar, value
 from regate_patch.analysis.mixers import find_mixers, is_attention, sequence_candidates
 from regate_patch.analysis.refusals import check
-from regate_patch.analysis.tokens import find_tokens
+from regate_patch.analysis.tokens import Tokens, find_tokens
+from regate_patch.errors import UnknownPassError
 from regate_patch.passes.causal import use_causal_kernels
 from regate_patch.passes.checkpointing import inline, outline
 from regate_patch.passes.insert import insert
 from regate_patch.passes.mutations import name_mutations
 from regate_patch.passes.tail import find_tail
+
+DISABLE = "REGATE_DISABLE"  # environment variable: names of passes to switch off, with commas between
+
+
+@dataclass
+class State:
+    """What is handed from pass to pass.
+
+    Attributes:
+        gm: the graph.
+        whole, padding_elided, any_length: as `rewrite` was asked.
+        found: does the graph hold attention? If not, no pass has more to do.
+        tokens: what axes are tokens.
+        span: from the first block to the last.
+        tail: the part of the span that runs where the output is read, if it can be cut off.
+        causal, longest: see `Rewrite`.
+        flops: its `flops_linear, flops_quadratic, flops_tail`.
+        put_in: its `gathers, scatters`.
+    """
+
+    gm: fx.GraphModule
+    whole: bool
+    padding_elided: bool
+    any_length: bool
+    found: bool = True
+    tokens: Tokens = None  # type: ignore[assignment]  # from the pass that finds it on
+    span: Span = None  # type: ignore[assignment]
+    tail: Span | None = None
+    causal: int = 0
+    longest: float = inf
+    flops: tuple[int, int, int] = (0, 0, 0)
+    put_in: tuple[int, int] = (0, 0)
+
+
+def _flatten(state: State) -> None:
+    state.gm = drop_assertions(inline(state.gm))
+    state.found = bool(sequence_candidates(state.gm))
+
+
+def _name_mutations(state: State) -> None:
+    state.gm = name_mutations(state.gm)
+    erase_dead(state.gm.graph)
+
+
+def _find(state: State) -> None:
+    state.tokens = find_tokens(state.gm, sequence_candidates(state.gm))
+    state.span = find_span(state.gm, find_mixers(state.gm, state.tokens), state.tokens)
+
+
+def _check(state: State) -> None:
+    check(state.span, state.tokens)
+
+
+def _causal(state: State) -> None:
+    if state.padding_elided:
+        state.causal, state.longest = use_causal_kernels(
+            state.gm, state.span, state.tokens, any_length=state.any_length
+        )
+
+
+def _tail(state: State) -> None:
+    if state.whole:
+        state.tail = find_tail(state.gm.graph, state.span, state.tokens)
+
+
+def _measure(state: State) -> None:
+    of_tail = flops.polynomial(state.tail.nodes, state.tokens)[0] if state.tail else 0
+    state.flops = (*flops.polynomial(state.span.nodes, state.tokens), of_tail)
+
+
+def _insert(state: State) -> None:
+    state.gm = insert(state.gm, state.span, state.tail, state.tokens)
+    state.put_in = count(state.gm)
+
+
+def _outline(state: State) -> None:
+    state.gm = outline(state.gm)
+    state.gm.recompile()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One entry of the list.
+
+    Attributes:
+        name: by which it is observed and, if it only saves work, switched off.
+        run: changes the state.
+        promise: see the module's description.
+        does: in a line.
+    """
+
+    name: str
+    run: Callable[[State], None]
+    promise: Literal["needed", "saves"]
+    does: str
+
+
+PASSES = (
+    Pass("flatten", _flatten, "needed", "bodies of checkpoints become part of the graph; assertions on sizes go"),
+    Pass("mutations", _name_mutations, "needed", "writes in place become values with a name"),
+    Pass("find", _find, "needed", "token axes by the symbol S, places where tokens mix, the span of all blocks"),
+    Pass("check", _check, "needed", "operations that would be something else on part of the positions are refused"),
+    Pass("causal", _causal, "saves", "masks that say no more than causal order give way to `is_causal`"),
+    Pass("tail", _tail, "saves", "what comes after the last attention is found, to run where the output is read"),
+    Pass("measure", _measure, "needed", "what a position costs in FLOPs, for reports"),
+    Pass("insert", _insert, "needed", "one gather in front of the span, one scatter behind it, side inputs gathered"),
+    Pass("outline", _outline, "needed", "checkpoints are put back around what was inside them"),
+)
+OPTIONAL = tuple(p.name for p in PASSES if p.promise == "saves")
+
+
+def switched_off(disable: Collection[str] = ()) -> frozenset[str]:
+    """The passes that a caller or the environment switches off.
+
+    Raises:
+        UnknownPassError: no such pass, or one that is needed.
+    """
+    named = {*disable, *filter(None, (name.strip() for name in os.environ.get(DISABLE, "").split(",")))}
+    if wrong := sorted(named - set(OPTIONAL)):
+        raise UnknownPassError(
+            f"no pass named {', '.join(map(repr, wrong))} can be switched off (by `disable` or {DISABLE}); those that "
+            f"only save work are {', '.join(map(repr, OPTIONAL))}"
+        )
+    return frozenset(named)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +201,7 @@ def rewrite(
     whole: bool = True,
     padding_elided: bool = False,
     any_length: bool = True,
+    disable: Collection[str] = (),
     observe: Observer | None = None,
 ) -> Rewrite | None:
     """Rewrite a graph that Dynamo captured; None if it holds no attention, and so nothing to elide.
@@ -76,36 +211,30 @@ def rewrite(
         whole: this graph should be all of the decoder: then its tail is looked for.
         padding_elided: no active position is one that the attention mask hides.
         any_length: the rewritten graph must serve sequences of any length, else those up to its `longest`.
-        observe: called with each pass's name and the graph after it (for tests and debugging).
+        disable: names of passes to leave out.
+        observe: called with "captured" and then each pass's name, and the graph after it (for tests and debugging).
 
     Raises:
-        UnsupportedGraphError: see `regate_patch.analysis.blocks` and `regate_patch.passes.insert`.
+        UnsupportedGraphError: see `regate_patch.analysis.blocks`, `refusals` and `regate_patch.passes.insert`.
     """
     see = observe or (lambda name, graph: None)
-    gm = _copy(gm)
-    see("captured", gm)
-    gm = inline(gm)
-    gm = drop_assertions(gm)
-    if not sequence_candidates(gm):
-        return None
-    gm = name_mutations(gm)
-    erase_dead(gm.graph)
-    see("flat", gm)
-    tokens = find_tokens(gm, sequence_candidates(gm))
-    span = find_span(gm, find_mixers(gm, tokens), tokens)
-    check(span, tokens)
-    causal, longest = use_causal_kernels(gm, span, tokens, any_length=any_length) if padding_elided else (0, inf)
-    linear, quadratic = flops.polynomial(span.nodes, tokens)
-    tail = find_tail(gm.graph, span, tokens) if whole else None
-    flops_tail = flops.polynomial(tail.nodes, tokens)[0] if tail else 0
-    gm = insert(gm, span, tail, tokens)
-    see("inserted", gm)
-    gathers, scatters = count(gm)
-    gm = outline(gm)
-    gm.recompile()
-    see("outlined", gm)
+    state = State(_copy(gm), whole, padding_elided, any_length)
+    see("captured", state.gm)
+    for each in PASSES:
+        if each.name not in disable:
+            each.run(state)
+            if not state.found:
+                return None
+            see(each.name, state.gm)
+    return _summary(state)
+
+
+def _summary(state: State) -> Rewrite:
+    span = state.span
+    linear, quadratic, of_tail = state.flops
+    gathers, scatters = state.put_in
     return Rewrite(
-        module=gm,
+        module=state.gm,
         attention=span.attention,
         mlp=span.mlp,
         recurrences=sum(not is_attention(mixer) for mixer in span.mixers),
@@ -113,10 +242,10 @@ def rewrite(
         flops_quadratic=quadratic,
         gathers=gathers,
         scatters=scatters,
-        causal=causal,
-        longest=longest,
-        tail=tail is not None,
-        flops_tail=flops_tail,
+        causal=state.causal,
+        longest=state.longest,
+        tail=state.tail is not None,
+        flops_tail=of_tail,
     )
 
 

@@ -128,18 +128,26 @@ def test_optimizers_of_master_copies_and_of_others_are_told_apart() -> None:
     """Mixed-precision optimizers step copies of the weights; another model's optimizer is not ours to count."""
     model, batch = CORE["llava"].build(), CORE["llava"].batch()
     gate = regate.apply(model, FULL, teacher=None)
-    copies = torch.optim.SGD([nn.Parameter(p.detach().clone()) for p in model.parameters()], lr=0.0)
-    for _ in range(3):
-        model(**batch)
-        copies.step()
-    assert gate.state_dict()["step"] == 3
-    ours, other = torch.optim.SGD(model.parameters(), lr=0.0), copies
-    for _ in range(2):
+    masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    copies = torch.optim.SGD(masters, lr=0.1)
+    for step in range(4):
+        assert gate.step == max(step - 1, 0)
         model(**batch).loss.backward()
+        assert gate.step == step
+        for master, p in zip(masters, model.parameters(), strict=True):
+            master.grad = p.grad
+        copies.step()
+        with torch.no_grad():
+            for master, p in zip(masters, model.parameters(), strict=True):
+                p.copy_(master)
+    ours, other = torch.optim.SGD(model.parameters(), lr=0.0), copies
+    for step in range(4, 6):
+        model(**batch).loss.backward()
+        assert gate.step == step
         ours.step()
         other.step()
         other.step()
-    assert gate.state_dict()["step"] == 5
+    assert gate.state_dict()["step"] == 6
     assert gate.report()["steps_missed"] == 0
 
 

@@ -37,7 +37,7 @@ def test_exact(name: str, padding: Any) -> None:
     )
     expected = oracle.masked(model, batch, active)
     oracle.assert_same(got, expected, tolerance=1e-10 if name != "gemma3" else 1e-6)
-    final = next(text for name, text in graphs if name == "inserted")
+    final = next(text for name, text in graphs if name == "insert")
     # Gemma 3's image tokens see each other in both directions.
     assert final.count("is_causal: True") == (0 if name == "gemma3" else 2)
     assert ("hide_filling" in final) == (name == "gemma3")

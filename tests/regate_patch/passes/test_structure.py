@@ -81,8 +81,8 @@ def test_llava(layers: int, checkpointing: bool) -> None:
     (graph,) = handle.statistics.graphs
     live_ins = 3  # cos, sin, attention mask
     assert (graph.gathers, graph.scatters) == (1 + live_ins + 2, 1 + 1)
-    assert _stream_gathers(graphs["inserted"]) == 1 + 1
-    checkpoints = [n for n in graphs["outlined"].nodes if is_call(n, torch.utils.checkpoint.checkpoint)]
+    assert _stream_gathers(graphs["insert"]) == 1 + 1
+    checkpoints = [n for n in graphs["outline"].nodes if is_call(n, torch.utils.checkpoint.checkpoint)]
     assert len(checkpoints) == (layers if checkpointing else 0)
 
 

@@ -1,0 +1,200 @@
+"""An update is an update, whoever makes it; and an update without gating is an error as soon as it can be known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import regate
+from regate.errors import NotGatedError
+from regate.training.steps import digest
+from tests.zoo import CORE
+
+TWO = regate.Config(warmup=2, cycle=100, full_steps=0)
+BATCH = CORE["llava"].batch("none", rows=1)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return CORE["llava"].build()
+
+
+def _by_data(model: nn.Module) -> Callable[[], None]:
+    def step() -> None:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.data -= 1e-3 * p.grad
+                p.grad = None
+
+    return step
+
+
+def _by_hand(model: nn.Module) -> Callable[[], None]:
+    @torch.no_grad()
+    def step() -> None:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=1e-3)
+                p.grad = None
+
+    return step
+
+
+def _new_tensors(model: nn.Module) -> Callable[[], None]:
+    def step() -> None:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.data = p.data - 1e-3 * p.grad
+                p.grad = None
+
+    return step
+
+
+def _in_backward(model: nn.Module) -> Callable[[], None]:
+    """As LOMO does: each parameter as soon as its gradient is there, and no gradient is kept."""
+
+    def update(p: Tensor) -> None:
+        assert p.grad is not None
+        p.data.add_(p.grad, alpha=-1e-3)
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(update)
+    return lambda: None
+
+
+def _one_each(model: nn.Module) -> Callable[[], None]:
+    """An optimizer for each parameter, stepped in the backward pass."""
+    optimizers = {p: torch.optim.SGD([p], lr=1e-3) for p in model.parameters()}
+
+    def update(p: Tensor) -> None:
+        optimizers[p].step()  # type: ignore[index]
+        optimizers[p].zero_grad()  # type: ignore[index]
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(update)
+    return lambda: None
+
+
+def _two(model: nn.Module) -> Callable[[], None]:
+    parameters = list(model.parameters())
+    optimizers = [torch.optim.SGD(parameters[:9], lr=1e-3), torch.optim.AdamW(parameters[9:], lr=1e-3)]
+
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+WAYS = [_by_data, _by_hand, _new_tensors, _in_backward, _one_each, _two]
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "beside another model's optimizer"])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_update_is_a_step(way: Callable[[nn.Module], Callable[[], None]], others: bool) -> None:
+    model = CORE["llava"].build()
+    other = nn.Linear(2, 2)
+    discriminator = torch.optim.SGD(other.parameters(), lr=0.1)
+    gate = regate.apply(model, TWO, teacher=None)
+    update = way(model)
+    full = []
+    for _ in range(4):
+        if others:
+            other(torch.ones(2)).sum().backward()
+            discriminator.step()
+        model(**BATCH).loss.backward()
+        assert gate.last is not None
+        full.append(gate.last.full)
+        if others:
+            discriminator.step()
+        update()
+    assert full == [True, True, False, False]
+
+
+def test_micro_batches_of_an_update_by_hand() -> None:
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    update = _by_hand(model)
+    steps = []
+    for _ in range(3):
+        for _ in range(2):
+            model(**BATCH).loss.backward()
+            steps.append(gate.step)
+        update()
+    assert steps == [0, 0, 1, 1, 2, 2]
+
+
+def test_updates_before_the_first_forward_do_not_count() -> None:
+    """Optimizers make their state by a step of learning rate zero."""
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.step()
+    model(**BATCH).loss.backward()
+    assert gate.step == 0
+
+
+def test_a_digest_sees_any_value(model: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        module = nn.Linear(64, 64).to(dtype)
+        before = digest(module)
+        assert torch.equal(before, digest(module))
+        with torch.no_grad():
+            module.weight[5, 7] = torch.nextafter(module.weight[5, 7], torch.tensor(9.0, dtype=dtype))
+        assert not torch.equal(before, digest(module))
+    assert len(digest(model)) <= 8
+    assert digest(nn.ReLU()).numel() == 0
+
+
+# -- without gating -------------------------------------------------------------------------------------
+
+
+def test_labels_that_never_come_are_missed_at_the_first_update() -> None:
+    """Not at the first sparse step, a hundred updates later."""
+    model = CORE["llava"].build()
+    regate.apply(model, teacher=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    logits = model(**{k: v for k, v in BATCH.items() if k != "labels"}).logits
+    logits.mean().backward()
+    with pytest.raises(NotGatedError, match=r"no forward has been gated so far.*got no `labels`"):
+        optimizer.step()
+
+
+def test_training_in_eval_mode_is_called_so() -> None:
+    model = CORE["llava"].build().eval()
+    regate.apply(model, teacher=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model(**BATCH).loss.backward()
+    with pytest.raises(NotGatedError, match=r"ran in eval mode.*model\.train\(\)"):
+        optimizer.step()
+
+
+def test_a_model_that_is_never_called() -> None:
+    model = CORE["llava"].build()
+    regate.apply(model, teacher=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model.forward(**BATCH).loss.backward()
+    optimizer.step()
+    with pytest.raises(NotGatedError, match="no training forward of LlavaForConditionalGeneration was called"):
+        optimizer.step()
+
+
+def test_evaluation_between_steps_is_no_miss() -> None:
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(4):
+        model.eval()
+        model(**BATCH)  # with gradients, as some evaluate
+        model.train()
+        model(**BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert gate.report()["steps_missed"] == 0
+    assert gate.report()["steps_sparse"] == 2
