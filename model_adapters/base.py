@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from model_adapters import conventional
+from model_adapters import conventional, visual
 
 Batch = Mapping[str, Any]
 
@@ -40,6 +40,7 @@ class Layout:
         visual: bool, True where an image, video or audio feature stands.
         call: the arguments with which the model is then called, where expanding the visual tokens has made others
             of the batch; None where it is called with the batch as it came.
+        items: how many images, videos or sounds each row has, where the adapter has counted them.
     """
 
     input_ids: Tensor
@@ -47,6 +48,7 @@ class Layout:
     valid: Tensor
     visual: Tensor
     call: Batch | None = None
+    items: tuple[int, ...] | None = None
 
 
 def conventional_layout(model: nn.Module, batch: Batch) -> Layout:
@@ -80,7 +82,13 @@ class ModelAdapter:
         capturable: a context in which the decoder computes the same function by code that can be captured as one graph,
             for the few models whose own code cannot.
         padding: how the teacher sees visual positions.
-        visual_inputs: names of batch entries that hold pixels, for telling samples with equal text apart.
+        visual_inputs: names of the batch's entries that hold pixels or sound, for telling samples of equal text apart:
+            tensors, or lists of them of any nesting.
+        visual_axis: their axis along which images, or what they are cut into, follow one another.
+        visual_rows: `(model, batch, layout) -> {name: places}`: where visual inputs stand. In the batch that it is given,
+            everything is on the host, and each visual input is a `visual.Seen`. Places are int64 [N] or [N, M], like
+            the first axes of the input: `row * S + position`, the position that of the first placeholder; -1 for what
+            stands nowhere; None instead of a tensor where it cannot be told. Names may be those of tables too.
     """
 
     serves: tuple[str, ...]
@@ -94,4 +102,6 @@ class ModelAdapter:
     run_decoder: Callable[[nn.Module, nn.Module, Tensor, Tensor, Tensor | None], Tensor] = conventional.run_decoder
     capturable: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
     padding: Padding = Padding()
-    visual_inputs: tuple[str, ...] = ("pixel_values", "pixel_values_videos", "input_features")
+    visual_inputs: tuple[str, ...] = visual.INPUTS
+    visual_axis: int = 0
+    visual_rows: Callable[[nn.Module, Batch, Layout], Mapping[str, Tensor | None]] = visual.visual_rows

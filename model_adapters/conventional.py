@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model_adapters.embedded import read_off
 from model_adapters.errors import AdapterError
 
 _LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
-_VISUAL_IDS = (
-    "image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id",
-    "audio_token_index",
-)  # fmt: skip
+_VISUAL_IDS = {
+    "image": ("image_token_id", "image_token_index", "image_patch_id"),
+    "video": ("video_token_id", "video_token_index"),
+    "audio": ("audio_token_id", "audio_token_index"),
+}
+_VISUAL_MASKS = ("image_embeds_position_mask",)  # of batches whose model has no such id
 
 
 def unwrap(model: Any) -> Any:
@@ -31,20 +34,48 @@ def unwrap(model: Any) -> Any:
             return model
 
 
+def missing_conventions(model: nn.Module) -> list[str]:
+    """The methods of Hugging Face's language models that it lacks."""
+    return [
+        name for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings") if not hasattr(model, name)
+    ]
+
+
+def language_model(model: nn.Module) -> Any:
+    """The model itself, unwrapped; or, where it is someone's own encoder and projector around one, that one.
+
+    Own is what lacks the conventions, or has no ids for visual tokens and holds one causal language model.
+    """
+    inner = unwrap(model)
+    own = type(inner).__module__.split(".")[0] != "transformers" and not _ids_of_config(inner)
+    if not (own or missing_conventions(inner)):
+        return inner
+    held: list[nn.Module] = []
+    for module in inner.modules():
+        inside = any(module in list(other.modules()) for other in held)
+        if module is not inner and not inside and not missing_conventions(module) and _takes_labels(unwrap(module)):
+            held.append(module)
+    return unwrap(held[0]) if len(held) == 1 else inner
+
+
+def _takes_labels(module: nn.Module) -> bool:
+    return "labels" in inspect.signature(module.forward).parameters
+
+
 def causal_lm(model: nn.Module) -> nn.Module:
-    """The model itself, unwrapped.
+    """`language_model`, if it is trained as one.
 
     Raises:
         AdapterError: it is no causal language model: an encoder-decoder, or not trained on labels.
     """
-    inner = unwrap(model)
+    inner = language_model(model)
     name, config = type(inner).__name__, getattr(inner, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise AdapterError(
             f"{name} is an encoder-decoder: its visual tokens go to the encoder and its decoder reads answers alone, "
             "so there is no shared sequence to leave positions out of"
         )
-    if "labels" not in inspect.signature(inner.forward).parameters:
+    if not _takes_labels(inner):
         raise AdapterError(
             f"{name} is not trained as a language model: its forward takes no labels, so there are no answer tokens "
             "to choose from; register an adapter whose `causal_lm` returns the module that takes them"
@@ -74,7 +105,7 @@ def decoder(model: nn.Module) -> nn.Module:
 
 def embeddings(model: nn.Module) -> nn.Module:
     """`get_input_embeddings()`."""
-    return unwrap(model).get_input_embeddings()
+    return language_model(model).get_input_embeddings()
 
 
 class CappedHead(nn.Module):
@@ -91,7 +122,7 @@ class CappedHead(nn.Module):
 
 def head(model: nn.Module) -> nn.Module:
     """`get_output_embeddings()`, with the soft cap and scale that the text config names."""
-    inner = unwrap(model)
+    inner = language_model(model)
     parts: list[Any] = [m for m in inner.modules() if hasattr(m, "get_output_embeddings")]
     projection = next((p for m in parts if (p := m.get_output_embeddings()) is not None), None)
     if projection is None:
@@ -109,44 +140,65 @@ def head(model: nn.Module) -> nn.Module:
 
 def text_config(model: nn.Module) -> Any:
     """The config of the text model inside a composite config."""
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None) or getattr(language_model(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def visual_token_ids(model: nn.Module) -> tuple[int, ...]:
-    """Ids that stand for visual (or audio) features in `input_ids`."""
-    config = getattr(unwrap(model), "config", None)
-    return tuple({i for name in _VISUAL_IDS if isinstance(i := getattr(config, name, None), int)})
+def visual_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Ids that stand for features in `input_ids`, by kind: image, video, audio. Kinds that have none are left out."""
+    return _ids_of_config(unwrap(model)) or _ids_of_config(language_model(model))
+
+
+def _ids_of_config(inner: nn.Module) -> dict[str, tuple[int, ...]]:
+    config = getattr(inner, "config", None)
+    found = {kind: {getattr(config, name, None) for name in names} for kind, names in _VISUAL_IDS.items()}
+    found["image"].add(getattr(inner, "img_context_token_id", None))  # InternVL's own code
+    whole = {kind: tuple(i for i in ids if isinstance(i, int)) for kind, ids in found.items()}
+    return {kind: ids for kind, ids in whole.items() if ids}
 
 
 def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """For models whose `input_ids` are already expanded: one id per decoder position.
+    """For calls with one id or one embedding per decoder position.
+
+    Without `input_ids` they are read back off `inputs_embeds`; what matches no row of the embedding table is visual.
 
     Raises:
-        AdapterError: the batch has no `input_ids` or no `labels`.
+        AdapterError: the batch has neither `input_ids` nor `inputs_embeds`, or no `labels`.
     """
-    input_ids, labels = batch.get("input_ids"), batch.get("labels")
-    if input_ids is None or labels is None:
-        missing = [name for name in ("input_ids", "labels") if batch.get(name) is None]
+    input_ids, embeds, labels = batch.get("input_ids"), batch.get("inputs_embeds"), batch.get("labels")
+    if labels is None or (input_ids is None and embeds is None):
+        missing = (["input_ids"] if input_ids is None else []) + (["labels"] if labels is None else [])
         raise AdapterError(
             f"{type(unwrap(model)).__name__} was called without {' and '.join(missing)}; register an adapter "
             "whose `layout` reads this batch"
         )
+    if input_ids is None:
+        table = embeddings(model)
+        input_ids = read_off(embeds, labels, table, rows_of(table))
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         valid = mask.bool()
     else:
         valid = torch.ones_like(input_ids, dtype=torch.bool)
-    ids = visual_token_ids(model)
-    visual = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)) if ids else torch.zeros_like(valid)
-    return {"input_ids": input_ids, "labels": labels, "valid": valid, "visual": visual & valid}
+    ids = [i for of_kind in visual_ids(model).values() for i in of_kind]
+    visual = (input_ids < 0) | torch.isin(input_ids, torch.tensor(ids, dtype=torch.int64, device=input_ids.device))
+    for name in _VISUAL_MASKS:
+        if isinstance(batch.get(name), Tensor) and batch[name].shape == visual.shape:
+            visual = visual | batch[name].bool()
+    return {"input_ids": input_ids.clamp(min=0), "labels": labels, "valid": valid, "visual": visual & valid}
+
+
+def rows_of(table: nn.Module) -> int:
+    """V: how many ids an embedding module has."""
+    known = getattr(table, "num_embeddings", None) or max(p.shape[0] for p in table.parameters() if p.dim() == 2)
+    return int(known)
 
 
 def position_ids(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     """The positions the batch brings, or those of multimodal rotary embeddings, or None."""
     if batch.get("position_ids") is not None:
         return batch["position_ids"]
-    inner: Any = getattr(unwrap(model), "model", None)
+    inner: Any = getattr(language_model(model), "model", None)
     compute = getattr(inner, "compute_3d_position_ids", None)
     if compute is None:
         return None

@@ -48,6 +48,7 @@ def _with_labels(model: nn.Module, call: Batch, labels: Tensor) -> dict[str, Any
 
 INTERNVL_CHAT = ModelAdapter(
     serves=("InternVLChatModel",),
+    causal_lm=conventional.unwrap,
     decoder=lambda model: conventional.decoder(_language_model(model)),
     embeddings=lambda model: _language_model(model).get_input_embeddings(),
     head=lambda model: conventional.head(_language_model(model)),

@@ -17,11 +17,12 @@ from model_adapters.gemma import GEMMA
 from model_adapters.git import GIT
 from model_adapters.idefics import IDEFICS
 from model_adapters.internvl_chat import INTERNVL_CHAT
+from model_adapters.minicpm import MINICPM
 from model_adapters.videochat2 import VIDEOCHAT2
 from model_adapters.videollama2 import VIDEOLLAMA2
 
 ENTRY_POINTS = "regate.adapters"
-_HERE = (BLIP, CHAMELEON, ERNIE, GEMMA, GIT, IDEFICS, INTERNVL_CHAT, STEP, VIDEOCHAT2, VIDEOLLAMA2)
+_HERE = (BLIP, CHAMELEON, ERNIE, GEMMA, GIT, IDEFICS, INTERNVL_CHAT, MINICPM, STEP, VIDEOCHAT2, VIDEOLLAMA2)
 _BUILT_IN = {name: adapter for adapter in _HERE for name in adapter.serves}
 _REGISTERED: dict[str, ModelAdapter] = {}
 
@@ -61,8 +62,8 @@ def find_adapter(model: nn.Module) -> ModelAdapter:
         for name in names:
             if name in table:
                 return table[name]
-    inner = conventional.unwrap(model)
-    missing = [f for f in ("get_decoder", "get_input_embeddings", "get_output_embeddings") if not hasattr(inner, f)]
+    inner = conventional.language_model(model)
+    missing = conventional.missing_conventions(inner)
     if missing:
         known = ", ".join(sorted({*_REGISTERED, *_plug_ins()})) or "none"
         raise AdapterError(

@@ -2,7 +2,8 @@
 
 `prepare_inputs_labels_for_multimodal` turns each such id into a run of visual positions (676 to 1521 of them), and
 returns embeddings, mask and labels of the expanded sequence. The layout calls it, once, and the model's forward is
-then called with what it returned, so that labels and decoder positions are the same thing.
+then called with what it returned, so that labels and decoder positions are the same thing. `images` is a list of pairs
+of pixels and modality, one for each such id, and a dummy for each row that has none.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MODALITIES = (-200, -201, -202)  # image, video, audio
 
 def _layout(model: nn.Module, batch: Batch) -> Layout:
     inner, ids = conventional.unwrap(model), batch.get("input_ids")
-    if batch.get("inputs_embeds") is not None or ids is None or not bool((ids < 0).any()):
+    if batch.get("inputs_embeds") is not None or ids is None or batch.get("images") is None:
         fields: dict[str, Any] = dict(conventional.layout(model, batch))
         return Layout(**fields)
     mask = batch.get("attention_mask")
@@ -38,7 +39,8 @@ def _layout(model: nn.Module, batch: Batch) -> Layout:
         "input_ids": None, "images": None, "inputs_embeds": embeds, "attention_mask": valid, "labels": labels,
         "past_key_values": cache,
     }  # fmt: skip
-    return Layout(input_ids=input_ids, labels=labels, valid=valid, visual=visual, call=call)
+    items = tuple(((ids < 0) & given).sum(1).tolist())
+    return Layout(input_ids=input_ids, labels=labels, valid=valid, visual=visual, call=call, items=items)
 
 
 def _expand(ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,10 @@ class LabelsError(RegateError, ValueError):
     """Labels do not fit the decoder's positions or the vocabulary."""
 
 
+class LogitsError(RegateError):
+    """Logits were read that a gated training forward did not make."""
+
+
 class PackedRowsError(RegateError, ValueError):
     """A row of the batch holds several samples."""
 
@@ -70,6 +74,7 @@ __all__ = [
     "ConfigError",
     "GateNotAppliedError",
     "LabelsError",
+    "LogitsError",
     "NoTrainerError",
     "NonFiniteLossError",
     "NotGatedError",

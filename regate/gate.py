@@ -1,21 +1,14 @@
 """The gate: hangs on a model's forward, and on sparse steps lets it learn from the important labels only.
 
-One training forward, in order:
-    before   fetch the batch's layout, and the losses of the forward before; full or sparse? score labels, keep the
-             best; mask the others' labels; decide which positions the decoder needs. The only wait for the device
-    during   the engine elides the other positions (`regate_patch.active`)
-    after    take the student's losses at kept labels, without waiting for them; store the difficulties that the last
-             forward's made, while the device computes
-Only training forwards with labels are touched; evaluation and generation run as they were.
+It holds settings and what lives long; what happens in one training forward is told in `forward.py`. Only training
+forwards with labels are touched; evaluation and generation run as they were.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import os
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
@@ -25,30 +18,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import regate_patch
-from model_adapters import AdapterError, Batch, Layout, ModelAdapter
-from model_adapters.base import labels_alone
-from model_adapters.conventional import text_config
+from model_adapters import Batch, ModelAdapter
 from regate.config import Config
-from regate.errors import ConfigError, NotGatedError, UnknownArchitectureError
+from regate.errors import NotGatedError
+from regate.forward import Forward, Parts
 from regate.insight.report import Report
-from regate.labels import IGNORED, predicted
 from regate.memory import checkpoint
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store
-from regate.output import router
-from regate.output.head import Reading, ShortHead, hidden_states
-from regate.output.loss import Places
-from regate.output.outputs import kept_losses, rescale, without_logits
-from regate.scoring import keys
 from regate.scoring import teacher as teachers
 from regate.scoring.decision import Decision
-from regate.scoring.scorer import Samples, Scorer
-from regate.training import batches
+from regate.scoring.scorer import Scorer
+from regate.training.calls import OuterCall
 from regate.training.counters import Counters, Stopwatch
-from regate.training.hooks import Hook
+from regate.training.hooks import Hook, call_weakly
 from regate.training.sharding import refuse_opaque
 from regate.training.steps import Steps
-from regate_patch import to_device
 
 log = logging.getLogger("regate")
 OnUnsupported = Literal["raise", "warn"]
@@ -69,27 +54,16 @@ class Gate:
         on_unsupported: OnUnsupported,
     ) -> None:
         self.config, self.adapter = config, adapter
-        self.counters = Counters()
+        self.counters, self.watch = Counters(), Stopwatch()
         self.last: Decision | None = None
-        self.watch = Stopwatch()
         self.exchange = Exchange(store)
         self.on_unsupported = on_unsupported
+        self._forward: Forward | None = None  # the one that is running
         self._counted_step = -1
         self._notes: list[str] = []
-        self._decoded: Any = None  # the decoder's output in this forward
-        self._reading: Reading | None = None
-        self._read = False  # are predictors of kept labels all that is read of the decoder's output?
-        self._scope: contextlib.ExitStack | None = None
-        self._active: regate_patch.Active | None = None  # what the decoder ran on in this forward
         self._model = model
-        self._target = adapter.causal_lm(model)
-        self._decoder = adapter.decoder(model)
-        self._head = adapter.head(model)
-        self._short_head = ShortHead(self._target, self._decoder, self._head, wanted=config.logits == "kept")
-        self._vocabulary = getattr(text_config(self._target), "vocab_size", None) or _rows_of(self._head)
-        self._handle = regate_patch.patch(
-            self._decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True
-        )
+        target, decoder = adapter.causal_lm(model), adapter.decoder(model)
+        handle = regate_patch.patch(decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True)
         self._teacher = teachers.teacher_of(
             model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported
         )
@@ -100,14 +74,25 @@ class Gate:
             counters=self.counters,
             teacher=self._teacher,
             lazily=teacher != "precomputed",
-            vocabulary=self._vocabulary,
         )
-        self._steps = Steps(self._target, on_step=self._on_step, on_missed=self._on_missed)
-        self._signature = inspect.signature(self._target.forward)
+        self._parts = Parts(
+            model,
+            target,
+            decoder,
+            OuterCall(model, target),
+            adapter,
+            config,
+            handle,
+            self.scorer,
+            self.counters,
+            note=call_weakly(self._note),
+        )
+        self._steps = Steps(target, on_step=self._on_step, on_missed=self._on_missed)
+        self._signature = inspect.signature(target.forward)
         self._hooks = [
-            self._target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
-            self._target.register_forward_hook(Hook(self._after), with_kwargs=True, always_call=True),
-            self._decoder.register_forward_hook(Hook(self._after_decoder)),
+            target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
+            target.register_forward_hook(Hook(self._after), with_kwargs=True, always_call=True),
+            decoder.register_forward_hook(Hook(self._after_decoder)),
         ]
 
     @property
@@ -137,7 +122,7 @@ class Gate:
     # -- hooks ----------------------------------------------------------------------------------------
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._close_scope()  # left open only if a forward was interrupted between its hooks
+        self._drop()  # what is left of a forward that was interrupted between its hooks
         batch = self._by_name(args, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name != "sample_ids"}  # ours, not the model's
         if not (module.training and torch.is_grad_enabled()):
@@ -148,126 +133,30 @@ class Gate:
         self._steps.gated_forward()
         if self.counters.labels_seen == 0:  # sharding comes after `apply`, before the first step
             refuse_opaque(module)
-        if self._handle.statistics.failed is not None:  # on_unsupported="warn": the decoder runs dense
+        if self._parts.handle.statistics.failed is None:  # else on_unsupported="warn": the decoder runs dense
+            self._forward = Forward.begin(self._parts, batch, step=self.step)
+        if self._forward is None:
             self.counters.forwards_ungated += 1
             return args, kwargs
-        start = time.perf_counter()
-        taught = self.counters.teacher_seconds
-        layout = self._layout(batch)
-        samples = self._samples(batch, layout)
-        if not bool(samples.candidates.any()):
-            self.counters.forwards_ungated += 1
-            return args, kwargs
-        self.scorer.collect()
-        full = self.config.is_full(self.step)
-        kept = self._choose(batch, layout, samples, full)
-        balanced = router.is_balanced(self._target, batch)
-        # on full steps the router loss reads positions that no label needs
-        self.last = Decision.of(layout, kept, self.config, full=full, everything=full and balanced)
-        self._waiting = samples
-        device = batch["labels"].device
-        changed = dict(layout.call or batch)
-        changed.pop("sample_ids", None)
-        if not full:
-            labels = to_device(self.last.labels_left, device)
-            changed |= self.adapter.with_labels(self._model, changed, labels)
-            if changed.get("num_items_in_batch") is not None:  # the trainer's count of all labels
-                changed["num_items_in_batch"] = changed["num_items_in_batch"] * self.last.share
-        if "use_cache" in self._signature.parameters or hasattr(module, "config"):
-            changed["use_cache"] = False  # keys of positions that were not computed cannot be cached
-        self._scope = contextlib.ExitStack()
-        self._scope.enter_context(self.adapter.capturable(self._model))
-        if balanced:
-            self._scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))
-        if self._short_head.allowed is None:
-            self._try_short_head(changed, layout.labels, kept)
-        if self._short_head.allowed:
-            self._reading = Reading.of(layout.labels, kept)
-            changed["labels"] = to_device(self._reading.labels, device)
-            self._scope.enter_context(self._short_head.chunks())
-        if self._reading is None:
-            self._places = Places.of(layout.labels, kept)
-        else:
-            self._places = Places.of(self._reading.labels, self._reading.labels != IGNORED)
-        self._read = self._reading is not None and not balanced
-        self._scope.enter_context(regate_patch.active(self._positions))
-        self.counters.gate_seconds += time.perf_counter() - start - (self.counters.teacher_seconds - taught)
-        return (), changed
+        self.last = self._forward.decision
+        return (), self._forward.arguments()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        decoded, self._decoded = self._decoded, None
-        reading, self._reading = self._reading, None
-        if self._scope is None:
+        forward, self._forward = self._forward, None
+        if forward is None:
             return None
-        self._close_scope()
-        active, self._active = self._active, None
         if output is None:  # the forward raised
+            forward.close()
             return None
-        assert self.last is not None
-        if (active is None or not active.ran) and self._handle.statistics.failed is None:
-            raise regate_patch.NotElidedError(
-                f"{type(module).__name__} ran a training forward without calling its decoder "
-                f"{type(self._decoder).__name__}; register an adapter whose `decoder` is the module it calls"
-            )
-        start = time.perf_counter()
+        output = forward.finish(output)
+        self.last = forward.decision
         if self.step != self._counted_step:
             self._counted_step = self.step
             self.counters.count_step(full=self.last.full)
-        self.counters.add(self.last.sums)
-        if active is not None:  # else on_unsupported="warn", and the decoder cannot be rewritten
-            projected = self.last.labels.shape[1] if reading is None else reading.index.shape[1]
-            self.counters.count_flops(
-                self._handle.statistics, self._head, active, length=self.last.labels.shape[1], projected=projected
-            )
-        hidden = None if decoded is None else hidden_states(decoded)
-        known = None if reading is None else self._short_head.losses
-        losses = kept_losses(output, self._places, known=known, hidden_states=hidden, head=self._head)
-        self.scorer.write()
-        self.scorer.observe(self._waiting, self.last.labels, self.last.kept, losses)
-        if reading is None and not self.last.full:
-            output = rescale(output, self._waiting.candidates, self.last.share)
-        if reading is not None:
-            output = without_logits(output)
-        self.counters.gate_seconds += time.perf_counter() - start
         return output
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._scope is None:
-            return None
-        self._decoded = output if self._reading is None else self._reading.shorten(output)
-        return self._decoded
-
-    @torch.compiler.disable
-    def _positions(self, *args: Any, **kwargs: Any) -> regate_patch.Active:
-        """What the decoder computes, now that it is called."""
-        assert self.last is not None
-        start = time.perf_counter()
-        if self.last.spare is not None:
-            embeddings = _embeddings(args, kwargs)
-            if embeddings is None or embeddings.shape[:2] != self.last.spare.shape:
-                raise ConfigError(
-                    f"visual_keep={self.config.visual_keep} needs the embeddings of visual tokens, and "
-                    f"{type(self._decoder).__name__} is not called with such; set visual_keep=1"
-                )
-            self.last = self.last.thin(embeddings, self.config.visual_keep)
-        self._active = self.last.positions(_device(args, kwargs), read=self._read)
-        self.counters.gate_seconds += time.perf_counter() - start
-        return self._active
-
-    def _computed(self) -> Tensor:
-        assert self.last is not None
-        return to_device(self.last.active, next(self._head.parameters()).device)
-
-    def _try_short_head(self, call: dict[str, Any], labels: Tensor, kept: Tensor) -> None:
-        """In the first gated forward."""
-        if self.adapter.with_labels is not labels_alone or call.get("fused_lm_head"):
-            self._short_head.allowed = False  # labels are laid out otherwise, or the head does so by itself
-            return
-        with regate_patch.active(self._positions):
-            problem = self._short_head.try_out(call, labels, kept)
-        self._decoded = self._active = None
-        if problem is not None:
-            self._note(problem)
+        return None if self._forward is None else self._forward.decoded(output)
 
     def _on_step(self) -> None:
         self.watch.step(full=self.config.is_full(self.step))
@@ -284,36 +173,15 @@ class Gate:
             )
         self._note(f"a step should be sparse, but its parameters were updated without gating: {cause}.")
 
-    def _close_scope(self) -> None:
-        if self._scope is not None:
-            self._scope.close()
-            self._scope = None
+    def _drop(self) -> None:
+        if self._forward is not None:
+            self._forward.close()
+            self._forward = None
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
         batch = dict(self._signature.bind_partial(*args).arguments)
         return batch | kwargs
-
-    # -- reading the batch, scoring -------------------------------------------------------------------
-
-    def _layout(self, batch: Batch) -> Layout:
-        try:
-            layout = self.adapter.layout(self._model, batch)
-        except AdapterError as error:
-            raise UnknownArchitectureError(str(error)) from error
-        return batches.on_host(batch, layout, vocabulary=self._vocabulary)
-
-    def _samples(self, batch: Batch, layout: Layout) -> Samples:
-        text = keys.text_keys(layout)
-        sample_ids = batch.get("sample_ids")
-        pixels = keys.pixel_fingerprints(batch, self.adapter.visual_inputs, len(text))
-        if pixels is None and bool(layout.visual.any()) and sample_ids is None:
-            self._note("visual input has no row per sample: equal texts share one difficulty; pass sample_ids")
-        return Samples(text, keys.sample_keys(text, pixels, sample_ids), predicted(layout.labels))
-
-    def _choose(self, batch: Batch, layout: Layout, samples: Samples, full: bool) -> Tensor:
-        """The labels kept, bool [B, S]."""
-        return samples.candidates if full else self.scorer.keep(batch, layout, samples, step=self.step)
 
     def _note(self, note: str) -> None:
         if note not in self._notes:
@@ -331,18 +199,17 @@ class Gate:
             dataloader: yields the keyword arguments of the model's forward; tensors are moved to its device.
             progress: show a progress bar.
         """
-        device = next(self._target.parameters()).device
+        device = next(self._parts.target.parameters()).device
         for batch in tqdm(dataloader, desc="reference losses", unit="batch", disable=not progress):
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            layout = self._layout(batch)
-            self.scorer.teach(batch, layout, keys.text_keys(layout))
+            self.scorer.teach(self._parts.read(batch)[1])
         return self.report()
 
     def choose(self, batch: Batch, *, full: bool = False) -> Tensor:
         """The labels [B, S] bool that a sparse (or full) step would keep of this batch now; trains nothing."""
         self.flush()
-        layout = self._layout(batch)
-        return self._choose(batch, layout, self._samples(batch, layout), full)
+        samples = self._parts.read(batch)[1]
+        return samples.segments.pack(samples.candidates if full else self.scorer.keep(samples, step=self.step))
 
     def flush(self) -> None:
         """Write the difficulties of earlier forwards to the store; the forward after the next one would, too."""
@@ -350,7 +217,7 @@ class Gate:
 
     def report(self) -> Report:
         """What was matched and what it gained; a mapping of plain numbers whose text is readable."""
-        statistics = self._handle.statistics
+        statistics = self._parts.handle.statistics
         found = {
             "attention_blocks": statistics.attention,
             "mlp_blocks": statistics.mlp,
@@ -359,8 +226,8 @@ class Gate:
             **self.watch.medians(),
         }
         notes = list(self._notes)
-        if self._handle.statistics.failed is not None:
-            notes.append(f"the decoder runs dense: {self._handle.statistics.failed}")
+        if statistics.failed is not None:
+            notes.append(f"the decoder runs dense: {statistics.failed}")
         return Report(self.counters, found, notes)
 
     def state_dict(self) -> dict[str, Any]:
@@ -406,26 +273,12 @@ class Gate:
 
     def remove(self) -> None:
         """Take the gate off; the model is as it was before `apply`."""
-        self._close_scope()
+        self._drop()
         self.flush()
+        self._parts.outer.remove()
         self._steps.remove()
         for hook in self._hooks:
             hook.remove()
-        self._handle.remove()
+        self._parts.handle.remove()
         if self._teacher is not None:
             self._teacher.close()
-
-
-def _embeddings(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The embeddings [B, S, D] that a decoder is called with, if it is."""
-    found = kwargs.get("inputs_embeds", kwargs.get("hidden_states", args[0] if args else None))
-    return found if isinstance(found, Tensor) and found.dim() == 3 else None
-
-
-def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    """Where a decoder is called."""
-    return next(x.device for x in (*kwargs.values(), *args) if isinstance(x, Tensor))
-
-
-def _rows_of(head: nn.Module) -> int:
-    return max(p.shape[0] for p in head.parameters() if p.dim() == 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,9 +66,12 @@ def rescale(output: Any, candidates: Tensor, share: float) -> Any:
     return output
 
 
-def without_logits(output: Any) -> Any:
-    """Logits at kept labels alone fit nothing that a caller has: better none."""
+def with_logits(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The output with other logits in place of those it has, if it has some."""
+    logits = get(output, "logits")
+    if not isinstance(logits, Tensor):
+        return output
     if isinstance(output, dict):
-        return type(output)(**{**output, "logits": None})
-    output.logits = None
+        return type(output)(**{**output, "logits": change(logits)})
+    output.logits = change(logits)
     return output

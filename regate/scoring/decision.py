@@ -49,11 +49,10 @@ class Decision:
     positions_seen: int
 
     @classmethod
-    def of(cls, layout: Layout, kept: Tensor, config: Config, *, full: bool, everything: bool) -> Decision:
-        """From a batch's layout and the labels kept, both on the CPU; `everything` computes all but padding."""
-        active, spare = layout.valid, None
-        if not everything:
-            active = active_positions(layout.labels, kept, layout.valid, alignment=config.alignment)
+    def of(cls, layout: Layout, kept: Tensor, config: Config, *, full: bool, beyond: bool) -> Decision:
+        """From a batch's layout and the labels kept, both on the CPU; `beyond` as in `active_positions`."""
+        spare = None
+        active = active_positions(layout.labels, kept, layout.valid, alignment=config.alignment, beyond=beyond)
         computed = active.sum(1)
         if config.visual_keep < 1 and not full:
             spare = layout.visual & active & ~predictors(kept)

@@ -27,14 +27,20 @@ def update(m: Tensor, loss: Tensor, observed: Tensor, *, decay: float) -> Tensor
 
 
 class VocabularyPrior:
-    """Moving average of the student's loss per token id, on the CPU."""
+    """Moving average of the student's loss per token id, on the CPU; it grows with the ids it is shown."""
 
-    def __init__(self, size: int, *, decay: float) -> None:
+    def __init__(self, *, decay: float) -> None:
         self.decay = decay
-        self.mean = torch.full((size,), UNSEEN)
+        self.mean = torch.zeros(0)
+
+    def _grow(self, ids: Tensor) -> None:
+        more = int(ids.max()) + 1 - len(self.mean) if ids.numel() else 0
+        if more > 0:
+            self.mean = torch.cat([self.mean, torch.full((more,), UNSEEN)])
 
     def observe(self, ids: Tensor, losses: Tensor) -> None:
         """Take over the losses of labels `ids` (both [N]); non-finite ones are left out."""
+        self._grow(ids)
         finite = torch.isfinite(losses)
         ids, losses = ids[finite], losses[finite].float()
         count = torch.zeros_like(self.mean).index_add_(0, ids, torch.ones_like(losses))
@@ -43,9 +49,10 @@ class VocabularyPrior:
 
     def expect(self, ids: Tensor) -> Tensor:
         """Expected loss of labels `ids` (any shape); unseen ids get the mean over those seen, or 0."""
+        self._grow(ids)
         seen = self.mean != UNSEEN
         overall = torch.where(seen, self.mean, 0.0).sum() / seen.sum().clamp(min=1)
-        return torch.where(seen, self.mean, overall)[ids.clamp(0, len(self.mean) - 1)]
+        return torch.where(seen, self.mean, overall)[ids]
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self.mean.clone()}

@@ -17,35 +17,45 @@ from torch import Tensor
 from model_adapters import Batch, Layout
 from regate.config import Config
 from regate.errors import GateNotAppliedError, StoreError
+from regate.labels import predicted
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store, Table
 from regate.scoring import difficulty
 from regate.scoring.selection import keep_highest
 from regate.scoring.teacher import Teacher
 from regate.training.counters import Counters
+from regate.training.segments import Segments
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The rows of a batch, by name.
+    """The N samples of a batch, by name.
 
     Attributes:
-        text: one key per row, of its text alone; reference losses are stored by it.
-        sample: one key per row, of text and visual input; difficulties are stored by it.
-        candidates: bool [B, S] on the CPU, the labels that some position predicts.
+        text: one key per sample, of its text alone; reference losses are stored by it.
+        sample: one key per sample, of text and visual input; difficulties are stored by it.
+        layout: a row a sample, [N, L] on the CPU.
+        batch: the arguments of the model's call, with position ids of a row a sample.
+        segments: where the samples stand in the batch.
     """
 
     text: list[bytes]
     sample: list[bytes]
-    candidates: Tensor
+    layout: Layout
+    batch: Batch
+    segments: Segments
+
+    @property
+    def candidates(self) -> Tensor:
+        """bool [N, L], the labels that some position predicts."""
+        return predicted(self.layout.labels)
 
 
 @dataclass
 class _Pending:
-    """Losses of one forward, [N] on the device, perhaps still being computed; the rest [B, S] on the CPU."""
+    """Losses of one forward at its kept labels, bool [N, L], on the device and perhaps still being computed."""
 
     samples: Samples
-    labels: Tensor
     kept: Tensor
     losses: Tensor
 
@@ -63,7 +73,6 @@ class Scorer:
         counters: the gate's.
         teacher: None scores by difficulty alone.
         lazily: compute missing reference losses when they are needed; else only at step 0.
-        vocabulary: V, rows of the prior.
     """
 
     def __init__(
@@ -74,11 +83,10 @@ class Scorer:
         counters: Counters,
         teacher: Teacher | None,
         lazily: bool,
-        vocabulary: int,
     ) -> None:
         self.config, self.exchange, self.counters = config, exchange, counters
         self.teacher, self.lazily = teacher, lazily
-        self.prior = difficulty.VocabularyPrior(vocabulary, decay=config.ema_decay)
+        self.prior = difficulty.VocabularyPrior(decay=config.ema_decay)
         self._pending: list[_Pending] = []
         self._unwritten: dict[bytes, np.ndarray] = {}  # difficulties that are not in the store yet
 
@@ -87,41 +95,40 @@ class Scorer:
         """Of reference losses and difficulties."""
         return self.exchange.store
 
-    def keep(self, batch: Batch, layout: Layout, samples: Samples, *, step: int) -> Tensor:
-        """The `ceil(keep * n)` labels of each row that are worth most, bool [B, S].
+    def keep(self, samples: Samples, *, step: int) -> Tensor:
+        """The `ceil(keep * n)` labels of each sample that are worth most, bool [N, L].
 
         Raises:
             StoreError: a reference loss is missing, and there is no teacher to compute it.
         """
-        scores = self._scores(batch, layout, samples, step)
-        return keep_highest(scores, samples.candidates, self.config.keep)
+        return keep_highest(self._scores(samples, step), samples.candidates, self.config.keep)
 
-    def _scores(self, batch: Batch, layout: Layout, samples: Samples, step: int) -> Tensor:
-        """[B, S] float32, read at candidates only: `student_weight*m + reference_weight*ref`."""
+    def _scores(self, samples: Samples, step: int) -> Tensor:
+        """[N, L] float32, read at candidates only: `student_weight*m + reference_weight*ref`."""
         config, candidates = self.config, samples.candidates
         if config.selection == "random":
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.counters.labels_seen)
             return torch.rand(candidates.shape, generator=generator)
         m = self._difficulties(samples)
-        expected = self.prior.expect(torch.where(candidates, layout.labels, 0))
+        expected = self.prior.expect(torch.where(candidates, samples.layout.labels, 0))
         score = config.student_weight * torch.where(m == difficulty.UNSEEN, expected, m)
         if self.teacher is not None:
-            ref = _spread(self._references(batch, layout, samples.text, step), candidates, 0.0)
+            ref = _spread(self._references(samples, step), candidates, 0.0)
             score = score + config.reference_weight * ref
         return score
 
-    def _references(self, batch: Batch, layout: Layout, text: list[bytes], step: int) -> Sequence[np.ndarray | None]:
-        """Reference losses of the batch's rows, computed and stored where they are missing."""
-        if not self.lazily and step > 0 and self.store.missing("reference", text):
+    def _references(self, samples: Samples, step: int) -> Sequence[np.ndarray | None]:
+        """Reference losses, computed and stored where they are missing."""
+        if not self.lazily and step > 0 and self.store.missing("reference", samples.text):
             raise StoreError(
                 "a sample has no reference loss, and teacher='precomputed' keeps no teacher; run "
                 "gate.precompute over every sample before training, or use teacher='auto'"
             )
-        self.teach(batch, layout, text)
-        return self.store.get("reference", text)
+        self.teach(samples)
+        return self.store.get("reference", samples.text)
 
-    def teach(self, batch: Batch, layout: Layout, text: list[bytes]) -> None:
-        """Compute and store the reference losses of those rows that have none.
+    def teach(self, samples: Samples) -> None:
+        """Compute and store the reference losses of those samples that have none.
 
         Raises:
             GateNotAppliedError: there is no teacher.
@@ -130,25 +137,25 @@ class Scorer:
             raise GateNotAppliedError(
                 "this gate has no teacher (teacher=None, reference_weight=0 or selection='random')"
             )
-        missing = self.store.missing("reference", text)
+        missing = self.store.missing("reference", samples.text)
         if not missing:
             return
         start = time.perf_counter()
-        rows = [text.index(key) for key in missing]
-        losses = self.teacher.losses(batch, layout, rows)
+        rows = [samples.text.index(key) for key in missing]
+        losses = self.teacher.losses(samples.batch, samples.layout, rows)
         self._put("reference", {k: x.numpy() for k, x in zip(missing, losses, strict=True)})
         self.counters.teacher_samples += len(rows)
         self.counters.teacher_seconds += time.perf_counter() - start
 
     def _difficulties(self, samples: Samples) -> Tensor:
-        """[B, S] float32, `UNSEEN` where there is none."""
+        """[N, L] float32, `UNSEEN` where there is none."""
         rows = self.store.get("difficulty", samples.sample)
         latest = [self._unwritten.get(name, row) for name, row in zip(samples.sample, rows, strict=True)]
         return _spread(latest, samples.candidates, difficulty.UNSEEN)
 
-    def observe(self, samples: Samples, labels: Tensor, kept: Tensor, losses: Tensor) -> None:
-        """The student's `losses` [N] at kept labels of `labels` [B, S]."""
-        self._pending.append(_Pending(samples, labels, kept, losses))
+    def observe(self, samples: Samples, kept: Tensor, losses: Tensor) -> None:
+        """The student's `losses` at labels `kept`, bool [N, L], in the order in which they stand."""
+        self._pending.append(_Pending(samples, kept, losses))
 
     def collect(self) -> None:
         """Learn from the losses of earlier forwards; waits until they are computed."""
@@ -156,7 +163,7 @@ class Scorer:
         for item in pending:
             candidates, losses = item.samples.candidates, item.losses.cpu()
             self.counters.nonfinite_losses += int((~torch.isfinite(losses)).sum())
-            self.prior.observe(item.labels[item.kept], losses)
+            self.prior.observe(item.samples.layout.labels[item.kept], losses)
             m = self._difficulties(item.samples)
             loss = torch.zeros_like(m)
             loss[item.kept] = losses
@@ -186,7 +193,7 @@ class Scorer:
 
 
 def _spread(rows: Sequence[np.ndarray | None], candidates: Tensor, missing: float) -> Tensor:
-    """Per-row label values [n_labels] onto their positions [B, S]; `missing` everywhere else."""
+    """Per-sample label values [n_labels] onto their positions [N, L]; `missing` everywhere else."""
     out = torch.full(candidates.shape, missing, dtype=torch.float32)
     for b, row in enumerate(rows):
         if row is not None:

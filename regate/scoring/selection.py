@@ -35,7 +35,9 @@ def keep_highest(scores: Tensor, candidates: Tensor, keep: float) -> Tensor:
     return (rank < k) & candidates
 
 
-def active_positions(labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: Alignment = "predictor") -> Tensor:
+def active_positions(
+    labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: Alignment = "predictor", beyond: bool = False
+) -> Tensor:
     """The positions that a decoder must compute for the kept labels.
 
     Args:
@@ -43,10 +45,11 @@ def active_positions(labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: 
         kept: [B, S] bool, the labels kept.
         valid: [B, S] bool, False on padding.
         alignment: see `Config.alignment`.
+        beyond: also what follows the last predictor of a kept label: somebody reads it.
 
     Returns:
         [B, S] bool. True where a position holds no answer token (image, instruction, template), where the label
-        it predicts is kept, or where an answer token ends a turn; never on padding, and never after the row's
+        it predicts is kept, or where an answer token ends a turn; never on padding, and not after the row's
         last predictor of a kept label, where causal attention makes a position useless.
     """
     answer = labels != IGNORED
@@ -54,5 +57,6 @@ def active_positions(labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: 
     active = ~answer | predicts_kept | (answer & ~predicts)
     if alignment == "both":
         active |= kept
-    read_later = predicts_kept.flip(1).cummax(1).values.flip(1)
-    return active & valid & read_later
+    if not beyond:
+        active &= predicts_kept.flip(1).cummax(1).values.flip(1)
+    return active & valid

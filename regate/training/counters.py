@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import median
 
@@ -43,13 +43,18 @@ class Counters:
         for name, number in sums.items():
             setattr(self, name, getattr(self, name) + number)
 
-    def count_flops(self, decoder: Statistics, head: nn.Module, active: Active, *, length: int, projected: int) -> None:
-        """Of a forward on sequences of `length` that ran on `active` and projected so many positions of each row."""
-        rows = active.index.shape[0]
-        read = None if active.read is None else active.read.index.shape[1]
+    def count_flops(
+        self, decoder: Statistics, head: nn.Module, shape: Sequence[int], active: Active | None, *, projected: int
+    ) -> None:
+        """Of a forward on `shape` (B, S) that ran on `active` (None: everywhere) and projected so many of each row."""
+        rows, length = shape
+        computed, read = length, None
+        if active is not None:
+            computed = active.index.shape[1]
+            read = None if active.read is None else active.read.index.shape[1]
         per_position = 6.0 * rows * sum(p.numel() for p in head.parameters() if p.dim() == 2)
         self.flops_dense += 3 * rows * decoder.flops(length) + per_position * length
-        self.flops_computed += 3 * rows * decoder.flops(active.index.shape[1], read) + per_position * projected
+        self.flops_computed += 3 * rows * decoder.flops(computed, read) + per_position * projected
 
     def load(self, state: Mapping[str, Number]) -> None:
         for field in fields(self):

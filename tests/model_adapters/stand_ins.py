@@ -20,7 +20,7 @@ IMAGE_ID, VIDEO_ID = -200, -201
 
 
 class Videollama2Qwen2ForCausalLM(Qwen2ForCausalLM):
-    """Ids -200 and -201 become FRAMES visual positions each."""
+    """Ids -200 and -201 become FRAMES visual positions each. A row without them brings an image that is not shown."""
 
     def __init__(self) -> None:
         super().__init__(Qwen2Config(**TEXT))
@@ -30,15 +30,18 @@ class Videollama2Qwen2ForCausalLM(Qwen2ForCausalLM):
         return self.model
 
     def prepare_inputs_labels_for_multimodal(
-        self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Any, labels: Tensor, images: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Any, labels: Tensor, images: Any
     ) -> tuple[None, Tensor, Any, Tensor, Tensor]:
-        features, rows = iter(self.mm_projector(images)), []
+        seen = [image[0] if isinstance(image, tuple) else image for image in images]  # pairs of pixels and modality
+        features, rows = iter([self.mm_projector(image) for image in seen]), []
         for ids, mask, row_labels in zip(input_ids, attention_mask.bool(), labels, strict=True):
             embeds, targets = [], []
             for token, label in zip(ids[mask], row_labels[mask], strict=True):
                 visual = bool(token < 0)
                 embeds.append(next(features) if visual else self.model.embed_tokens(token)[None])
                 targets += [-100] * FRAMES if visual else [int(label)]
+            if not bool((ids[mask] < 0).any()):
+                embeds.append(next(features)[:0])
             rows.append((torch.cat(embeds), torch.tensor(targets)))
         length = max(len(e) for e, _ in rows)
         embeds = torch.stack([F.pad(e, (0, 0, 0, length - len(e))) for e, _ in rows])
@@ -57,7 +60,7 @@ class Videollama2Qwen2ForCausalLM(Qwen2ForCausalLM):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        images: Tensor | None = None,
+        images: Any = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -136,7 +139,10 @@ class InternVLChatModel(nn.Module):
         loss_reduction_all_gather: bool = False,
     ) -> Any:
         embeds = self.language_model.get_input_embeddings()(input_ids).clone()
-        embeds[input_ids == self.img_context_token_id] = self.mlp1(pixel_values).flatten(0, 1)
+        features = self.mlp1(pixel_values)
+        if image_flags is not None:
+            features = features[image_flags.squeeze(-1) == 1]
+        embeds[input_ids == self.img_context_token_id] = features.flatten(0, 1)
         outputs = self.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import regate
 from model_adapters import AdapterError, find_adapter
-from model_adapters.videochat2 import ids_of
+from model_adapters.embedded import ids_of
 from regate_patch import reference
 from tests.model_adapters import stand_ins
 from tests.model_adapters.stand_ins import FEATURES, FRAMES, IMAGE_ID, VIDEO_ID
@@ -224,7 +224,7 @@ def test_ids_of_embeddings(dtype: torch.dtype) -> None:
     ids = torch.randint(0, 5000, (3, 40))
     embeds = table[ids]
     embeds[1, 7] += 0.5
-    found = ids_of(embeds, table)
+    found = ids_of(embeds, lambda ids: table[ids], len(table))
     assert found[1, 7] == -1
     found[1, 7] = ids[1, 7]
     assert torch.equal(found, ids)

@@ -20,7 +20,7 @@ import pytest
 from regate.errors import StoreCorruptError, StoreError, StoreFullError, StoreMismatchError
 from regate.memory.store import TABLES, Store, Table
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Another process needs the store alone, not the seconds that importing torch and transformers takes.
 STORE_ALONE = """
 import sys, types
@@ -29,7 +29,7 @@ for name in ("regate", "regate_patch"):
     sys.modules[name].__path__ = [name]
 from regate.errors import StoreFullError
 from regate.memory.store import Store
-from tests.regate.test_store import fill, intact, key, losses
+from tests.regate.memory.test_store import fill, intact, key, losses
 """
 TEACHER = {"teacher": "tiny", "tokenizer": "abc", "padding": "right"}
 

@@ -233,8 +233,8 @@ def test_a_gated_step_computes_logits_in_chunks(monkeypatch: pytest.MonkeyPatch)
         batch = oracle.double(CORE["llava"].batch("right"))
         gate = regate.apply(model, regate.Config(warmup=1000, logits=logits), teacher=None)  # type: ignore[arg-type]
         model(**batch)
-        if gate._short_head.lazy is not None:
-            gate._short_head.lazy.chunk = 3 * 100
+        if gate._parts.lazy is not None:
+            gate._parts.lazy.chunk = 3 * 100
         rows: list[int] = []
         forward = nn.Linear.forward
 

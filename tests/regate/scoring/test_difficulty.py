@@ -13,12 +13,12 @@ def test_moving_average_only_where_observed() -> None:
 
 
 def test_prior_knows_tokens_it_saw() -> None:
-    prior = VocabularyPrior(5, decay=0.5)
+    prior = VocabularyPrior(decay=0.5)
     assert prior.expect(torch.tensor([0, 4])).tolist() == [0.0, 0.0]
     prior.observe(torch.tensor([1, 1, 2, 3]), torch.tensor([1.0, 3.0, 4.0, float("inf")]))
     assert prior.expect(torch.tensor([1, 2, 0, 3])).tolist() == [2.0, 4.0, 3.0, 3.0]
     prior.observe(torch.tensor([1]), torch.tensor([4.0]))
     assert prior.expect(torch.tensor([1])).tolist() == [3.0]
-    other = VocabularyPrior(5, decay=0.5)
+    other = VocabularyPrior(decay=0.5)
     other.load_state_dict(prior.state_dict())
     assert torch.equal(other.mean, prior.mean)

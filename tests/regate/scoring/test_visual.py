@@ -78,7 +78,7 @@ def test_with_the_short_head() -> None:
         gate = regate.apply(model, replace(SPARSE, logits=logits), teacher=None)
         losses.append([model(**CORE["llava"].batch("right", seed=seed)).loss.item() for seed in range(2)])
         computed.append(gate.report()["positions_computed"])
-    assert computed[0] == computed[1]
+    assert computed[0] > computed[1]  # who reads all logits reads those after the last label, too
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 

@@ -1,0 +1,255 @@
+"""Whatever reads the decoder's output or its logits: full steps are the unpatched model, or the reader is told."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import regate
+from regate.errors import LabelsError, LogitsError
+from regate_patch import reference
+from tests import oracle
+from tests.zoo import CORE
+
+FULL = regate.Config(warmup=1000)
+SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
+Objective = Callable[[nn.Module, Any], Tensor]
+
+
+def _made(padding: Any, name: str = "llava") -> tuple[Any, dict[str, Any]]:
+    torch._dynamo.reset()
+    return CORE[name].build().double(), oracle.double(CORE[name].batch(padding))
+
+
+def _step(model: Any, batch: dict[str, Any], objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = objective(model, model(**batch))
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _assert_same(got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(got[0], expected[0], atol=2e-6, rtol=0)  # transformers' losses are float32
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(got[1][name], gradient, atol=1e-8, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _last_hidden(model: Any, output: Any) -> Tensor:
+    return output.loss + output.hidden_states[-1][:, -1].pow(2).sum()
+
+
+def _middle_hidden(model: Any, output: Any) -> Tensor:
+    return output.loss + output.hidden_states[1].pow(2).mean()
+
+
+def _seen_by_hook(model: Any, output: Any) -> Tensor:
+    return output.loss + model.seen[-1][:, -1].pow(2).sum()
+
+
+def _all_logits(model: Any, output: Any) -> Tensor:
+    return output.loss + output.logits.pow(2).mean()
+
+
+def _no_preparation(model: Any) -> None:
+    pass
+
+
+def _z_loss(model: Any) -> None:
+    def loss(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+        entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return entropy + 1e-2 * logits.float().logsumexp(-1).pow(2).mean()
+
+    model.loss_function = loss
+
+
+def _hook_on_norm(model: Any) -> None:
+    model.seen = []
+    model.model.language_model.norm.register_forward_hook(lambda module, args, output: model.seen.append(output))
+
+
+def _hook_on_head(model: Any) -> None:
+    model.seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: model.seen.append(output))
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+@pytest.mark.parametrize(
+    ("objective", "prepare", "call", "config", "says"),
+    [
+        (_last_hidden, _no_preparation, {"output_hidden_states": True}, {}, "output_hidden_states=True"),
+        (_middle_hidden, _no_preparation, {"output_hidden_states": True}, {}, "output_hidden_states=True"),
+        (
+            _seen_by_hook,
+            _hook_on_norm,
+            {},
+            {},
+            r"a forward hook \(tests.regate.test_readers\) hangs on LlamaModel.norm",
+        ),
+        (_seen_by_hook, _hook_on_head, {}, {}, "hangs on Linear"),
+        (lambda model, output: output.loss, _z_loss, {}, {}, "loss reads .* positions that predict no label"),
+        (_all_logits, _no_preparation, {}, {"logits": "all"}, None),
+    ],
+)
+def test_full_steps_are_the_unpatched_model(
+    objective: Objective, prepare: Any, call: dict[str, Any], config: dict[str, Any], says: str | None, padding: Any
+) -> None:
+    model, batch = _made(padding)
+    prepare(model)
+    expected = _step(model, batch | call, objective)
+    gate = regate.apply(model, regate.Config(warmup=1000, **config), teacher=None)
+    for _ in range(2):
+        _assert_same(_step(model, batch | call, objective), expected)
+    if says is not None:
+        with pytest.raises(AssertionError, match=says):  # the report names who reads
+            assert str(gate.report()) == ""
+    assert gate.report()["labels_seen"] > 0
+
+
+def test_a_loss_that_reads_everything_is_right_on_padding_that_comes_later() -> None:
+    """The first batch has none, and cannot show that padding is read."""
+    model, batch = _made("none")
+    padded = oracle.double(CORE["llava"].batch("right", seed=5))
+    _z_loss(model)
+    plain: Objective = lambda model, output: output.loss  # noqa: E731
+    expected = _step(model, padded, plain)
+    regate.apply(model, FULL, teacher=None)
+    _step(model, batch, plain)
+    _assert_same(_step(model, padded, plain), expected)
+
+
+def test_reading_may_begin_at_any_step() -> None:
+    model, batch = _made("right")
+    expected = _step(model, batch | {"output_hidden_states": True}, _last_hidden)
+    regate.apply(model, FULL, teacher=None)
+    _step(model, batch, lambda model, output: output.loss)
+    _assert_same(_step(model, batch | {"output_hidden_states": True}, _last_hidden), expected)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_hidden_states_of_sparse_steps_are_the_references(layer: int) -> None:
+    """At active positions; the others stay in the residual stream as it enters, and the report says so."""
+    model, batch = _made("right")
+    call = batch | {"output_hidden_states": True}
+    gate = regate.apply(model, SPARSE, teacher=None)
+    active: Any = None
+
+    def objective(model: Any, output: Any) -> Tensor:
+        nonlocal active
+        active = gate.last.active if active is None and gate.last is not None else active
+        return output.loss + (output.hidden_states[layer] * active[..., None]).pow(2).mean()
+
+    got = _step(model, call, objective)
+    kept = gate.last.kept if gate.last is not None else None
+    regate.remove(model)
+    masked = call | {"labels": torch.where(kept, batch["labels"], -100)}
+    with reference.masked(model.model.language_model.layers, active):
+        _assert_same(got, _step(model, masked, objective))
+    assert "the residual stream enters the first layer" in str(gate.report())
+    assert gate.report()["positions_computed"] < gate.report()["positions_seen"]
+
+
+def test_logits_that_were_not_made_say_so() -> None:
+    model, batch = _made("right")
+    regate.apply(model, FULL, teacher=None)
+    logits = model(**batch).logits
+    assert logits.shape == (*batch["labels"].shape, 100)
+    assert logits.float().detach().dtype == torch.float32  # passing them on is no reading
+    for read in (lambda: logits[:, -1], lambda: logits.argmax(-1), lambda: logits + 1, lambda: float(logits.sum())):
+        with pytest.raises(LogitsError, match=r"regate\.Config\(logits='all'\)"):
+            read()
+    with pytest.raises(LogitsError, match="do not exist"):
+        F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+
+def test_a_loss_outside_must_take_the_labels_that_are_kept() -> None:
+    """On sparse steps: logits at the others mean nothing, and a gradient that comes from there is an error."""
+    model, batch = _made("right")
+    config = regate.Config(warmup=0, cycle=1, full_steps=0, logits="all")
+    gate = regate.apply(model, config, teacher=None)
+
+    def outside(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    output = model(**batch)
+    with pytest.raises(LogitsError, match=r"gate\.last\.labels_left"):
+        outside(output.logits, batch["labels"]).backward()
+    output = model(**batch)
+    assert gate.last is not None
+    loss = outside(output.logits, gate.last.labels_left)
+    loss.backward()
+    torch.testing.assert_close(loss.float(), output.loss.float())
+
+
+# -- supervision beside `labels` ------------------------------------------------------------------------
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_shifted_labels_are_masked_with_labels(name: str) -> None:
+    model, batch = _made("right", name)
+    batch |= {"shift_labels": _shifted(batch["labels"])}
+    gate = regate.apply(model, SPARSE, teacher=None)
+    plain: Objective = lambda model, output: output.loss  # noqa: E731
+    got = _step(model, batch, plain)
+    last = gate.last
+    assert last is not None
+    regate.remove(model)
+    masked = batch | {"labels": last.labels_left, "shift_labels": _shifted(last.labels_left)}
+    with reference.masked(oracle.layers_of(gate.adapter.decoder(model)), last.active):
+        _assert_same(got, _step(model, masked, plain))
+
+
+def _weighted(model: Any) -> None:
+    """A loss of the model's own that takes weights of labels and divides by their sum."""
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def weighs(*args: Any, loss_weights: Tensor, **kwargs: Any) -> Any:
+        output = forward(model, *args, **kwargs)
+        labels = _shifted(kwargs["labels"])
+        losses = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="none")
+        weights = F.pad(loss_weights, (0, 1))[:, 1:].flatten()
+        output.loss = (losses * weights).sum() / weights.sum()
+        return output
+
+    model.forward = weighs
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_weights_of_labels_are_masked_with_labels(sparse: bool) -> None:
+    """And with them the sum that they are divided by."""
+    model, batch = _made("right")
+    weights = torch.rand(batch["labels"].shape, dtype=torch.float64) * (batch["labels"] != -100)
+    batch |= {"loss_weights": weights}
+    _weighted(model)
+    plain: Objective = lambda model, output: output.loss  # noqa: E731
+    dense = _step(model, batch, plain)
+    gate = regate.apply(model, SPARSE if sparse else FULL, teacher=None)
+    got = _step(model, batch, plain)
+    if not sparse:
+        _assert_same(got, dense)
+        return
+    last = gate.last
+    assert last is not None
+    regate.remove(model)
+    masked = batch | {"labels": last.labels_left, "loss_weights": weights * last.kept}
+    with reference.masked(oracle.layers_of(gate.adapter.decoder(model)), last.active):
+        _assert_same(got, _step(model, masked, plain))
+
+
+def test_weights_of_a_shape_that_cannot_be_laid_along_labels() -> None:
+    model, batch = _made("right")
+    _weighted(model)
+    regate.apply(model, SPARSE, teacher=None)
+    with pytest.raises(LabelsError, match=r"`loss_weights` \[2, \d+\] seems to name or weigh labels"):
+        model(**batch, loss_weights=torch.ones(2, batch["labels"].shape[1] + 3))

@@ -1,0 +1,167 @@
+"""A sample is itself wherever it stands: in a row of its own, or with others in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import regate
+from model_adapters import Layout
+from regate.errors import PackedRowsError
+from regate.training.segments import Segments, starts
+from tests.packing import packed, rows_of
+from tests.zoo import CORE
+
+SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
+
+
+def _learn(name: str, config: regate.Config | None, lay: Any, *, steps: int = 3, teacher: Any = "auto") -> Any:
+    """Losses, gradients and choices of some steps, and the difficulties learnt in them."""
+    torch._dynamo.reset()
+    model = CORE[name].build().double()
+    gate = regate.apply(model, config, teacher=teacher) if config else None
+    found = []
+    for step in range(steps):
+        model.zero_grad(set_to_none=True)
+        batch = rows_of(name, 3, step % 2)
+        loss = model(**lay(model, batch), use_cache=False).loss
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        kept = None if gate is None or gate.last is None else gate.last.labels_left[gate.last.kept].tolist()
+        found.append((loss.detach(), grads, kept))
+    if gate is None:
+        return found, {}
+    gate.flush()
+    return found, {key: list(losses) for key, losses in gate.store.items("difficulty")}
+
+
+def _own_rows(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
+
+
+def _assert_same(got: Any, expected: Any) -> None:
+    for (loss, grads, kept), (its_loss, its_grads, its_kept) in zip(got, expected, strict=True):
+        torch.testing.assert_close(loss, its_loss, atol=2e-6, rtol=0)  # transformers' losses are float32
+        assert kept == its_kept or its_kept is None
+        for n, gradient in its_grads.items():
+            torch.testing.assert_close(grads[n], gradient, atol=1e-8, rtol=0, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+def test_packed_samples_are_those_of_rows_of_their_own(name: str) -> None:
+    """Losses, gradients, choices and difficulties, the teacher's losses among what they are made of."""
+    alone, difficulties = _learn(name, SPARSE, _own_rows)
+    together, the_same = _learn(name, SPARSE, packed)
+    _assert_same(together, alone)
+    assert len(difficulties) == 6
+    assert the_same.keys() == difficulties.keys()
+    for key, losses in difficulties.items():
+        assert the_same[key] == pytest.approx(losses, abs=2e-2)  # stored in 16 bits
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+def test_full_steps_are_the_unpatched_packed_model(name: str) -> None:
+    expected, _ = _learn(name, None, packed)
+    got, _ = _learn(name, regate.Config(warmup=1000), packed, teacher=None)
+    _assert_same(got, expected)
+
+
+def test_padding_at_the_end_of_packed_rows() -> None:
+    def padded(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        call = packed(model, batch, padding=4)
+        ids = call["position_ids"]
+        return call | {"position_ids": torch.cat([ids, torch.zeros_like(ids[:, :4])], 1)}
+
+    expected, _ = _learn("llava", None, padded)
+    got, _ = _learn("llava", regate.Config(warmup=1000), padded, teacher=None)
+    _assert_same(got, expected)
+
+
+def test_a_label_with_which_a_sample_begins_is_no_ones() -> None:
+    """The last position of one sample must not learn to predict the first of the next."""
+    torch._dynamo.reset()
+    model = CORE["llava"].build().double()
+    batch = packed(model, rows_of("llava", 2, 0))
+    start = int((batch["position_ids"][0, 1:] == 0).nonzero()[0]) + 1
+    expected = float(model(**batch, use_cache=False).loss)
+    batch["labels"][0, start] = 7
+    assert float(model(**batch, use_cache=False).loss) != pytest.approx(expected, abs=1e-4)
+    gate = regate.apply(model, regate.Config(warmup=1000), teacher=None)
+    assert float(model(**batch, use_cache=False).loss) == pytest.approx(expected, abs=1e-5)
+    assert gate.last is not None
+    assert not gate.last.kept[0, start]
+
+
+# -- the signs of a sample's beginning ------------------------------------------------------------------
+
+
+def _layout(rows: int, length: int, *, valid: Tensor | None = None, visual: Tensor | None = None) -> Layout:
+    zeros = torch.zeros(rows, length, dtype=torch.int64)
+    valid = torch.ones(rows, length, dtype=torch.bool) if valid is None else valid
+    return Layout(zeros, zeros, valid, torch.zeros_like(valid) if visual is None else visual)
+
+
+TEXT = torch.tensor([[0, 1, 2, 0, 0, 1]])  # three samples: of three tokens, of one, of two
+# An image of one time step, in the three rows of M-RoPE.
+IMAGE = torch.tensor([[[0, 1, 1, 1, 1, 2]], [[0, 1, 1, 2, 2, 3]], [[0, 1, 2, 1, 2, 3]]])
+
+
+@pytest.mark.parametrize(
+    ("call", "begins"),
+    [
+        ({"position_ids": TEXT}, [3, 4]),
+        ({"position_ids": TEXT.expand(3, 1, 6)}, [3, 4]),
+        ({"position_ids": torch.stack([TEXT, TEXT * 0 + 5, TEXT * 0, TEXT])}, [3, 4]),
+        ({"position_ids": IMAGE}, []),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 4, 6])}, [3, 4]),
+        ({"cu_seqlens": torch.tensor([0, 3, 4, 6], dtype=torch.int32)}, [3, 4]),
+        ({"seq_idx": torch.tensor([[0, 0, 0, 1, 2, 2]])}, [3, 4]),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 2, 3, 3]])}, [3, 4]),
+        ({"attention_mask": torch.ones(1, 6, dtype=torch.int64)}, []),
+        ({"position_ids": torch.arange(6)[None]}, []),
+        ({}, []),
+    ],
+)  # fmt: skip
+def test_signs(call: dict[str, Any], begins: list[int]) -> None:
+    found = starts(call, _layout(1, 6))
+    assert (found.flatten().nonzero().flatten().tolist() if found is not None else []) == begins
+
+
+def test_padding_begins_nothing() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    ids = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    found = starts({"position_ids": ids, "attention_mask": mask}, _layout(2, 5, valid=mask.bool()))
+    assert found is not None
+    assert not found.any()
+
+
+def test_an_image_at_a_samples_beginning_is_one_sample() -> None:
+    """All its positions have the lowest id of any, 0."""
+    ids = torch.stack(
+        [torch.tensor([[0, 0, 0, 0, 2]]), torch.tensor([[0, 0, 1, 1, 2]]), torch.tensor([[0, 1, 0, 1, 2]])]
+    )
+    visual = torch.tensor([[True, True, True, True, False]])
+    found = starts({"position_ids": ids}, _layout(1, 5, visual=visual))
+    assert found is not None
+    assert not found.any()
+
+
+def test_boundaries_that_are_none() -> None:
+    with pytest.raises(PackedRowsError, match=r"`cu_seqlens` \[1, 4\]"):
+        starts({"cu_seqlens": torch.tensor([[0, 3, 4, 6]])}, _layout(1, 6))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packing_undoes_unpacking(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    begins = torch.rand(3, 17, generator=generator) < 0.3
+    segments = Segments.of(begins, (3, 17))
+    x = torch.randint(1, 99, (3, 17), generator=generator)
+    apart = segments.unpack(x)
+    assert len(apart) == len(segments) == int(begins[:, 1:].sum()) + 3
+    assert torch.equal(segments.pack(apart), x)
+    assert torch.equal(segments.unpack(torch.stack([x, x + 1]))[1][apart != 0], (apart + 1)[apart != 0])
+    assert torch.equal(segments.owner.diff(dim=1) != 0, begins[:, 1:])
