@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import regate_patch
 from model_adapters import find_adapter
 from tests.oracle import random_active
-from tests.zoo import members, releases
+from tests.zoo import of_any_release, releases
 from tests.zoo.examine import alone, cast, difference, examine, run
 
 _ENCODER_DECODER = "is an encoder-decoder"
@@ -37,7 +37,7 @@ IN_EVERY_RUN = {
     "mistral_large4", "mllama", "nemotron_h_omni", "florence2", "udop", "pi0", "diffusion_gemma",
 }  # fmt: skip
 
-MEMBERS = members()
+MEMBERS = of_any_release()
 
 
 def _case(name: str) -> Any:
