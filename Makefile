@@ -6,13 +6,18 @@ VERSIONS ?= tests/versions.txt
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test matrix zoo models benchmark lint clean
+.PHONY: demo test test-versions matrix zoo models benchmark lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.demo.train
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+# The same with the oldest and the newest releases that are declared, each in an environment of its own.
+test-versions:
+	$(MAKE) test VENV=.venv-oldest TORCH=torch==2.11.0 VERSIONS=tests/versions-oldest.txt
+	$(MAKE) test VENV=.venv-newest TORCH=torch==2.14.1 VERSIONS=tests/versions-newest.txt
 
 # Trainers, several processes, kinds of batches, every example: ten minutes on two cores.
 matrix: $(VENV)/ready
@@ -44,4 +49,4 @@ $(VENV)/ready: pyproject.toml $(VERSIONS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-oldest .venv-newest runs

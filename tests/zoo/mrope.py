@@ -31,15 +31,15 @@ def _image_types(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"mm_token_type_ids": (batch["input_ids"] == IMAGE).int()}
 
 
-def _qwen3_5(config: type[Any], **more: Any) -> Callable[[], Any]:
+def _qwen3_5(config: str, **more: Any) -> Callable[[], Any]:
     text = {**TEXT, **_DELTA, **more, "rope_parameters": _PARTIAL | {"mrope_interleaved": True}}
-    return lambda: config(text_config=dict(text), vision_config=dict(_QWEN3_VISION), **_QWEN_IDS)
+    return lambda: getattr(tf, config)(text_config=dict(text), vision_config=dict(_QWEN3_VISION), **_QWEN_IDS)
 
 
-def _glm(config: type[Any], **more: Any) -> Callable[[], Any]:
+def _glm(config: str, **more: Any) -> Callable[[], Any]:
     text = {**TEXT, **more, "rope_parameters": _PARTIAL}
     vision = _VISION | {"image_size": 16}
-    return lambda: config(text_config=dict(text), vision_config=dict(vision), **_GLM_IDS)
+    return lambda: getattr(tf, config)(text_config=dict(text), vision_config=dict(vision), **_GLM_IDS)
 
 
 def _cosmos3_omni() -> Any:
@@ -138,11 +138,11 @@ _MINICPM_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layer
                    "image_size": 32, "patch_size": 4}  # fmt: skip
 
 
-def _minicpm(config: type[Any], **more: Any) -> Callable[[], Any]:
+def _minicpm(config: str, **more: Any) -> Callable[[], Any]:
     """`insert_layer_id`: the vision layer after which windows of 2 x 2 patches become one."""
     text = {**TEXT, **_DELTA, "model_type": "qwen3_5_text"}
     text["rope_parameters"] = _PARTIAL | {"mrope_interleaved": True}
-    return lambda: config(
+    return lambda: getattr(tf, config)(
         text_config=dict(text), vision_config=dict(_MINICPM_VISION), insert_layer_id=0, image_token_id=IMAGE,
         video_token_id=VIDEO, tie_word_embeddings=False, **more,
     )  # fmt: skip
@@ -236,14 +236,14 @@ _GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_s
             "n_group": 2}  # fmt: skip
 
 MEMBERS: dict[str, Specimen] = {
-    "qwen3_5": Specimen(_qwen3_5(tf.Qwen3_5Config), _FRAMED, _PATCHES, _image_types),
-    "qwen3_5_moe": Specimen(_qwen3_5(tf.Qwen3_5MoeConfig, **_QWEN3_5_MOE), _FRAMED, _PATCHES, _image_types),
+    "qwen3_5": Specimen(_qwen3_5("Qwen3_5Config"), _FRAMED, _PATCHES, _image_types),
+    "qwen3_5_moe": Specimen(_qwen3_5("Qwen3_5MoeConfig", **_QWEN3_5_MOE), _FRAMED, _PATCHES, _image_types),
     "qwen4_exp": Specimen(_qwen4_exp, _FRAMED, _PATCHES, _image_types),
-    "glm4v": Specimen(_glm(tf.Glm4vConfig), _FRAMED, _PATCHES, _image_types),
-    "glm46v": Specimen(_glm(tf.Glm46VConfig), _FRAMED, _PATCHES, _image_types),
-    "glmga": Specimen(_glm(tf.GlmgaConfig), _FRAMED, _PATCHES, _image_types),
-    "glm_ocr": Specimen(_glm(tf.GlmOcrConfig), _FRAMED, _PATCHES, _image_types),
-    "glm4v_moe": Specimen(_glm(tf.Glm4vMoeConfig, **_GLM_MOE), _FRAMED, _PATCHES, _image_types),
+    "glm4v": Specimen(_glm("Glm4vConfig"), _FRAMED, _PATCHES, _image_types),
+    "glm46v": Specimen(_glm("Glm46VConfig"), _FRAMED, _PATCHES, _image_types),
+    "glmga": Specimen(_glm("GlmgaConfig"), _FRAMED, _PATCHES, _image_types),
+    "glm_ocr": Specimen(_glm("GlmOcrConfig"), _FRAMED, _PATCHES, _image_types),
+    "glm4v_moe": Specimen(_glm("Glm4vMoeConfig", **_GLM_MOE), _FRAMED, _PATCHES, _image_types),
     "glm5_next": Specimen(_glm5_next, _FRAMED, _PATCHES),
     "cosmos3_omni": Specimen(_cosmos3_omni, _FRAMED, _PATCHES, _image_types),
     "cosmos3_edge": Specimen(_cosmos3_edge, _FRAMED, _FLAT, _image_types),
@@ -254,11 +254,11 @@ MEMBERS: dict[str, Specimen] = {
     "paddleocr_vl": Specimen(_paddleocr_vl, _FRAMED, _paddle_patches, _image_types),
     "qwen2_5_omni_thinker": Specimen(_qwen2_5_omni_thinker, _FRAMED, _PATCHES),
     "qwen3_omni_moe_thinker": Specimen(_qwen3_omni_moe_thinker, _FRAMED, _PATCHES),
-    "minicpmv4_6": Specimen(_minicpm(tf.MiniCPMV4_6Config), _FRAMED, _minicpm_patches(8), split=_minicpm_split),
+    "minicpmv4_6": Specimen(_minicpm("MiniCPMV4_6Config"), _FRAMED, _minicpm_patches(8), split=_minicpm_split),
     "minicpmv4_7": Specimen(
-        _minicpm(tf.MiniCPMV4_7Config, **_MINICPM_MARKERS), _FRAMED, _minicpm_patches(8), _image_types, _minicpm_split
+        _minicpm("MiniCPMV4_7Config", **_MINICPM_MARKERS), _FRAMED, _minicpm_patches(8), _image_types, _minicpm_split
     ),
-    "minicpm_ocr": Specimen(_minicpm(tf.MiniCPMOcrConfig), _FRAMED, _minicpm_patches(4), split=_minicpm_split),
+    "minicpm_ocr": Specimen(_minicpm("MiniCPMOcrConfig"), _FRAMED, _minicpm_patches(4), split=_minicpm_split),
     "granite4_vision": Specimen(_granite4_vision, (IMAGE,) * 10, _granite4_tiles),
     "granite_docling": Specimen(_granite_docling, _FOUR, _docling_tiles),
 }
