@@ -90,7 +90,7 @@ def visual_keys(model: nn.Module, adapter: ModelAdapter, batch: Batch, layout: L
 
 
 def _on_host(batch: Batch, adapter: ModelAdapter) -> dict[str, Any]:
-    """The batch's visual inputs as `Seen`, and its tables, fetched in one piece."""
+    """The batch's visual inputs as `Seen`, its tables, fetched in one piece, and its options."""
     parts: dict[str, list[Tensor]] = {}
     leaves = {name: list(_leaves(batch[name])) for name in _names(batch, adapter)}
     for name, tensors in leaves.items():
@@ -101,7 +101,7 @@ def _on_host(batch: Batch, adapter: ModelAdapter) -> dict[str, Any]:
             parts[name] = [digest(leaf.detach()[None], axes=1) for leaf in tensors]
     tables = {name: table for name in TABLES if (table := _table(batch.get(name))) is not None}
     fetched = iter(_fetch([x for of_name in parts.values() for x in of_name] + list(tables.values())))
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = {name: value for name, value in batch.items() if isinstance(value, str | int | float)}
     for name, of_name in parts.items():
         digests = [next(fetched) for _ in of_name]
         if not digests:
