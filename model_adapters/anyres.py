@@ -43,7 +43,7 @@ def _tokens(model: nn.Module, batch: Batch, size: Tensor, tiles: int) -> int:
 
 
 def _aspect_ratio(config: Any, batch: Batch) -> str:
-    return batch.get("vision_aspect_ratio") or getattr(config, "vision_aspect_ratio", "anyres_max_9")
+    return str(batch.get("vision_aspect_ratio") or getattr(config, "vision_aspect_ratio", "anyres_max_9"))
 
 
 ANYRES = ModelAdapter(

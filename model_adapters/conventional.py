@@ -36,7 +36,9 @@ def unwrap(model: Any) -> Any:
 
 def missing_conventions(model: nn.Module) -> list[str]:
     """The methods of Hugging Face's language models that it lacks."""
-    return [name for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings") if not hasattr(model, name)]
+    return [
+        name for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings") if not hasattr(model, name)
+    ]
 
 
 def language_model(model: nn.Module) -> Any:
@@ -163,7 +165,8 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         AdapterError: the batch has neither `input_ids` nor `inputs_embeds`, or no `labels`.
     """
-    input_ids, embeds, labels = batch.get("input_ids"), batch.get("inputs_embeds"), batch.get("labels")
+    embeds: Any = batch.get("inputs_embeds")
+    input_ids, labels = batch.get("input_ids"), batch.get("labels")
     if labels is None or (input_ids is None and embeds is None):
         missing = (["input_ids"] if input_ids is None else []) + (["labels"] if labels is None else [])
         raise AdapterError(

@@ -7,7 +7,7 @@ images are padded to a batch's largest, add nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -19,8 +19,8 @@ from model_adapters.visual import TABLES, Seen
 from regate.labels import IGNORED
 
 UNKNOWN_IMAGES = (
-    "which image belongs to which row of the batch cannot be told: equal texts share one difficulty; pass sample_ids, or "
-    "give regate.apply the model that is called with the images"
+    "which image belongs to which row of the batch cannot be told: equal texts share one difficulty; pass sample_ids, "
+    "or give regate.apply the model that is called with the images"
 )
 _CHUNK = 1 << 22  # values that are digested at a time
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,4 +1,4 @@
-"""Whose images they are, on stand-ins of the three systems of the paper: one difficulty for each sample, in any batch."""
+"""Whose images they are, on stand-ins of the paper's three systems: a sample has one difficulty, in any batch."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def test_a_sample_has_one_difficulty_in_any_batch(name: str) -> None:
         assert len(keys) == len(known) + 1, f"{sample} is taken for another sample"
         known = keys
     for _ in range(12):
-        order = torch.randperm(len(samples), generator=random)[: 1 + int(torch.randint(len(samples), (), generator=random))]
+        order = torch.randperm(len(samples), generator=random)[
+            : 1 + int(torch.randint(len(samples), (), generator=random))
+        ]
         model(**batch([samples[i] for i in order]))
     gate.flush()
     assert {key for key, _ in gate.store.items("difficulty")} == known

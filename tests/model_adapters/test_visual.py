@@ -36,7 +36,9 @@ def _seen(n: int, *more: int, zeros: tuple[Any, ...] = ()) -> Seen:
     return Seen(digests, torch.ones(n, dtype=torch.int64))
 
 
-def _rows(layout: Layout, batch: dict[str, Any], name: str = "pixel_values", model: nn.Module | None = None) -> list[Any]:
+def _rows(
+    layout: Layout, batch: dict[str, Any], name: str = "pixel_values", model: nn.Module | None = None
+) -> list[Any]:
     places = visual_rows(_Model() if model is None else model, batch, layout)[name]
     assert places is not None
     return torch.where(places < 0, NOWHERE, places // layout.valid.shape[1]).tolist()
@@ -107,7 +109,10 @@ def test_images_by_rows_filled_up_with_zeros() -> None:
 def test_tiles_by_images_filled_up_with_zeros() -> None:
     """LLaVA-NeXT: whole image, one or two crops, and newlines."""
     layout = _layout([*_i(7), 1, *_i(9)], [1], [*_i(7)])
-    batch = {"pixel_values": _seen(3, 3, zeros=((0, 2), (2, 2))), "image_sizes": torch.tensor([[9, 9], [9, 20], [9, 9]])}
+    batch = {
+        "pixel_values": _seen(3, 3, zeros=((0, 2), (2, 2))),
+        "image_sizes": torch.tensor([[9, 9], [9, 20], [9, 9]]),
+    }
     assert _rows(layout, batch) == [0, 0, 2]
 
 
