@@ -187,7 +187,7 @@ def _stand(
     if counts is not None and len(counts) == shape[0] and int(counts.sum()) == len(areas):
         at = placeholders.in_groups(torch.arange(len(counts)).repeat_interleave(counts), shape)
     if at is None:
-        at = _fitting(placeholders, [areas, torch.ones_like(areas)], [torch.ones_like(areas), each])
+        at = _fitting(placeholders, [areas], [torch.ones_like(areas), each])
     found: dict[str, Tensor | None] = {table: at}
     for name, seen in inputs.items():
         items = _items(len(seen.digests), areas, batch)

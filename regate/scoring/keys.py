@@ -70,7 +70,7 @@ def visual_keys(model: nn.Module, adapter: ModelAdapter, batch: Batch, layout: L
         batch: the arguments of the model's call.
         layout: of the batch, on the CPU.
     """
-    seen = _on_host(batch, adapter)
+    seen = _on_host(batch, adapter, len(layout.labels))
     if not any(isinstance(value, Seen) for value in seen.values()):
         return [b""] * len(layout.labels) if not bool(layout.visual.any()) else None
     rows, length = layout.labels.shape
@@ -89,7 +89,7 @@ def visual_keys(model: nn.Module, adapter: ModelAdapter, batch: Batch, layout: L
     return [blake2b(b"".join(parts), digest_size=16).digest() if parts else b"" for parts in found]
 
 
-def _on_host(batch: Batch, adapter: ModelAdapter) -> dict[str, Any]:
+def _on_host(batch: Batch, adapter: ModelAdapter, rows: int) -> dict[str, Any]:
     """The batch's visual inputs as `Seen`, its tables, fetched in one piece, and its options."""
     parts: dict[str, list[Tensor]] = {}
     leaves = {name: list(_leaves(batch[name])) for name in _names(batch, adapter)}
@@ -110,7 +110,7 @@ def _on_host(batch: Batch, adapter: ModelAdapter) -> dict[str, Any]:
         sizes = torch.tensor([leaf.numel() for leaf in tensors])
         if isinstance(batch[name], Tensor):
             sizes = torch.ones(len(digests[0]), dtype=torch.int64)
-        seen[name] = Seen(torch.cat(digests), sizes, _nested_rows(batch[name]))
+        seen[name] = Seen(torch.cat(digests), sizes, _nested_rows(batch[name], rows))
     return seen | {name: next(fetched) for name in tables}
 
 
@@ -142,11 +142,11 @@ def _leaves(value: Any) -> Iterator[Tensor]:
             yield from _leaves(part)
 
 
-def _nested_rows(value: Any) -> Tensor | None:
-    """The row of each leaf, of a list of lists; a pair of a tensor and its kind is no list."""
-    if not isinstance(value, list | tuple) or not all(isinstance(part, list | tuple) for part in value):
+def _nested_rows(value: Any, rows: int) -> Tensor | None:
+    """The row of each leaf, where there is a list for each row; a pair of a tensor and its kind is no such list."""
+    if not isinstance(value, list | tuple) or len(value) != rows:
         return None
-    if any(isinstance(x, str) for part in value for x in part):
+    if not all(isinstance(part, list | tuple) and not any(isinstance(x, str) for x in part) for part in value):
         return None
     return torch.tensor([row for row, part in enumerate(value) for _ in _leaves(part)], dtype=torch.int64)
 
