@@ -85,10 +85,10 @@ class ModelAdapter:
         visual_inputs: names of the batch's entries that hold pixels or sound, for telling samples of equal text apart:
             tensors, or lists of them of any nesting.
         visual_axis: their axis along which images, or what they are cut into, follow one another.
-        visual_rows: `(model, batch, layout) -> {name: places}`: where visual inputs stand. In the batch that it is given,
-            everything is on the host, and each visual input is a `visual.Seen`. Places are int64 [N] or [N, M], like
-            the first axes of the input: `row * S + position`, the position that of the first placeholder; -1 for what
-            stands nowhere; None instead of a tensor where it cannot be told. Names may be those of tables too.
+        visual_rows: `(model, batch, layout) -> {name: places}`: where visual inputs stand, and rows of their tables of
+            sizes. The batch that it is given is on the host, each visual input a `visual.Seen`. Places are int64 [N] or
+            [N, M], like the first axes of the input: `row * S + position`, that of the first placeholder; -1 for what
+            stands nowhere. None instead of a tensor: it cannot be told.
     """
 
     serves: tuple[str, ...]

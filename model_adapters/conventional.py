@@ -165,7 +165,8 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         AdapterError: the batch has neither `input_ids` nor `inputs_embeds`, or no `labels`.
     """
-    input_ids, embeds, labels = batch.get("input_ids"), batch.get("inputs_embeds"), batch.get("labels")
+    embeds: Any = batch.get("inputs_embeds")
+    input_ids, labels = batch.get("input_ids"), batch.get("labels")
     if labels is None or (input_ids is None and embeds is None):
         missing = (["input_ids"] if input_ids is None else []) + (["labels"] if labels is None else [])
         raise AdapterError(

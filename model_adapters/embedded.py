@@ -59,7 +59,8 @@ def ids_of(embeds: Tensor, embed: _Embed, vocabulary: int) -> Tensor:
         _, keys, order = known
     mine = torch.cat([projected(part) for part in flat.split(_CHUNK)])
     ids = order[torch.searchsorted(keys, mine).clamp(max=vocabulary - 1)]
-    same = [(embed(i).to(part.dtype) == part).all(-1) for i, part in zip(ids.split(_CHUNK), flat.split(_CHUNK))]
+    pairs = zip(ids.split(_CHUNK), flat.split(_CHUNK), strict=True)
+    same = [(embed(some).to(part.dtype) == part).all(-1) for some, part in pairs]
     return torch.where(torch.cat(same), ids, -1).reshape(embeds.shape[:2])
 
 
@@ -91,8 +92,8 @@ def read_off(embeds: Tensor, labels: Tensor, embeddings: nn.Module, vocabulary: 
             row, position = places[0].tolist()
             raise AdapterError(
                 f"{wrong} of {int(labelled.sum())} labelled positions of inputs_embeds do not hold their label's "
-                f"embedding (the first in row {row}, position {position}), so text cannot be told from visual features. "
-                "Noise on embeddings (NEFTune) or a transform of them does that: leave it out, or register an adapter "
-                "whose `layout` knows the ids"
+                f"embedding (the first in row {row}, position {position}), so text cannot be told from visual "
+                "features. Noise on embeddings (NEFTune) or a transform of them does that: leave it out, or register "
+                "an adapter whose `layout` knows the ids"
             )
     return torch.where(labelled, labels, ids)

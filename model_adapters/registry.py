@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from torch import nn
 
 from model_adapters import conventional
+from model_adapters.anyres import ANYRES
 from model_adapters.base import ModelAdapter
 from model_adapters.blip import BLIP
 from model_adapters.chameleon import CHAMELEON
@@ -22,7 +23,7 @@ from model_adapters.videochat2 import VIDEOCHAT2
 from model_adapters.videollama2 import VIDEOLLAMA2
 
 ENTRY_POINTS = "regate.adapters"
-_HERE = (BLIP, CHAMELEON, ERNIE, GEMMA, GIT, IDEFICS, INTERNVL_CHAT, MINICPM, STEP, VIDEOCHAT2, VIDEOLLAMA2)
+_HERE = (ANYRES, BLIP, CHAMELEON, ERNIE, GEMMA, GIT, IDEFICS, INTERNVL_CHAT, MINICPM, STEP, VIDEOCHAT2, VIDEOLLAMA2)
 _BUILT_IN = {name: adapter for adapter in _HERE for name in adapter.serves}
 _REGISTERED: dict[str, ModelAdapter] = {}
 

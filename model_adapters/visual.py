@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 NOWHERE = -1
 # What tensors that are seen or heard are called. The first of a kind has an entry per item, if any has.
 INPUTS = (
-    "pixel_values", "pixel_values_images", "high_res_pixel_values", "pixel_values_local", "pixel_values_videos", "images",
-    "image_patches", "flattened_patches", "input_features", "input_values", "audio_input_ids", "protein_input_ids",
+    "pixel_values", "pixel_values_images", "high_res_pixel_values", "pixel_values_local", "pixel_values_videos",
+    "images", "image_patches", "flattened_patches", "input_features", "input_values", "audio_input_ids",
+    "protein_input_ids",
 )  # fmt: skip
 # Sizes of items, a row each.
 _TABLES = {
@@ -91,15 +92,18 @@ class Placeholders:
         return self.places[self.runs[runs_of_items.cumsum(0) - runs_of_items]]
 
     def in_proportion(self, sizes: Tensor) -> Tensor | None:
-        """The places [M] of items that take placeholders in proportion to `sizes` [M], if whole ones fill each group."""
-        ends, total = sizes.cumsum(0) * len(self.places), int(sizes.sum())
-        if not total or bool((ends % total).any()):
+        """The places [M] of items that take placeholders in proportion to `sizes` [M], if whole ones fill each group.
+
+        An item takes whole placeholders, or a placeholder whole items (patches).
+        """
+        places, total = len(self.places), int(sizes.sum())
+        ends = sizes.cumsum(0) * places
+        if not total or (bool((ends % total).any()) and total % places):
             return None
-        ends = ends // total
         borders = self.groups.diff().nonzero().squeeze(1) + 1
-        if not bool(torch.isin(borders, ends).all()):
+        if not bool(torch.isin(borders * total, ends).all()):
             return None
-        return self.places[torch.cat([ends.new_zeros(1), ends[:-1]]).clamp(max=len(self.places) - 1)]
+        return self.places[((ends - sizes * places) // total).clamp(max=places - 1)]
 
     def in_groups(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
         """The places [M] of items whose groups [M] are known: the first placeholder, or the row's first position."""
@@ -183,7 +187,7 @@ def _stand(
     if counts is not None and len(counts) == shape[0] and int(counts.sum()) == len(areas):
         at = placeholders.in_groups(torch.arange(len(counts)).repeat_interleave(counts), shape)
     if at is None:
-        at = _fitting(placeholders, [areas, torch.ones_like(areas)], [torch.ones_like(areas), each])
+        at = _fitting(placeholders, [areas], [torch.ones_like(areas), each])
     found: dict[str, Tensor | None] = {table: at}
     for name, seen in inputs.items():
         items = _items(len(seen.digests), areas, batch)

@@ -230,9 +230,10 @@ class Gate:
             "mlp_blocks": statistics.mlp,
             "graphs": len(statistics.graphs) + statistics.other_graphs,
             "recompiles": statistics.recompiles,
+            "samples_found_again": self.scorer.recurrence.share if self.scorer.recurrence.telling else 0.0,
             **self.watch.medians(),
         }
-        notes = list(self._notes)
+        notes = [*self._notes, *filter(None, [self.scorer.recurrence.reason()])]
         if statistics.failed is not None:
             notes.append(f"the decoder runs dense: {statistics.failed}")
         return Report(self.counters, found, notes)

@@ -89,6 +89,17 @@ class GateCallback(TrainerCallback, ExportableState):
         if (gate := _gate(model)) is not None:
             gate.save(_folder(args, state))
 
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **others: Any,
+    ) -> None:
+        if (gate := _gate(model)) is not None:
+            gate.scorer.recurrence.epoch_ended()
+
     def on_log(
         self,
         args: TrainingArguments,

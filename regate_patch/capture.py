@@ -328,8 +328,8 @@ def patch(
 
     Args:
         decoder: the module that owns the decoder layers, called with hidden states or embeddings [B, S, D].
-            the decoder is on CUDA when it first runs, else eager), or anything that `torch.compile` takes for one.
-            the decoder is on CUDA when it first runs, else eager), or anything `torch.compile(backend=...)` takes.
+        backend: how the rewritten graph is run: "inductor", "eager" (no compiler needed), "auto" or None (inductor where
+            decoder is on CUDA when it first runs, else eager), or anything that `torch.compile(backend=...)` takes.
         on_unsupported: "raise" the errors below, or "warn" once and run every position from then on.
         allow_graph_breaks: let Dynamo cut the decoder into several graphs, for hooks that cut it between layers. What
             runs between the graphs is not looked at: it must not mix tokens. None allows it where the cuts are

@@ -39,6 +39,8 @@ class Report(Mapping[str, Number]):
             f"gating     {n['gate_seconds']:.1f} s on the host",
             f"FLOPs      {n['speedup_possible']:.2f}x fewer in decoder and head than the same steps dense",
         ]
+        if n["samples_found_again"]:
+            lines.append(f"memory     {n['samples_found_again']:.0%} of the latest samples had been seen before")
         if n["speedup_measured"]:
             lines.append(
                 f"time       {n['seconds_per_full_step']:.3f} s per full step, {n['seconds_per_sparse_step']:.3f} s "

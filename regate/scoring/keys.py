@@ -19,8 +19,8 @@ from model_adapters.visual import TABLES, Seen
 from regate.labels import IGNORED
 
 UNKNOWN_IMAGES = (
-    "which image belongs to which row of the batch cannot be told: equal texts share one difficulty; pass sample_ids, or "
-    "give regate.apply the model that is called with the images"
+    "which image belongs to which row of the batch cannot be told: equal texts share one difficulty; pass sample_ids, "
+    "or give regate.apply the model that is called with the images"
 )
 _CHUNK = 1 << 22  # values that are digested at a time
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -70,7 +70,7 @@ def visual_keys(model: nn.Module, adapter: ModelAdapter, batch: Batch, layout: L
         batch: the arguments of the model's call.
         layout: of the batch, on the CPU.
     """
-    seen = _on_host(batch, adapter)
+    seen = _on_host(batch, adapter, len(layout.labels))
     if not any(isinstance(value, Seen) for value in seen.values()):
         return [b""] * len(layout.labels) if not bool(layout.visual.any()) else None
     rows, length = layout.labels.shape
@@ -89,8 +89,8 @@ def visual_keys(model: nn.Module, adapter: ModelAdapter, batch: Batch, layout: L
     return [blake2b(b"".join(parts), digest_size=16).digest() if parts else b"" for parts in found]
 
 
-def _on_host(batch: Batch, adapter: ModelAdapter) -> dict[str, Any]:
-    """The batch's visual inputs as `Seen`, and its tables, fetched in one piece."""
+def _on_host(batch: Batch, adapter: ModelAdapter, rows: int) -> dict[str, Any]:
+    """The batch's visual inputs as `Seen`, its tables, fetched in one piece, and its options."""
     parts: dict[str, list[Tensor]] = {}
     leaves = {name: list(_leaves(batch[name])) for name in _names(batch, adapter)}
     for name, tensors in leaves.items():
@@ -101,7 +101,7 @@ def _on_host(batch: Batch, adapter: ModelAdapter) -> dict[str, Any]:
             parts[name] = [digest(leaf.detach()[None], axes=1) for leaf in tensors]
     tables = {name: table for name in TABLES if (table := _table(batch.get(name))) is not None}
     fetched = iter(_fetch([x for of_name in parts.values() for x in of_name] + list(tables.values())))
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = {name: value for name, value in batch.items() if isinstance(value, str | int | float)}
     for name, of_name in parts.items():
         digests = [next(fetched) for _ in of_name]
         if not digests:
@@ -110,7 +110,7 @@ def _on_host(batch: Batch, adapter: ModelAdapter) -> dict[str, Any]:
         sizes = torch.tensor([leaf.numel() for leaf in tensors])
         if isinstance(batch[name], Tensor):
             sizes = torch.ones(len(digests[0]), dtype=torch.int64)
-        seen[name] = Seen(torch.cat(digests), sizes, _nested_rows(batch[name]))
+        seen[name] = Seen(torch.cat(digests), sizes, _nested_rows(batch[name], rows))
     return seen | {name: next(fetched) for name in tables}
 
 
@@ -142,11 +142,11 @@ def _leaves(value: Any) -> Iterator[Tensor]:
             yield from _leaves(part)
 
 
-def _nested_rows(value: Any) -> Tensor | None:
-    """The row of each leaf, of a list of lists; a pair of a tensor and its kind is no list."""
-    if not isinstance(value, list | tuple) or not all(isinstance(part, list | tuple) for part in value):
+def _nested_rows(value: Any, rows: int) -> Tensor | None:
+    """The row of each leaf, where there is a list for each row; a pair of a tensor and its kind is no such list."""
+    if not isinstance(value, list | tuple) or len(value) != rows:
         return None
-    if any(isinstance(x, str) for part in value for x in part):
+    if not all(isinstance(part, list | tuple) and not any(isinstance(x, str) for x in part) for part in value):
         return None
     return torch.tensor([row for row, part in enumerate(value) for _ in _leaves(part)], dtype=torch.int64)
 

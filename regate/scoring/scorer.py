@@ -18,6 +18,7 @@ from model_adapters import Batch, Layout
 from regate.config import Config
 from regate.errors import GateNotAppliedError, StoreError
 from regate.labels import predicted
+from regate.memory.recurrence import Recurrence
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store, Table
 from regate.scoring import difficulty
@@ -87,6 +88,7 @@ class Scorer:
         self.config, self.exchange, self.counters = config, exchange, counters
         self.teacher, self.lazily = teacher, lazily
         self.prior = difficulty.VocabularyPrior(decay=config.ema_decay)
+        self.recurrence = Recurrence()
         self._pending: list[_Pending] = []
         self._unwritten: dict[bytes, np.ndarray] = {}  # difficulties that are not in the store yet
 
@@ -165,11 +167,19 @@ class Scorer:
             self.counters.nonfinite_losses += int((~torch.isfinite(losses)).sum())
             self.prior.observe(item.samples.layout.labels[item.kept], losses)
             m = self._difficulties(item.samples)
+            self._look_out(item.samples, m)
             loss = torch.zeros_like(m)
             loss[item.kept] = losses
             m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay)
             rows = m[candidates].split(candidates.sum(1).tolist())
             self._unwritten |= {k: r.numpy() for k, r in zip(item.samples.sample, rows, strict=True) if len(r)}
+
+    def _look_out(self, samples: Samples, m: Tensor) -> None:
+        """Were these samples seen before?"""
+        rows = samples.candidates.any(1).nonzero().squeeze(1).tolist()
+        known = (m != difficulty.UNSEEN).any(1).tolist()
+        text, sample = [samples.text[b] for b in rows], [samples.sample[b] for b in rows]
+        self.recurrence.see(text, sample, known=[known[b] for b in rows])
 
     def write(self) -> None:
         """Store what was collected."""

@@ -1,4 +1,4 @@
-"""Whose images they are, on stand-ins of the three systems of the paper: one difficulty for each sample, in any batch."""
+"""Whose images they are, on stand-ins of the paper's three systems: a sample has one difficulty, in any batch."""
 
 from __future__ import annotations
 
