@@ -22,7 +22,7 @@ from benchmarks.quality.arms import ARMS
 from benchmarks.quality.run import Run
 from benchmarks.quality.tasks.registry import TASKS
 
-HEADLINE = ("dense", "exact", "regate", "random", "reweighted", "student")
+HEADLINE = ("dense", "regate", "random", "student", "reweighted", "exact")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     made = machine.described("benchmarks.quality", "torch", "transformers") | {"commit": commit}
     tasks = {}
     runs = [(seed, name, arm) for seed in args.seeds for name in args.tasks for arm in args.arms]
-    for seed, name, arm in tqdm(runs, desc="runs"):
+    for seed, name, arm in tqdm(runs, desc="runs", mininterval=20):
         path = args.out / f"{name}-{arm}-{seed}.json"
         if path.exists():
             continue

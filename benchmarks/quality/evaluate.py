@@ -60,7 +60,7 @@ def with_blank(pixels: str) -> Change:
 
     def change(batch: Batch) -> Batch:
         seen = _per_sample(batch, pixels)
-        return batch | {pixels: seen.mean(0, keepdim=True).expand_as(seen).reshape(batch[pixels].shape)}
+        return batch | {pixels: seen.mean(0, keepdim=True).expand_as(seen).reshape(batch[pixels].shape).contiguous()}
 
     return change
 

@@ -65,7 +65,7 @@ class Samples(Dataset[Batch]):
                 for m in sample.record["messages"]
             ]
             samples.append(Sample({"messages": messages, "images": []}, sample.grounded, sample.facts))
-        return Samples(samples, self.processor)
+        return Samples(samples, self.processor, self.encode)
 
     def first(self, n: int) -> Samples:
         """The first `n`; what was encoded stays so."""
@@ -95,7 +95,7 @@ class Settings:
         grounded_share: of the loss that grounded words have in the re-weighted arm.
     """
 
-    steps: int = 600
+    steps: int = 400
     batch_size: int = 32
     lr: float = 1e-3
     schedule: dict[str, int] = field(default_factory=lambda: {"warmup": 40, "cycle": 32, "full_steps": 4})

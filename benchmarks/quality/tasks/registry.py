@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.quality.tasks import Task, captions
+from benchmarks.quality.tasks import Task, captions, clips, photos
 
-TASKS: dict[str, Callable[..., Task]] = {"captions": captions.task}
+TASKS: dict[str, Callable[..., Task]] = {"captions": captions.task, "photos": photos.task, "clips": clips.task}
