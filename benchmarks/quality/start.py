@@ -53,7 +53,7 @@ def learn_to_see(task: Task, model: Any, seed: int) -> None:
         if heads is None or optimizer is None:
             heads = nn.ModuleList(nn.Linear(seen.shape[-1], n) for n in task.classes)
             optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=task.settings.lr)
-        _losses(heads, seen, batch["facts"]).backward()
+        _losses(heads, seen, batch["facts"].reshape(len(seen), -1)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

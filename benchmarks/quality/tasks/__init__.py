@@ -23,7 +23,8 @@ class Sample:
     Attributes:
         record: as `examples.conversations` takes it.
         grounded: for each word of the answer, whether only the visual input tells it.
-        facts: what the visual input shows, a class for each of `Task.classes`; the encoder is pretrained on it.
+        facts: what the visual input shows, a class for each of `Task.classes`, once or several times; the encoder is
+            pretrained on it.
     """
 
     record: dict[str, Any]
@@ -118,7 +119,7 @@ class Task:
         train, validation, test: choices are made on validation, test is looked at once.
         classes: of each fact that the encoder is pretrained to see.
         build: a model, from a seed.
-        see: what the encoder makes of a batch, [B, D].
+        see: what the encoder makes of a batch, [B, D], or [n * B, D] where a sample has n sets of facts.
         encoder: the part of a model that is pretrained to see.
         pixels: the name of the visual input in a batch.
         settings: see there.

@@ -44,7 +44,7 @@ def encode(record: dict[str, Any], processor: PlainProcessor) -> Batch:
     labels = ids.clone()
     labels[:, : len(prompt)] = -100
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return batch | {processor.pixels: image[None] for image in record["images"]}
+    return batch | ({processor.pixels: record["images"][0][None]} if record["images"] else {})
 
 
 def conversation(question: str, answer: list[str], visual: torch.Tensor) -> dict[str, Any]:
