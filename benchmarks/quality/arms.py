@@ -38,6 +38,8 @@ ARMS = {
     "reweighted": Arm("all tokens, grounded words weighted up as ReGATE does", None, reweighted=True),
     "student": Arm("the student's losses alone, no teacher", {"reference_weight": 0.0}),
     "reference": Arm("reference losses alone", {"student_weight": 0.0, "reference_weight": 1.0}),
+    "gain": Arm("ref - m, what the image already explains", {"student_weight": -1.0, "reference_weight": 1.0}),
+    "explore": Arm("the default, a third of the kept labels at random", {"explore": 1 / 3}),
     "equal": Arm("0.5 m + 0.5 ref", {"student_weight": 0.5}),
     "keep25": Arm("the default, keep 0.25", {"keep": 0.25}),
     "keep75": Arm("the default, keep 0.75", {"keep": 0.75}),
