@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from regate.errors import ConfigError
 
@@ -24,11 +25,13 @@ class Config:
         final_full_steps: full steps at the end of training; needs `total_steps`.
         total_steps: optimizer steps of the whole run, or None.
         ema_decay: beta of the difficulty's moving average, `m <- beta*m + (1-beta)*loss`.
-        student_weight, reference_weight: a label's score is `student_weight*m + reference_weight*ref`.
+        student_weight, reference_weight: a label's score is `student_weight*m + reference_weight*ref`. Of either sign:
+            -1 and 1 score what the visual input already explains, `ref - m`.
         selection: "score" keeps the highest scores, "random" as many at random (a control).
         alignment: which answer positions a kept label activates: its "predictor", or "both" the predictor and
             the kept token itself.
-        seed: of the random selection.
+        explore: share of the kept labels that is drawn at random, among those that the score leaves out.
+        seed: of what is drawn at random.
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
             have embeddings most like another's (see `regate.scoring.visual`).
         logits: where training forwards compute them: at positions that predict "kept" labels, a chunk at a time, or,
@@ -51,6 +54,7 @@ class Config:
     student_weight: float = 1.0
     reference_weight: float = 0.5
     selection: Selection = "score"
+    explore: float = 0.0
     alignment: Alignment = "predictor"
     seed: int = 0
     visual_keep: float = 1.0
@@ -67,8 +71,11 @@ class Config:
             self._require("total_steps", (self.total_steps or 0) >= self.final_full_steps, "given and not smaller "
                           "than final_full_steps")  # fmt: skip
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
-        self._require("student_weight", self.student_weight >= 0, "at least 0")
-        self._require("reference_weight", self.reference_weight >= 0, "at least 0")
+        self._require("student_weight", math.isfinite(self.student_weight), "finite")
+        self._require("reference_weight", math.isfinite(self.reference_weight), "finite")
+        if self.student_weight == 0:
+            self._require("reference_weight", self.reference_weight != 0, "other than 0 where student_weight is 0")
+        self._require("explore", 0 <= self.explore <= 1, "in [0, 1]")
         self._require("selection", self.selection in get_args(Selection), f"one of {get_args(Selection)}")
         self._require("alignment", self.alignment in get_args(Alignment), f"one of {get_args(Alignment)}")
         self._require("visual_keep", 0 < self.visual_keep <= 1, "in (0, 1]")
@@ -77,6 +84,21 @@ class Config:
     def _require(self, field: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise ConfigError(f"Config.{field} must be {allowed}, got {getattr(self, field)!r}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Config:
+        """The paper's settings, whatever the defaults become."""
+        settings = {
+            "cycle": 128, "full_steps": 16, "keep": 0.5, "warmup": 100, "final_full_steps": 0, "ema_decay": 0.9,
+            "student_weight": 1.0, "reference_weight": 0.5, "selection": "score", "explore": 0.0,
+            "alignment": "predictor", "visual_keep": 1.0,
+        }  # fmt: skip
+        return cls(**(settings | changes))
+
+    @classmethod
+    def exact(cls, **changes: Any) -> Config:
+        """Every step learns from every label, with dense training's gradients; what no loss reads is left out."""
+        return cls(**({"keep": 1.0, "visual_keep": 1.0} | changes))
 
     def is_full(self, step: int) -> bool:
         """Does optimizer step `step` (from 0) keep every label?"""

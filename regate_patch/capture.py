@@ -328,7 +328,7 @@ def patch(
 
     Args:
         decoder: the module that owns the decoder layers, called with hidden states or embeddings [B, S, D].
-        backend: how the rewritten graph is run: "inductor", "eager" (no compiler needed), "auto" or None (inductor where
+        backend: how the rewritten graph is run: "inductor", "eager" (no compiler needed), "auto" or None (inductor if
             decoder is on CUDA when it first runs, else eager), or anything that `torch.compile(backend=...)` takes.
         on_unsupported: "raise" the errors below, or "warn" once and run every position from then on.
         allow_graph_breaks: let Dynamo cut the decoder into several graphs, for hooks that cut it between layers. What

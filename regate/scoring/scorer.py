@@ -103,14 +103,15 @@ class Scorer:
         Raises:
             StoreError: a reference loss is missing, and there is no teacher to compute it.
         """
-        return keep_highest(self._scores(samples, step), samples.candidates, self.config.keep)
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.counters.labels_seen)
+        draws = torch.rand(samples.candidates.shape, generator=generator)
+        scores = draws if config.selection == "random" else self._scores(samples, step)
+        return keep_highest(scores, samples.candidates, config.keep, explore=config.explore, draws=draws)
 
     def _scores(self, samples: Samples, step: int) -> Tensor:
         """[N, L] float32, read at candidates only: `student_weight*m + reference_weight*ref`."""
         config, candidates = self.config, samples.candidates
-        if config.selection == "random":
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.counters.labels_seen)
-            return torch.rand(candidates.shape, generator=generator)
         m = self._difficulties(samples)
         expected = self.prior.expect(torch.where(candidates, samples.layout.labels, 0))
         score = config.student_weight * torch.where(m == difficulty.UNSEEN, expected, m)

@@ -12,13 +12,17 @@ from regate.config import Alignment
 from regate.labels import IGNORED, predictors
 
 
-def keep_highest(scores: Tensor, candidates: Tensor, keep: float) -> Tensor:
-    """The `ceil(keep * n)` candidates of each row with the highest scores.
+def keep_highest(
+    scores: Tensor, candidates: Tensor, keep: float, *, explore: float = 0.0, draws: Tensor | None = None
+) -> Tensor:
+    """The `ceil(keep * n)` candidates of each row with the highest scores, or most of them and some at random.
 
     Args:
         scores: [B, S] float; read at candidates only.
         candidates: [B, S] bool.
         keep: share, 0 < keep <= 1.
+        explore: share of those kept, rounded down, that have the highest `draws` among the others instead.
+        draws: [B, S] random, finite; needed where `explore` is not 0.
 
     Returns:
         [B, S] bool. Equal scores are kept from the left.
@@ -28,6 +32,14 @@ def keep_highest(scores: Tensor, candidates: Tensor, keep: float) -> Tensor:
         [[False, True, True]]
     """
     k = torch.ceil(candidates.sum(1, keepdim=True) * keep - 1e-6)
+    if draws is None or not explore:
+        return _highest(scores, candidates, k)
+    best = _highest(scores, candidates, k - torch.floor(k * explore + 1e-6))
+    return _highest(draws.masked_fill(best, float("inf")), candidates, k)
+
+
+def _highest(scores: Tensor, candidates: Tensor, k: Tensor) -> Tensor:
+    """The `k` [B, 1] candidates of each row with the highest scores."""
     order = scores.float().masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order)

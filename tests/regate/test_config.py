@@ -11,7 +11,8 @@ import regate
     ("field", "value"),
     [
         ("keep", 0.0), ("keep", 1.5), ("keep", -1), ("cycle", 0), ("full_steps", 129), ("full_steps", -1),
-        ("warmup", -1), ("ema_decay", 1.0), ("student_weight", -1.0), ("reference_weight", -0.1),
+        ("warmup", -1), ("ema_decay", 1.0), ("student_weight", float("nan")),
+        ("reference_weight", float("inf")), ("explore", -0.1), ("explore", 1.1), ("visual_keep", 0.0),
         ("selection", "best"), ("alignment", "token"), ("final_full_steps", 5),
     ],
 )  # fmt: skip
@@ -31,3 +32,18 @@ def test_defaults_are_the_papers() -> None:
     c = regate.Config()
     assert (c.cycle, c.full_steps, c.keep, c.warmup, c.ema_decay) == (128, 16, 0.5, 100, 0.9)
     assert (c.student_weight, c.reference_weight) == (1.0, 0.5)
+
+
+def test_a_score_needs_a_weight() -> None:
+    with pytest.raises(regate.RegateError, match=r"Config\.reference_weight must be other than 0 where student_weight"):
+        regate.Config(student_weight=0.0, reference_weight=0.0)
+
+
+def test_the_papers_settings_by_name() -> None:
+    assert regate.Config.paper() == regate.Config(), "defaults differ from the paper's: say so in the documentation"
+    assert regate.Config.paper(keep=0.25, seed=3) == regate.Config(keep=0.25, seed=3)
+
+
+def test_exact_leaves_out_no_label_and_no_visual_token() -> None:
+    config = regate.Config.exact(warmup=5)
+    assert (config.keep, config.visual_keep, config.warmup) == (1.0, 1.0, 5)

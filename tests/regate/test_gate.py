@@ -84,10 +84,12 @@ def test_sparse_loss_is_the_oracles() -> None:
         torch.testing.assert_close(grads[n], grad, atol=1e-10, rtol=0)
 
 
-def test_scores_are_weighted_sums() -> None:
+@pytest.mark.parametrize(("student", "reference"), [(1.0, 0.5), (-1.0, 1.0), (0.0, -1.0)])
+def test_scores_are_weighted_sums(student: float, reference: float) -> None:
     """On the second sight of a sample: student_weight*m + reference_weight*ref, top half kept."""
     model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1)
-    gate = regate.apply(model, regate.Config(warmup=1, cycle=100, full_steps=0))
+    weights = {"student_weight": student, "reference_weight": reference}
+    gate = regate.apply(model, regate.Config(warmup=1, cycle=100, full_steps=0, **weights))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with torch.no_grad():
         logits = model.eval()(**batch).logits
@@ -101,10 +103,29 @@ def test_scores_are_weighted_sums() -> None:
     (stored,) = [v for _, v in gate.store.items("difficulty")]
     at = (batch["labels"][0] != -100).nonzero()[:, 0]
     torch.testing.assert_close(torch.from_numpy(stored), m[at - 1], atol=2e-3, rtol=2e-3)
-    d = m[at - 1] + 0.5 * torch.from_numpy(ref)
+    d = student * m[at - 1] + reference * torch.from_numpy(ref)
     assert gate.last is not None
     best = at[d.argsort(descending=True)[: (len(at) + 1) // 2]].sort().values
     assert gate.last.kept[0].nonzero()[:, 0].tolist() == best.tolist()
+
+
+def test_exploring_draws_by_seed_and_step() -> None:
+    """The same choice for a seed at a step, another at the next, as many labels each time."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1)
+    kept: dict[int, list[tuple[int, ...]]] = {}
+    for seed in (0, 0, 1):
+        gate = regate.apply(model, regate.Config(warmup=0, full_steps=0, explore=0.5, seed=seed), teacher=None)
+        choices = []
+        for _ in range(4):
+            _step(model, batch)
+            assert gate.last is not None
+            choices.append(tuple(gate.last.kept[0].nonzero()[:, 0].tolist()))
+        assert kept.get(seed, choices) == choices
+        kept[seed] = choices
+        assert len(set(map(len, choices))) == 1
+        regate.remove(model)
+    assert len(set(kept[0])) > 2
+    assert kept[0] != kept[1]
 
 
 def test_micro_batches_share_the_decision() -> None:

@@ -41,6 +41,20 @@ def test_keeps_the_highest(keep: float) -> None:
         assert sorted(best) == kept[row].nonzero()[:, 0].tolist()
 
 
+@pytest.mark.parametrize("explore", [0.0, 0.3, 0.5, 1.0])
+def test_explores_with_a_share_of_the_budget(explore: float) -> None:
+    candidates = predicted(_random(0)[0])
+    generator = torch.Generator().manual_seed(1)
+    scores, draws = (torch.rand(candidates.shape, generator=generator) for _ in range(2))
+    kept = keep_highest(scores, candidates, 0.7, explore=explore, draws=draws)
+    for row in range(len(candidates)):
+        at = candidates[row].nonzero()[:, 0].tolist()
+        k = math.ceil(0.7 * len(at) - 1e-9)
+        best = sorted(at, key=lambda i: -float(scores[row, i]))[: k - math.floor(explore * k)]
+        drawn = sorted(set(at) - set(best), key=lambda i: -float(draws[row, i]))[: k - len(best)]
+        assert sorted(best + drawn) == kept[row].nonzero()[:, 0].tolist()
+
+
 def test_nothing_to_keep_in_a_row_without_labels() -> None:
     candidates = torch.tensor([[False, False, False], [False, True, False]])
     assert keep_highest(torch.rand(2, 3), candidates, 0.5).tolist() == candidates.tolist()

@@ -1,0 +1,53 @@
+"""Train every arm with every seed on every task; goes on where it was stopped.
+
+    python -m benchmarks.quality [--tasks captions] [--arms dense regate random] [--seeds 0 1 2] [--out FOLDER]
+
+Seed by seed, so that what is there at any time is paired. A run is one file in the folder; `python -m
+benchmarks.quality.page FOLDER` gathers them and writes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from benchmarks import machine
+from benchmarks.quality.arms import ARMS
+from benchmarks.quality.run import Run
+from benchmarks.quality.tasks.registry import TASKS
+
+HEADLINE = ("dense", "regate", "random", "student", "reweighted", "exact")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(HEADLINE))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    made = machine.described("benchmarks.quality", "torch", "transformers") | {"commit": commit}
+    tasks = {}
+    runs = [(seed, name, arm) for seed in args.seeds for name in args.tasks for arm in args.arms]
+    for seed, name, arm in tqdm(runs, desc="runs", mininterval=20):
+        path = args.out / f"{name}-{arm}-{seed}.json"
+        if path.exists():
+            continue
+        if name not in tasks:
+            tasks[name] = TASKS[name]()
+        settings = dataclasses.asdict(tasks[name].settings)
+        record = Run(tasks[name], arm, seed, starts=args.out / "starts").record()
+        machine.write(record | {"settings": settings, "source": tasks[name].source, "made": made}, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What the records say: differences paired by seed, and what it cost to get as far as dense did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+Measure = Callable[[Record], float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm's measure minus another's, by seed.
+
+    Attributes:
+        by_seed: the differences.
+        low, high: of the 95% bootstrap interval of their mean.
+    """
+
+    by_seed: dict[int, float]
+    low: float
+    high: float
+
+    @property
+    def mean(self) -> float:
+        return mean(self.by_seed.values())
+
+
+def paired(records: Iterable[Record], arm: str, measure: Measure, *, base: str = "dense") -> Difference | None:
+    """Over the seeds that both arms have; None where they share none."""
+    of = {(record["arm"], record["seed"]): measure(record) for record in records}
+    seeds = sorted(seed for name, seed in of if name == arm and (base, seed) in of)
+    if not seeds:
+        return None
+    by_seed = {seed: of[arm, seed] - of[base, seed] for seed in seeds}
+    return Difference(by_seed, *interval(list(by_seed.values())))
+
+
+def interval(values: Sequence[float], *, draws: int = 10_000) -> tuple[float, float]:
+    """95% bootstrap interval of the mean: percentiles of the means of samples drawn with replacement."""
+    random = np.random.default_rng(0)
+    means = np.asarray(values)[random.integers(len(values), size=(draws, len(values)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def curve(record: Record, cost: str) -> tuple[np.ndarray, np.ndarray]:
+    """(costs, accuracy on grounded words) at each look. "all_seconds" are those of steps and of the teacher."""
+    points = record["curve"]
+    if cost == "all_seconds":
+        costs = [point["seconds"] + point["teacher_seconds"] for point in points]
+    else:
+        costs = [point[cost] for point in points]
+    return np.asarray(costs, float), np.asarray([point["grounded"] for point in points], float)
+
+
+def cost_to_reach(record: Record, target: float, cost: str) -> float | None:
+    """Where the curve first reaches `target`, linear between looks; None if it never does."""
+    costs, accuracy = curve(record, cost)
+    if not (accuracy >= target).any():
+        return None
+    i = int((accuracy >= target).argmax())
+    if i == 0:
+        return float(costs[0])
+    share = (target - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
+    return float(costs[i - 1] + share * (costs[i] - costs[i - 1]))
+
+
+def area(record: Record, budget: float, cost: str) -> float:
+    """The mean accuracy on the way from cost 0 to `budget`, linear between looks."""
+    costs, accuracy = curve(record, cost)
+    grid = np.linspace(0, budget, 1001)
+    return float(np.interp(grid, costs, accuracy).mean())
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What it cost an arm to get as far as dense, as shares of dense's whole cost, one per seed that got there."""
+
+    shares: dict[int, float]
+    seeds: int
+
+
+def reached(records: Sequence[Record], arm: str, cost: str, *, of_final: float = 1.0) -> Reached:
+    """The cost at which an arm has `of_final` of dense's last accuracy of the same seed."""
+    dense = {record["seed"]: record for record in records if record["arm"] == "dense"}
+    some = [record for record in records if record["arm"] == arm and record["seed"] in dense]
+    shares = {}
+    for record in some:
+        costs, accuracy = curve(dense[record["seed"]], cost)
+        spent = cost_to_reach(record, of_final * accuracy[-1], cost)
+        if spent is not None:
+            shares[record["seed"]] = spent / costs[-1]
+    return Reached(shares, len(some))
+
+
+def areas(records: Sequence[Record], arm: str, cost: str) -> list[float]:
+    """One per seed, up to what the cheapest arm of that seed spent in all."""
+    budgets: dict[int, float] = {}
+    for record in records:
+        total = float(curve(record, cost)[0][-1])
+        budgets[record["seed"]] = min(total, budgets.get(record["seed"], total))
+    return [area(r, budgets[r["seed"]], cost) for r in records if r["arm"] == arm]
+
+
+def test(name: str) -> Measure:
+    """A measure on the test samples: "grounded", "other", "loss" or "free_running"."""
+    if name == "free_running":
+        return lambda record: float(record["final"]["free_running"])
+    return lambda record: float(record["final"]["test"][name])
+
+
+def spent(cost: str) -> Measure:
+    """A run's whole cost."""
+    return lambda record: float(curve(record, cost)[0][-1])

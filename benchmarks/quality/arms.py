@@ -1,0 +1,47 @@
+"""What is compared: ways of training from the same weights with the same batches, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Attributes:
+        told: in words, for the page.
+        config: changes to `regate.Config`; None trains without a gate.
+        reweighted: grounded words get the share `Settings.grounded_share` of the loss.
+        elides: False computes every position and only masks the loss.
+    """
+
+    told: str
+    config: dict[str, Any] | None = field(default_factory=dict)
+    reweighted: bool = False
+    elides: bool = True
+
+    @property
+    def taught(self) -> bool:
+        """Does its score need reference losses?"""
+        if self.config is None or self.config.get("selection") == "random" or self.config.get("keep") == 1.0:
+            return False
+        return bool(self.config.get("reference_weight", 0.5) != 0)
+
+
+ARMS = {
+    "dense": Arm("all tokens, the untouched model", None),
+    "exact": Arm("all tokens, with the engine (keep 1)", {"keep": 1.0, "reference_weight": 0.0}),
+    "regate": Arm("the default: m + 0.5 ref, keep 0.5"),
+    "random": Arm("as many labels at random", {"selection": "random"}),
+    "reweighted": Arm("all tokens, grounded words weighted up as ReGATE does", None, reweighted=True),
+    "student": Arm("the student's losses alone, no teacher", {"reference_weight": 0.0}),
+    "reference": Arm("reference losses alone", {"student_weight": 0.0, "reference_weight": 1.0}),
+    "gain": Arm("ref - m, what the image already explains", {"student_weight": -1.0, "reference_weight": 1.0}),
+    "explore": Arm("the default, a third of the kept labels at random", {"explore": 1 / 3}),
+    "equal": Arm("0.5 m + 0.5 ref", {"student_weight": 0.5}),
+    "keep25": Arm("the default, keep 0.25", {"keep": 0.25}),
+    "keep75": Arm("the default, keep 0.75", {"keep": 0.75}),
+    "masking": Arm("the default's choice, loss masking alone", elides=False),
+}

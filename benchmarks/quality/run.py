@@ -1,0 +1,152 @@
+"""One run: a task, an arm, a seed; what it learnt and what that cost, as one record.
+
+Seconds are the processor's, of this process with one thread: the machine may be shared. They are of steps alone,
+without evaluations; the teacher's are apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import regate
+from benchmarks.quality.arms import ARMS, Arm
+from benchmarks.quality.evaluate import evaluate, free_running, with_blank, with_shuffled
+from benchmarks.quality.start import endless, started
+from benchmarks.quality.tasks import Batch, Settings, Task, arguments
+
+Record = dict[str, Any]
+
+
+class Run:
+    """One arm of one seed, step by step."""
+
+    def __init__(self, task: Task, name: str, seed: int, *, starts: Path) -> None:
+        self.task, self.name, self.seed = task, name, seed
+        self.arm: Arm = ARMS[name]
+        self.settings: Settings = task.settings
+        self.model = started(task, seed, starts).train()
+        self.answer_tokens = self.positions = 0
+        self.seconds = self.teacher_seconds = 0.0
+        self.gate: regate.Gate | None = None
+        if self.arm.config is not None:
+            config = regate.Config(**(self.settings.schedule | {"seed": seed} | self.arm.config))
+            self.gate = regate.apply(self.model, config, backend="eager")
+        self.choices: list[tuple[int, int, int, int]] = []  # sparse steps: step, kept, grounded, both
+        self.curve: list[Record] = []
+
+    def record(self) -> Record:
+        """Train, evaluate, and tell."""
+        for i in range(len(self.task.train)):
+            self.task.train[i]  # encoded once, so that nobody's seconds are those of reading images
+        torch.manual_seed(self.seed)
+        if self.gate is not None and self.arm.taught:
+            start = time.process_time()
+            batches = self.task.train.batches(self.settings.batch_size)
+            self.gate.precompute(map(arguments, batches), progress=False)
+            self.teacher_seconds = time.process_time() - start
+        with contextlib.nullcontext() if self.arm.elides else _everything_computed():
+            self._train()
+        report = {} if self.gate is None else dict(self.gate.report())
+        if self.gate is not None:
+            regate.remove(self.model)
+        return {
+            "task": self.task.name,
+            "arm": self.name,
+            "seed": self.seed,
+            "curve": self.curve,
+            "final": self._final(),
+            "calibration": calibration(self.choices, self.settings.steps),
+            "report": report,
+        }
+
+    def _train(self) -> None:
+        settings, model = self.settings, self.model
+        batches = endless(self.task.train.batches(settings.batch_size, seed=self.seed + 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
+        every = max(1, settings.steps // settings.evaluations)
+        self._look(0)
+        bar = tqdm(range(settings.steps), desc=f"{self.task.name} {self.name} {self.seed}", mininterval=20)
+        for step in bar:
+            batch = next(batches)
+            start = time.process_time()
+            self._loss(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            rate.step()
+            self.seconds += time.process_time() - start
+            self._count(batch, step)
+            if (step + 1) % every == 0 or step + 1 == settings.steps:
+                self._look(step + 1)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        output = self.model(**arguments(batch), use_cache=False)
+        if not self.arm.reweighted:
+            loss: Tensor = output.loss
+            return loss
+        return reweighted(output.logits, batch["labels"], batch["grounded"], self.settings.grounded_share)
+
+    def _count(self, batch: Batch, step: int) -> None:
+        if self.gate is None or self.gate.last is None:
+            self.answer_tokens += int((batch["labels"][:, 1:] != -100).sum())
+            self.positions += int(batch["attention_mask"].sum())
+            return
+        last = self.gate.last
+        self.answer_tokens += int(last.kept.sum())
+        self.positions += sum(last.computed)
+        if not last.full:
+            grounded = batch["grounded"]
+            self.choices.append((step, int(last.kept.sum()), int(grounded.sum()), int((last.kept & grounded).sum())))
+
+    def _look(self, step: int) -> None:
+        scores = evaluate(self.model, self.task.validation.first(self.settings.few))
+        flops = 0.0 if self.gate is None else self.gate.counters.flops_computed
+        cost = {"answer_tokens": self.answer_tokens, "positions": self.positions, "flops": flops}
+        seconds = {"seconds": self.seconds, "teacher_seconds": self.teacher_seconds}
+        self.curve.append({"step": step, **cost, **seconds, **scores})
+
+    def _final(self) -> Record:
+        task, few = self.task, self.task.validation.first(self.settings.few)
+        return {
+            "validation": evaluate(self.model, task.validation),
+            "test": evaluate(self.model, task.test),
+            "free_running": free_running(self.model, task.test.first(self.settings.free)),
+            "blank": evaluate(self.model, few, change=with_blank(task.pixels)),
+            "shuffled": evaluate(self.model, few, change=with_shuffled(task.pixels)),
+        }
+
+
+def reweighted(logits: Tensor, labels: Tensor, grounded: Tensor, share: float) -> Tensor:
+    """Mean loss of labels, weighted so that grounded ones are `share` of the weight."""
+    labels, grounded = labels[:, 1:], grounded[:, 1:]
+    supervised = labels != -100
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1][supervised].float(), labels[supervised], reduction="none")
+    needs = grounded[supervised]
+    return share * losses[needs].mean() + (1 - share) * losses[~needs].mean()
+
+
+def calibration(choices: list[tuple[int, int, int, int]], steps: int) -> list[Record]:
+    """Of each quarter of a run: are kept words grounded (precision), and grounded words kept (recall)?"""
+    quarters = []
+    for quarter in range(4):
+        some = [c for c in choices if 4 * c[0] // steps == quarter]
+        kept, grounded, both = (sum(c[i] for c in some) for i in (1, 2, 3))
+        if kept and grounded:
+            quarters.append({"quarter": quarter, "precision": both / kept, "recall": both / grounded})
+    return quarters
+
+
+@contextlib.contextmanager
+def _everything_computed() -> Iterator[None]:
+    """Inside, a kept label activates every position that is no padding."""
+    with mock.patch("regate.scoring.decision.active_positions", lambda labels, kept, valid, **_: valid):
+        yield

@@ -1,0 +1,143 @@
+"""What is trained on: samples whose words are known to need the visual input or not, and a small model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from examples.conversations import collate, encode
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A visual input and its answer.
+
+    Attributes:
+        record: as `examples.conversations` takes it.
+        grounded: for each word of the answer, whether only the visual input tells it.
+        facts: what the visual input shows, a class for each of `Task.classes`, once or several times; the encoder is
+            pretrained on it.
+    """
+
+    record: dict[str, Any]
+    grounded: tuple[bool, ...]
+    facts: tuple[int, ...]
+
+
+class Samples(Dataset[Batch]):
+    """Encoded samples; each is encoded once and kept.
+
+    Args:
+        samples: words are tokens.
+        processor: has a chat template.
+        encode: a record into the arguments of a model's call.
+    """
+
+    def __init__(self, samples: list[Sample], processor: Any, encode: Callable[..., Batch] = encode) -> None:
+        self.samples, self.processor, self.encode = samples, processor, encode
+        self._encoded: dict[int, Batch] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> Batch:
+        if i not in self._encoded:
+            sample = self.samples[i]
+            encoded = self.encode(sample.record, self.processor)
+            grounded = torch.zeros_like(encoded["labels"], dtype=torch.bool)
+            grounded[encoded["labels"] != -100] = torch.tensor([*sample.grounded, False])  # False: the end token
+            self._encoded[i] = encoded | {"grounded": grounded, "facts": torch.tensor([sample.facts])}
+        return self._encoded[i]
+
+    def without_images(self) -> Samples:
+        """The same conversations in words alone."""
+        samples = []
+        for sample in self.samples:
+            messages = [
+                {**m, "content": [part for part in m["content"] if part["type"] == "text"]}
+                for m in sample.record["messages"]
+            ]
+            samples.append(Sample({"messages": messages, "images": []}, sample.grounded, sample.facts))
+        return Samples(samples, self.processor, self.encode)
+
+    def first(self, n: int) -> Samples:
+        """The first `n`; what was encoded stays so."""
+        some = Samples(self.samples[:n], self.processor, self.encode)
+        some._encoded = self._encoded
+        return some
+
+    def batches(self, size: int, *, seed: int | None = None) -> DataLoader[Batch]:
+        """In batches; shuffled by `seed` if there is one."""
+        join = partial(collate, pad_id=self.processor.tokenizer.pad_token_id)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return DataLoader(self, size, shuffle=seed is not None, generator=generator, collate_fn=join)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a task is trained.
+
+    Attributes:
+        steps, batch_size, lr: of a run; the rate falls linearly to 0.
+        schedule: of `regate.Config`.
+        vision_steps, vision_batch_size: of the encoder's pretraining.
+        text_steps: of the language model's, with batches of `vision_batch_size`.
+        evaluations: of the validation samples, evenly spread over a run.
+        few: validation samples that are looked at while training.
+        free: captions that are generated in the end.
+        grounded_share: of the loss that grounded words have in the re-weighted arm.
+    """
+
+    steps: int = 400
+    batch_size: int = 32
+    lr: float = 1e-3
+    schedule: dict[str, int] = field(default_factory=lambda: {"warmup": 40, "cycle": 32, "full_steps": 4})
+    vision_steps: int = 500
+    vision_batch_size: int = 64
+    text_steps: int = 120
+    evaluations: int = 8
+    few: int = 200
+    free: int = 100
+    grounded_share: float = 0.25
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, and a model that starts from nothing.
+
+    Attributes:
+        name: of its results.
+        source: where the data is from, in words.
+        train, validation, test: choices are made on validation, test is looked at once.
+        classes: of each fact that the encoder is pretrained to see.
+        build: a model, from a seed.
+        see: what the encoder makes of a batch, [B, D], or [n * B, D] where a sample has n sets of facts.
+        encoder: the part of a model that is pretrained to see.
+        pixels: the name of the visual input in a batch.
+        settings: see there.
+    """
+
+    name: str
+    source: str
+    train: Samples
+    validation: Samples
+    test: Samples
+    classes: tuple[int, ...]
+    build: Callable[[int], Any]
+    see: Callable[[Any, Batch], Tensor]
+    encoder: Callable[[Any], torch.nn.Module]
+    pixels: str
+    settings: Settings
+
+
+def arguments(batch: Batch) -> Batch:
+    """What the model is called with; the rest of a batch is about it."""
+    return {name: x for name, x in batch.items() if name not in ("grounded", "facts")}

@@ -1,0 +1,193 @@
+"""The experiments on quality: they run, resume, count what they spend; their statistics find known answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import benchmarks.quality.__main__ as quality
+from benchmarks.quality import analysis, arms, page, results
+from benchmarks.quality.evaluate import with_blank, with_shuffled
+from benchmarks.quality.run import Run, calibration, reweighted
+from benchmarks.quality.start import endless
+from benchmarks.quality.tasks import Settings, Task, arguments, captions, clips, photos
+from benchmarks.quality.tasks.registry import TASKS
+from examples.demo import tiny
+
+SHORT = Settings(
+    steps=3, batch_size=4, schedule={"warmup": 1, "cycle": 4, "full_steps": 0}, vision_steps=1, vision_batch_size=4,
+    text_steps=1, evaluations=1, few=4, free=2,
+)  # fmt: skip
+
+
+def _captions(limit: int = 8) -> Task:
+    task = captions.task(settings=SHORT, limit=limit)
+    processor = task.train.processor
+    return dataclasses.replace(task, build=lambda seed: tiny.build_model(processor, width=16, layers=1, seed=seed))
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return _captions()
+
+
+def test_runs_once_and_resumes(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "captions", lambda: task)
+    command = ["--tasks", "captions", "--arms", "dense", "regate", "--seeds", "0", "--out", str(tmp_path)]
+    threads = torch.get_num_threads()
+    try:
+        quality.main(command)
+        assert sorted(p.name for p in tmp_path.glob("*.json")) == ["captions-dense-0.json", "captions-regate-0.json"]
+        monkeypatch.setattr(Run, "record", lambda self: pytest.fail("ran again"))
+        quality.main(command)
+    finally:
+        torch.set_num_threads(threads)
+    dense, regate = (json.loads((tmp_path / f"captions-{arm}-0.json").read_text()) for arm in ("dense", "regate"))
+    assert dense["curve"][0]["loss"] == regate["curve"][0]["loss"], "arms must start from the same weights"
+    assert dense["curve"][-1]["answer_tokens"] > regate["curve"][-1]["answer_tokens"] > 0
+    assert dense["curve"][-1]["positions"] > regate["curve"][-1]["positions"] > 0
+    assert dense["curve"][-1]["teacher_seconds"] == 0 < regate["curve"][-1]["teacher_seconds"]
+    assert regate["report"]["labels_kept"] == regate["curve"][-1]["answer_tokens"]
+    assert regate["report"]["steps_sparse"] == 2
+    results.gather(tmp_path, tmp_path / "results")
+    text = page.write(folder=tmp_path / "results", docs=tmp_path / "docs").read_text()
+    assert "too few seeds" in text
+    assert (tmp_path / "docs" / "evidence" / "captions.png").exists()
+
+
+def test_runs_of_different_settings_are_not_mixed(tmp_path: Path) -> None:
+    for arm, steps in (("dense", 1), ("regate", 2)):
+        record = {"task": "t", "arm": arm, "seed": 0, "settings": {"steps": steps}, "source": ""}
+        (tmp_path / f"{arm}.json").write_text(json.dumps(record))
+    with pytest.raises(results.MixedRunsError, match="regate, seed 0"):
+        results.gather(tmp_path, tmp_path / "results")
+
+
+@pytest.mark.slow
+def test_masking_computes_every_position(task: Task, tmp_path: Path) -> None:
+    ends = {}
+    for arm in ("regate", "masking"):
+        run = Run(task, arm, 0, starts=tmp_path)
+        ends[arm] = run.record()["curve"][-1]
+    valid = sum(int(b["attention_mask"].sum()) for b, _ in zip(_batches(task), range(3), strict=False))
+    assert ends["masking"]["positions"] == valid > ends["regate"]["positions"]
+    assert ends["masking"]["answer_tokens"] == ends["regate"]["answer_tokens"]
+
+
+def _batches(task: Task) -> Any:
+    return endless(task.train.batches(task.settings.batch_size, seed=1))
+
+
+@pytest.mark.parametrize("make", [captions.task, photos.task, clips.task])
+def test_grounded_words_need_the_image(make: Callable[..., Task]) -> None:
+    """Marked words are the labels they should be, and a sample's text without them is one of few."""
+    if make is photos.task and not photos.FOLDER.exists():
+        pytest.skip("needs dataset-fashion-mnist")
+    task = make(limit=40)
+    batch = next(iter(task.train.batches(40)))
+    tokenizer = task.train.processor.tokenizer
+    assert not (batch["grounded"] & (batch["labels"] == -100)).any()
+    for row, marked, sample in zip(batch["input_ids"], batch["grounded"], task.train.samples, strict=True):
+        answer = sample.record["messages"][1]["content"][0]["text"].split()
+        expected = [word for word, is_grounded in zip(answer, sample.grounded, strict=True) if is_grounded]
+        assert tokenizer.convert_ids_to_tokens(row[marked].tolist()) == expected
+    facts = {tuple(f) for f in batch["facts"].tolist()}
+    assert len(facts) > 5
+    if make is photos.task:
+        visual = (batch["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")).sum(1)
+        assert (visual >= 256).all()
+        assert (visual >= 8 * (batch["labels"] != -100).sum(1)).all()
+
+
+def test_controls_take_the_own_input_away(task: Task) -> None:
+    batch = next(iter(task.validation.batches(4)))
+    blank, shuffled = with_blank(task.pixels)(batch), with_shuffled(task.pixels)(batch)
+    assert all(torch.equal(image, blank[task.pixels][0]) for image in blank[task.pixels])
+    assert torch.equal(shuffled[task.pixels][1], batch[task.pixels][0])
+    assert set(arguments(batch)) == set(batch) - {"grounded", "facts"}
+
+
+def test_reweighted_gives_grounded_words_their_share() -> None:
+    logits = torch.randn(2, 6, 5, dtype=torch.float64).float()
+    labels = torch.randint(5, (2, 6))
+    labels[:, :2] = -100
+    grounded = torch.zeros(2, 6, dtype=torch.bool)
+    grounded[:, 3] = True
+    losses = -torch.log_softmax(logits.double(), -1)[:, :-1].gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
+    weights = torch.where(grounded[:, 1:], 0.4 / 2, 0.6 / 6) * (labels[:, 1:] != -100)
+    assert reweighted(logits, labels, grounded, 0.4).item() == pytest.approx(float((weights * losses).sum()), rel=1e-6)
+
+
+def test_calibration_by_quarter() -> None:
+    assert calibration([(0, 4, 2, 1), (1, 4, 2, 1), (7, 4, 2, 2)], 8) == [
+        {"quarter": 0, "precision": 0.25, "recall": 0.5},
+        {"quarter": 3, "precision": 0.5, "recall": 1.0},
+    ]
+
+
+def _record(arm: str, seed: int, accuracy: list[float], cost: float = 10.0) -> dict[str, Any]:
+    curve = [
+        {"grounded": a, "answer_tokens": cost * i, "positions": cost * i, "seconds": cost * i, "teacher_seconds": 1.0}
+        for i, a in enumerate(accuracy)
+    ]
+    return {"arm": arm, "seed": seed, "curve": curve, "final": {"test": {"grounded": accuracy[-1]}}}
+
+
+def test_differences_are_paired_by_seed() -> None:
+    shared = {0: 0.5, 1: 0.7, 2: 0.9}  # seeds differ far more than arms
+    runs = [_record("dense", seed, [0.0, a]) for seed, a in shared.items()]
+    runs += [_record("regate", seed, [0.0, a + 0.01 * (seed + 1)]) for seed, a in shared.items()]
+    runs.append(_record("regate", 9, [0.0, 0.0]))  # no partner
+    found = analysis.paired(runs, "regate", analysis.test("grounded"))
+    assert found is not None
+    assert list(found.by_seed) == [0, 1, 2]
+    assert found.mean == pytest.approx(0.02)
+    assert 0.0099 < found.low < 0.02 < found.high < 0.0301
+    assert analysis.paired(runs, "random", analysis.test("grounded")) is None
+
+
+def test_interval_is_that_of_the_mean() -> None:
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    low, high = analysis.interval(values)
+    centre, error = float(torch.tensor(values).mean()), float(torch.tensor(values).std()) / 20
+    assert low == pytest.approx(centre - 1.96 * error, abs=0.01)
+    assert high == pytest.approx(centre + 1.96 * error, abs=0.01)
+
+
+def test_cost_to_reach_and_area() -> None:
+    dense, regate = _record("dense", 0, [0.0, 0.4, 0.8]), _record("regate", 0, [0.0, 0.8, 0.9], cost=5.0)
+    assert analysis.cost_to_reach(regate, 0.8, "answer_tokens") == pytest.approx(5.0)
+    assert analysis.cost_to_reach(dense, 0.6, "answer_tokens") == pytest.approx(15.0)
+    assert analysis.cost_to_reach(dense, 0.81, "answer_tokens") is None
+    assert analysis.reached([dense, regate], "regate", "answer_tokens").shares == {0: pytest.approx(0.25)}
+    assert analysis.reached([dense, regate], "regate", "all_seconds").shares == {0: pytest.approx(6 / 21)}
+    assert analysis.areas([dense, regate], "dense", "answer_tokens") == [pytest.approx(0.2)]  # up to 10, regate's all
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.02] * 10, "better than dense"),
+        ([-0.02] * 10, "worse than dense"),
+        ([-0.004] * 10, "worse than dense, by no more than a point"),
+        ([-0.005, 0.006] * 5, "not worse than dense by more than a point"),
+        ([-0.05, 0.05] * 5, "not told apart from dense"),
+        ([0.02] * 4, "so far better than dense"),
+        ([0.02] * 2, "too few seeds to compare with dense"),
+    ],
+)
+def test_verdicts(values: list[float], expected: str) -> None:
+    found = analysis.Difference(dict(enumerate(values)), *analysis.interval(values))
+    assert page.verdict(found) == expected
+
+
+def test_arms_without_a_score_have_no_teacher() -> None:
+    assert [name for name, arm in arms.ARMS.items() if not arm.taught] == [
+        "dense", "exact", "random", "reweighted", "student",
+    ]  # fmt: skip
