@@ -44,7 +44,7 @@ def apply(
         on_unsupported: "raise", or "warn" to train dense where the decoder cannot be rewritten.
 
     Raises:
-        UnknownArchitectureError: no adapter serves the model.
+        UnknownArchitectureError: no adapter serves the model, or PEFT puts virtual tokens in front of its text.
         UnsupportedShardingError: DeepSpeed ZeRO-3 or FSDP1.
         StoreMismatchError: the store's reference losses were made by another teacher.
         ConfigError: a setting out of range.
@@ -56,6 +56,7 @@ def apply(
         adapter.head(model)
     except AdapterError as error:
         raise UnknownArchitectureError(str(error)) from error
+    _refuse_virtual_tokens(model)
     if (existing := _gate_on(target)) is not None:
         existing.remove()
     through_peft(model)
@@ -89,3 +90,15 @@ def gate_of(model: nn.Module) -> Gate | None:
 
 def _gate_on(module: nn.Module) -> Gate | None:
     return next((owner for owner in owners(module) if isinstance(owner, Gate)), None)
+
+
+def _refuse_virtual_tokens(model: nn.Module) -> None:
+    """Prompt tuning and its kin call the model with embeddings that no ids stand for, or with keys out of nowhere."""
+    configs = getattr(model, "peft_config", None) or {}
+    found = [type(c).__name__ for c in configs.values() if getattr(c, "is_prompt_learning", False)]
+    if found:
+        raise UnknownArchitectureError(
+            f"{found[0]} puts virtual tokens in front of the text: keys that are no position of the sequence, or "
+            "embeddings without ids, by which samples could not be told apart. Train it without a gate, or adapt "
+            "weights instead: LoRA, DoRA, IA3 and the like are exact"
+        )

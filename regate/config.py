@@ -88,7 +88,7 @@ class Config:
     @classmethod
     def paper(cls, **changes: Any) -> Config:
         """The paper's settings, whatever the defaults become."""
-        settings = {
+        settings: dict[str, Any] = {
             "cycle": 128, "full_steps": 16, "keep": 0.5, "warmup": 100, "final_full_steps": 0, "ema_decay": 0.9,
             "student_weight": 1.0, "reference_weight": 0.5, "selection": "score", "explore": 0.0,
             "alignment": "predictor", "visual_keep": 1.0,
@@ -98,7 +98,8 @@ class Config:
     @classmethod
     def exact(cls, **changes: Any) -> Config:
         """Every step learns from every label, with dense training's gradients; what no loss reads is left out."""
-        return cls(**({"keep": 1.0, "visual_keep": 1.0} | changes))
+        settings: dict[str, Any] = {"keep": 1.0, "visual_keep": 1.0}
+        return cls(**(settings | changes))
 
     def is_full(self, step: int) -> bool:
         """Does optimizer step `step` (from 0) keep every label?"""

@@ -144,6 +144,7 @@ class Scorer:
         if not missing:
             return
         start = time.perf_counter()
+        self.teacher.check()
         rows = [samples.text.index(key) for key in missing]
         losses = self.teacher.losses(samples.batch, samples.layout, rows)
         self._put("reference", {k: x.numpy() for k, x in zip(missing, losses, strict=True)})

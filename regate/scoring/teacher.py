@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, Literal
@@ -21,11 +22,12 @@ import regate_patch
 from model_adapters import Batch, Layout, ModelAdapter, find_adapter
 from model_adapters.conventional import text_config
 from regate.config import Config
-from regate.errors import NonFiniteLossError
+from regate.errors import NonFiniteLossError, StoreMismatchError
 from regate.labels import predicted, predictors
 from regate.output.loss import Places, label_losses
 from regate.scoring.quantize import to_4bit, unpacked
 from regate.training.sharding import refuse_sharded
+from regate_patch import is_sharded
 
 Source = Literal["copy", "4bit", "live", "given"]
 TeacherChoice = Literal["auto", "4bit", "precomputed"] | nn.Module | None
@@ -46,7 +48,7 @@ def teacher_of(
     source: Source = "copy"
     if isinstance(choice, nn.Module):
         model, adapter, source = choice, find_adapter(choice), "given"
-    elif choice == "precomputed" or uses_peft(model):
+    elif choice == "precomputed" or uses_peft(model, adapter):
         source = "live"
     elif choice == "4bit":
         source = "4bit"
@@ -76,6 +78,8 @@ class Teacher:
         on_unsupported: regate_patch.OnUnsupported = "raise",
     ) -> None:
         self.model, self.adapter, self.source = model, adapter, source
+        self._weights: str | None = None  # of the first reference losses, and marks of the parameters then
+        self._marks: list[tuple[int, int]] = []
         parts: Any = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
         self.handle: regate_patch.Handle | None = None
         if source in ("copy", "4bit"):
@@ -108,6 +112,9 @@ class Teacher:
     def losses(self, batch: Batch, layout: Layout, rows: Sequence[int] | None = None) -> list[Tensor]:
         """Reference losses of the batch's rows (or of `rows`), each [n_labels] float32 on the CPU.
 
+        Tokens that the model was given after the copy was made are placeholders to it; as labels, they are guessed
+        evenly among those that it knows: log V.
+
         Args:
             batch: the arguments of the model's call.
             layout: of the batch, on the CPU.
@@ -124,7 +131,8 @@ class Teacher:
         if not bool(wanted.any()):
             return [torch.zeros(0) for _ in chosen]
         padding = self.adapter.padding
-        ids = torch.where(visual, self.placeholder(), layout.input_ids[chosen])
+        known = layout.input_ids[chosen] < self._vocabulary()
+        ids = torch.where(visual | ~known, self.placeholder(), layout.input_ids[chosen])
         positions = self.adapter.position_ids(self.model, batch)
         if positions is not None and positions.shape[-2] == len(layout.labels):
             positions = positions.index_select(-2, chosen.to(positions.device))
@@ -136,7 +144,9 @@ class Teacher:
             with regate_patch.active(computed), self.adapter.capturable(self.model):
                 text, mask = ids.to(device), seen.long().to(device)
                 hidden = self.adapter.run_decoder(self.decoder, self.embeddings, text, mask, positions)
-            losses = label_losses(hidden, Places.of(labels, wanted), head=self.head).cpu()
+            answered = wanted & known
+            losses = torch.full((int(wanted.sum()),), math.log(self._vocabulary()))
+            losses[answered[wanted]] = label_losses(hidden, Places.of(labels, answered), head=self.head).cpu()
         if not bool(torch.isfinite(losses).all()):
             row = wanted.nonzero()[~torch.isfinite(losses)][0]
             raise NonFiniteLossError(
@@ -144,6 +154,11 @@ class Teacher:
                 "check the model's weights and dtype (float16 overflows where bfloat16 does not)"
             )
         return list(losses.split(wanted.sum(1).tolist()))
+
+    def _vocabulary(self) -> int:
+        """V, ids that the teacher knows."""
+        size = getattr(self.embeddings, "num_embeddings", None)
+        return size if isinstance(size, int) else 2**31
 
     def placeholder(self) -> int:
         """The id that stands at visual positions."""
@@ -175,15 +190,17 @@ class Teacher:
                 module.training = True
 
     def fingerprint(self) -> dict[str, str]:
-        """What reference losses depend on; a store refuses losses made under another fingerprint."""
+        """What reference losses depend on; a store refuses losses made under another fingerprint.
+
+        It is of the weights that answer: of a model with adapters, those that `disable_adapter` leaves in play, under
+        the names that they have without PEFT.
+        """
         digest = blake2b(digest_size=16)
         for part in (self.embeddings, self.decoder, self.head):
-            for name, parameter in sorted(part.named_parameters()):
-                if "lora_" in name:
-                    continue
+            for name, parameter in sorted(answering(part)):
                 flat = parameter.detach().reshape(-1)
                 sample = flat[:: max(flat.numel() // 64, 1)][:64].float().cpu()
-                digest.update(name.replace("base_layer.", "").encode() + sample.numpy().tobytes())
+                digest.update(name.encode() + sample.numpy().tobytes())
         config = text_config(self.model)
         padding = self.adapter.padding
         return {
@@ -192,6 +209,27 @@ class Teacher:
             "vocabulary": str(getattr(config, "vocab_size", None)),
             "padding": json.dumps({"token_id": self.placeholder(), "attend": padding.attend}),
         }
+
+    def check(self) -> None:
+        """The model's own weights, where they are the teacher's, are still those of the references in the store.
+
+        Raises:
+            StoreMismatchError: they are others, such as after adapters were merged into them.
+        """
+        if self.source != "live" or is_sharded(self.model):
+            return
+        parts = (self.embeddings, self.decoder, self.head)
+        marks = [(p._version, p.data_ptr()) for part in parts for _, p in answering(part)]
+        if marks == self._marks:
+            return
+        weights, before = self.fingerprint()["weights"], self._weights
+        if before is not None and weights != before:
+            raise StoreMismatchError(
+                "the language model's own weights are the teacher's, and they changed since its first reference losses "
+                "(adapters were merged, or base weights trained or loaded): new losses would not fit those in the "
+                "store. Apply the gate anew with another store, or keep a copy: a plain model with teacher='auto'"
+            )
+        self._weights, self._marks = weights, marks
 
     def close(self) -> None:
         if self.handle is not None:
@@ -205,6 +243,23 @@ def _halve_on_cuda(parts: Sequence[nn.Module]) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def uses_peft(model: nn.Module) -> bool:
-    """Does the model carry switchable adapters over frozen base weights?"""
-    return any("lora_" in name for name, _ in model.named_parameters()) and hasattr(model, "disable_adapter")
+def answering(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a module that answer while adapters are off, by the names that they have without PEFT."""
+    base = getattr(module, "base_layer", None) if hasattr(module, "adapter_layer_names") else None
+    original = getattr(module, "original_module", None)  # under `modules_to_save`
+    for inside in (base, original):
+        if isinstance(inside, nn.Module):
+            yield from answering(inside, prefix)
+            return
+    for name, parameter in module.named_parameters(prefix, recurse=False):
+        yield name, parameter
+    for name, child in module.named_children():
+        yield from answering(child, f"{prefix}.{name}" if prefix else name)
+
+
+def uses_peft(model: nn.Module, adapter: ModelAdapter) -> bool:
+    """Does the model carry adapters that can be switched off, over a language model that does not learn?"""
+    if not hasattr(model, "disable_adapter"):
+        return False
+    parts = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
+    return not any(p.requires_grad for part in parts for _, p in answering(part))

@@ -12,12 +12,18 @@ def refuse_opaque(model: nn.Module) -> None:
     """DDP and FSDP2 are fine; what hides parameters from a module's own forward is not.
 
     Raises:
-        UnsupportedShardingError: DeepSpeed ZeRO-3, FSDP1, or nn.DataParallel.
+        UnsupportedShardingError: DeepSpeed ZeRO-3, FSDP1, nn.DataParallel, or a device_map over several devices.
     """
     if getattr(model, "_is_replica", False):
         raise UnsupportedShardingError(
             "nn.DataParallel (Trainer's choice for one process that sees several GPUs) runs copies of the model in "
             "threads; start one process per GPU with torchrun or accelerate launch, or show it a single GPU"
+        )
+    if any(hasattr(part, "_hf_hook") for part in model.modules() if part is not model):
+        raise UnsupportedShardingError(
+            "device_map spreads the model over devices: accelerate's hooks move each layer's inputs, and a captured "
+            "decoder would bypass them; keep the whole model on one device per process (device_map={'': device}), and "
+            "where it does not fit, split it with FSDP2"
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         kind = "DeepSpeed ZeRO-3"
