@@ -42,6 +42,18 @@ def test_data_parallel_is_refused() -> None:
         model(**CORE["llava"].batch())
 
 
+def test_layers_on_several_devices_are_refused() -> None:
+    """As `device_map="auto"` spreads them: accelerate hooks onto every layer."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = CORE["llava"].build()
+    regate.apply(model, SPARSE, teacher=None)
+    for layer in model.model.language_model.layers:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    with pytest.raises(UnsupportedShardingError, match="device_map spreads the model over devices"):
+        model(**CORE["llava"].batch())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_model_moved_after_apply() -> None:
