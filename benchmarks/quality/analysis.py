@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 Record = dict[str, Any]
 Measure = Callable[[Record], float]
+Part = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ def areas(records: Sequence[Record], arm: str, cost: str) -> list[float]:
     return [area(r, budgets[r["seed"]], cost) for r in records if r["arm"] == arm]
 
 
-def test(name: str) -> Measure:
-    """A measure on the test samples: "grounded", "other", "loss" or "free_running"."""
+def final(name: str, part: Part) -> Measure:
+    """A trained model's "grounded", "other" or "loss" on `part`; "free_running", made on test samples alone."""
     if name == "free_running":
         return lambda record: float(record["final"]["free_running"])
-    return lambda record: float(record["final"]["test"][name])
+    return lambda record: float(record["final"][part][name])
 
 
 def spent(cost: str) -> Measure:

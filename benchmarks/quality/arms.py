@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import regate
+from benchmarks.quality.tasks import Settings
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -29,6 +32,11 @@ class Arm:
             return False
         return bool(self.config.get("reference_weight", 0.5) != 0)
 
+    def settings(self, run: Settings, seed: int) -> regate.Config:
+        """Of its gate; only for arms that have one."""
+        common = run.schedule | {"seed": seed, "total_steps": run.steps}
+        return regate.Config(**(common | (self.config or {})))
+
 
 ARMS = {
     "dense": Arm("all tokens, the untouched model", None),
@@ -43,5 +51,17 @@ ARMS = {
     "equal": Arm("0.5 m + 0.5 ref", {"student_weight": 0.5}),
     "keep25": Arm("the default, keep 0.25", {"keep": 0.25}),
     "keep75": Arm("the default, keep 0.75", {"keep": 0.75}),
+    "inverse": Arm("the least of m + 0.5 ref", {"student_weight": -1.0, "reference_weight": -0.5}),
+    "gainlate": Arm(
+        "ref - m, from step 160 on, when the image is read",
+        {"student_weight": -1.0, "reference_weight": 1.0, "warmup": 160},
+    ),
+    "both": Arm("the default, kept tokens computed with their predictors", {"alignment": "both"}),
+    "full2": Arm("the default, 2 full steps in a cycle of 32", {"full_steps": 2}),
+    "full8": Arm("the default, 8 full steps in a cycle of 32", {"full_steps": 8}),
+    "lastfull": Arm("the default, the last 40 steps full", {"final_full_steps": 40}),
+    "visual75": Arm("the default, 75% of the visual tokens on sparse steps", {"visual_keep": 0.75}),
+    "visual50": Arm("the default, 50% of the visual tokens on sparse steps", {"visual_keep": 0.5}),
+    "visual25": Arm("the default, 25% of the visual tokens on sparse steps", {"visual_keep": 0.25}),
     "masking": Arm("the default's choice, loss masking alone", elides=False),
 }

@@ -38,8 +38,7 @@ class Run:
         self.seconds = self.teacher_seconds = 0.0
         self.gate: regate.Gate | None = None
         if self.arm.config is not None:
-            config = regate.Config(**(self.settings.schedule | {"seed": seed} | self.arm.config))
-            self.gate = regate.apply(self.model, config, backend="eager")
+            self.gate = regate.apply(self.model, self.arm.settings(self.settings, seed), backend="eager")
         self.choices: list[tuple[int, int, int, int]] = []  # sparse steps: step, kept, grounded, both
         self.curve: list[Record] = []
 

@@ -58,6 +58,9 @@ def test_runs_once_and_resumes(task: Task, tmp_path: Path, monkeypatch: pytest.M
     results.gather(tmp_path, tmp_path / "results")
     text = page.write(folder=tmp_path / "results", docs=tmp_path / "docs").read_text()
     assert "too few seeds" in text
+    assert "| whole answer |" not in text, "test samples are shown by --final only"
+    final = page.write(part="test", folder=tmp_path / "results", docs=tmp_path / "docs").read_text()
+    assert "| whole answer |" in final
     assert (tmp_path / "docs" / "evidence" / "captions.png").exists()
 
 
@@ -144,12 +147,12 @@ def test_differences_are_paired_by_seed() -> None:
     runs = [_record("dense", seed, [0.0, a]) for seed, a in shared.items()]
     runs += [_record("regate", seed, [0.0, a + 0.01 * (seed + 1)]) for seed, a in shared.items()]
     runs.append(_record("regate", 9, [0.0, 0.0]))  # no partner
-    found = analysis.paired(runs, "regate", analysis.test("grounded"))
+    found = analysis.paired(runs, "regate", analysis.final("grounded", "test"))
     assert found is not None
     assert list(found.by_seed) == [0, 1, 2]
     assert found.mean == pytest.approx(0.02)
     assert 0.0099 < found.low < 0.02 < found.high < 0.0301
-    assert analysis.paired(runs, "random", analysis.test("grounded")) is None
+    assert analysis.paired(runs, "random", analysis.final("grounded", "test")) is None
 
 
 def test_interval_is_that_of_the_mean() -> None:
@@ -185,6 +188,28 @@ def test_cost_to_reach_and_area() -> None:
 def test_verdicts(values: list[float], expected: str) -> None:
     found = analysis.Difference(dict(enumerate(values)), *analysis.interval(values))
     assert page.verdict(found) == expected
+
+
+@pytest.mark.parametrize("name", [name for name, arm in arms.ARMS.items() if arm.config is not None])
+def test_arms_are_valid_settings(name: str) -> None:
+    config = arms.ARMS[name].settings(Settings(), seed=3)
+    assert (config.seed, config.total_steps) == (3, Settings().steps)
+    sparse = [not config.is_full(step) for step in range(Settings().steps)]
+    assert any(sparse), "an arm that is never sparse would be dense by another name"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", arms.ARMS)
+def test_every_arm_gives_a_record(name: str, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = arms.ARMS[name]
+    counts = {"warmup", "full_steps", "final_full_steps"}  # of runs longer than this one
+    config = arm.config and {k: min(v, 1) if k in counts else v for k, v in arm.config.items()}
+    monkeypatch.setitem(arms.ARMS, name, dataclasses.replace(arm, config=config))
+    record = Run(task, name, 0, starts=tmp_path).record()
+    ends = record["curve"][-1]
+    assert ends["step"] == SHORT.steps
+    assert 0 < ends["answer_tokens"] <= ends["positions"]
+    assert 0 <= record["final"]["test"]["grounded"] <= 1
 
 
 def test_arms_without_a_score_have_no_teacher() -> None:
