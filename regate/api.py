@@ -44,7 +44,7 @@ def apply(
         on_unsupported: "raise", or "warn" to train dense where the decoder cannot be rewritten.
 
     Raises:
-        UnknownArchitectureError: no adapter serves the model, or PEFT puts virtual tokens in front of its text.
+        UnknownArchitectureError: no adapter serves the model, or PEFT adapts it by a method that cannot be followed.
         UnsupportedShardingError: DeepSpeed ZeRO-3 or FSDP1.
         StoreMismatchError: the store's reference losses were made by another teacher.
         ConfigError: a setting out of range.
@@ -56,7 +56,7 @@ def apply(
         adapter.head(model)
     except AdapterError as error:
         raise UnknownArchitectureError(str(error)) from error
-    _refuse_virtual_tokens(model)
+    _refuse_by_method(model)
     if (existing := _gate_on(target)) is not None:
         existing.remove()
     through_peft(model)
@@ -92,13 +92,23 @@ def _gate_on(module: nn.Module) -> Gate | None:
     return next((owner for owner in owners(module) if isinstance(owner, Gate)), None)
 
 
-def _refuse_virtual_tokens(model: nn.Module) -> None:
-    """Prompt tuning and its kin call the model with embeddings that no ids stand for, or with keys out of nowhere."""
-    configs = getattr(model, "peft_config", None) or {}
-    found = [type(c).__name__ for c in configs.values() if getattr(c, "is_prompt_learning", False)]
-    if found:
-        raise UnknownArchitectureError(
-            f"{found[0]} puts virtual tokens in front of the text: keys that are no position of the sequence, or "
-            "embeddings without ids, by which samples could not be told apart. Train it without a gate, or adapt "
-            "weights instead: LoRA, DoRA, IA3 and the like are exact"
-        )
+def _refuse_by_method(model: nn.Module) -> None:
+    """Methods of PEFT that the engine cannot follow.
+
+    Prompt tuning and its kin call the model with embeddings that no ids stand for, or with keys out of nowhere; LoHa
+    and LoKr draw a number in each layer to decide whether it takes part.
+    """
+    configs = (getattr(model, "peft_config", None) or {}).values()
+    for config in configs:
+        name = type(config).__name__
+        if getattr(config, "is_prompt_learning", False):
+            raise UnknownArchitectureError(
+                f"{name} puts virtual tokens in front of the text: keys that are no position of the sequence, or "
+                "embeddings without ids, by which samples could not be told apart. Train it without a gate, or adapt "
+                "weights instead: LoRA, DoRA, IA3 and the like are exact"
+            )
+        if name in ("LoHaConfig", "LoKrConfig"):
+            raise UnknownArchitectureError(
+                f"{name}'s layers draw a random number in each training forward to decide whether they take part, and "
+                "that cannot be captured in a graph. Train it without a gate, or with LoRA, DoRA, VeRA, IA3 or OFT"
+            )

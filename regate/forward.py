@@ -40,6 +40,7 @@ from regate.scoring.scorer import Samples, Scorer
 from regate.training import batches, supervision
 from regate.training.calls import OuterCall
 from regate.training.counters import Counters
+from regate.training.hooks import followable_dora
 from regate.training.segments import Segments
 from regate_patch import is_sharded, to_device
 
@@ -255,6 +256,7 @@ class Forward:
         self._tail = tail and not self._balanced
         with contextlib.ExitStack() as scope:
             scope.enter_context(self.parts.adapter.capturable(self.parts.model))
+            scope.enter_context(followable_dora())
             if self._balanced:
                 scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))
             scope.enter_context(regate_patch.active(self.positions))

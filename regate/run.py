@@ -89,6 +89,9 @@ class Settings:
 
 def _typed(name: str, value: object) -> Any:
     hint = _TYPES[name]
+    if get_origin(hint) is tuple and isinstance(value, str | list | tuple):  # names, in a list or with commas between
+        names = value.split(",") if isinstance(value, str) else value
+        return tuple(str(part).strip() for part in names)
     for arm in get_args(hint) if get_origin(hint) is not Literal and get_args(hint) else (hint,):
         if arm is NoneType and value in (None, "none", "None"):
             return None

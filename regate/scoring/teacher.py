@@ -78,8 +78,8 @@ class Teacher:
         on_unsupported: regate_patch.OnUnsupported = "raise",
     ) -> None:
         self.model, self.adapter, self.source = model, adapter, source
-        self._weights: str | None = None  # of the first reference losses, and marks of the parameters then
-        self._marks: list[tuple[int, int]] = []
+        self._values: dict[Any, Tensor] = {}  # of the parameters when they last answered, and marks of them
+        self._marks: list[tuple[int, int, int]] = []
         parts: Any = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
         self.handle: regate_patch.Handle | None = None
         if source in ("copy", "4bit"):
@@ -144,7 +144,7 @@ class Teacher:
             with regate_patch.active(computed), self.adapter.capturable(self.model):
                 text, mask = ids.to(device), seen.long().to(device)
                 hidden = self.adapter.run_decoder(self.decoder, self.embeddings, text, mask, positions)
-            answered = wanted & known
+            answered = wanted & (labels < self._vocabulary())
             losses = torch.full((int(wanted.sum()),), math.log(self._vocabulary()))
             losses[answered[wanted]] = label_losses(hidden, Places.of(labels, answered), head=self.head).cpu()
         if not bool(torch.isfinite(losses).all()):
@@ -169,7 +169,7 @@ class Teacher:
             getattr(config, "eos_token_id", None),
         )
         for choice in choices:
-            if isinstance(choice, int) and choice >= 0:
+            if isinstance(choice, int) and 0 <= choice < self._vocabulary():
                 return choice
         return 0
 
@@ -197,10 +197,11 @@ class Teacher:
         """
         digest = blake2b(digest_size=16)
         for part in (self.embeddings, self.decoder, self.head):
-            for name, parameter in sorted(answering(part)):
-                flat = parameter.detach().reshape(-1)
-                sample = flat[:: max(flat.numel() // 64, 1)][:64].float().cpu()
-                digest.update(name.encode() + sample.numpy().tobytes())
+            parameters = (
+                answering(part) if self.source == "live" else part.named_parameters()
+            )  # a copy keeps adapters on
+            for name, parameter in sorted(parameters):
+                digest.update(name.encode() + _sample(parameter).numpy().tobytes())
         config = text_config(self.model)
         padding = self.adapter.padding
         return {
@@ -218,18 +219,19 @@ class Teacher:
         """
         if self.source != "live" or is_sharded(self.model):
             return
-        parts = (self.embeddings, self.decoder, self.head)
-        marks = [(p._version, p.data_ptr()) for part in parts for _, p in answering(part)]
+        parameters = [p for part in (self.embeddings, self.decoder, self.head) for _, p in answering(part)]
+        marks = [(id(p), p._version, p.data_ptr()) for p in parameters]
         if marks == self._marks:
             return
-        weights, before = self.fingerprint()["weights"], self._weights
-        if before is not None and weights != before:
+        values = {(id(p), p.dtype, p.shape): _sample(p) for p in parameters}
+        # A cast or a resized table makes others of them, which are as good; the same ones must have their values.
+        if any(not torch.equal(sample, self._values.get(key, sample)) for key, sample in values.items()):
             raise StoreMismatchError(
                 "the language model's own weights are the teacher's, and they changed since its first reference losses "
                 "(adapters were merged, or base weights trained or loaded): new losses would not fit those in the "
                 "store. Apply the gate anew with another store, or keep a copy: a plain model with teacher='auto'"
             )
-        self._weights, self._marks = weights, marks
+        self._values, self._marks = values, marks
 
     def close(self) -> None:
         if self.handle is not None:
@@ -241,6 +243,12 @@ def _halve_on_cuda(parts: Sequence[nn.Module]) -> None:
     for parameter in (p for part in parts for p in part.parameters()):
         if parameter.is_cuda and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Some values, float32 on the CPU."""
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(flat.numel() // 64, 1)][:64].float().cpu()
 
 
 def answering(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,3 +80,25 @@ def owners(module: nn.Module) -> list[object]:
     """The objects whose methods hang on the module's forward as `Hook`s."""
     hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Hook)]
     return [owner for hook in hooks if (owner := getattr(hook.function, "__self__", None)) is not None]
+
+
+@contextlib.contextmanager
+def followable_dora() -> Iterator[None]:
+    """Inside, DoRA's layers read plain weights as they are; PEFT looks at their class in a way that nobody captures."""
+    dora: Any = sys.modules.get("peft.tuners.lora.dora")
+    if dora is None:
+        yield
+        return
+    original = dora.dequantize_module_weight
+    dora.dequantize_module_weight = _plain_weight
+    try:
+        yield
+    finally:
+        dora.dequantize_module_weight = original
+
+
+def _plain_weight(module: nn.Module) -> Any:
+    if type(module.weight) is nn.Parameter:
+        return module.weight
+    integrations: Any = sys.modules["peft.utils.integrations"]
+    return integrations.dequantize_module_weight(module)

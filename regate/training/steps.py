@@ -43,13 +43,13 @@ class Steps:
         self._optimizer_known = False  # was one seen that holds parameters of the module?
         self._ever_gated = False
         self._ungated = {"without labels": 0, "in eval mode": 0}  # forwards since the last gated one
-        self._digest: Tensor | None = None
+        self._digest: tuple[list[tuple[int, torch.dtype]], Tensor] | None = None  # at the last forward
         self._hook = register_optimizer_step_post_hook(call_weakly(self._after_optimizer))
 
     @property
     def made(self) -> int:
         """Steps that are complete."""
-        return self.step + bool(self._stepped)
+        return self.step + bool(self._stepped or self._moved())
 
     def restart(self, step: int) -> None:
         """Go on at `step`, whatever was before."""
@@ -59,31 +59,38 @@ class Steps:
 
     def gated_forward(self) -> None:
         """A forward with labels: the first after an optimizer step begins the next one."""
-        made = self.made if self._optimizer_known else self._made_by_hand()
-        if made != self.step:
-            self.step = made
-            self._stepped.clear()
+        if self._moved():
+            self._on_step()
+        self.step = self.made
+        self._stepped.clear()
+        self._digest = None if self._optimizer_known else digest(self._module)
         self._ever_gated = True
         self._ungated = dict.fromkeys(self._ungated, 0)
 
     def forward_without_labels(self) -> None:
         """A training forward that cannot be gated."""
-        self._ungated["without labels"] += 1
+        self._not_gated("without labels")
 
     def forward_in_eval_mode(self) -> None:
         """A forward with labels and gradients whose module is not in training mode."""
-        self._ungated["in eval mode"] += 1
+        self._not_gated("in eval mode")
 
     def remove(self) -> None:
         self._hook.remove()
 
-    def _made_by_hand(self) -> int:
-        """The steps made, if parameters have other values than at the last gated forward."""
-        before, self._digest = self._digest, digest(self._module)
-        if before is None or torch.equal(before, self._digest):
-            return self.step
-        self._on_step()
-        return self.step + 1
+    def _not_gated(self, why: str) -> None:
+        if any(self._ungated.values()) and self._moved():  # updated by what such forwards gave
+            self._on_missed(self._cause(), not self._ever_gated)
+        self._ungated[why] += 1
+        if not self._optimizer_known:
+            self._digest = digest(self._module)
+
+    def _moved(self) -> bool:
+        """Have parameters other values than at the last forward, and no optimizer of theirs is known?"""
+        if self._optimizer_known or self._digest is None:
+            return False
+        now = digest(self._module)
+        return now[0] == self._digest[0] and not torch.equal(now[1], self._digest[1])  # other parameters say nothing
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         own = {id(p) for p in self._module.parameters()}
@@ -124,8 +131,8 @@ class Steps:
 
 
 @torch.no_grad()
-def digest(module: nn.Module) -> Tensor:
-    """[n] on the CPU, a number for the values of each of some trainable parameters; one wait for the device."""
+def digest(module: nn.Module) -> tuple[list[tuple[int, torch.dtype]], Tensor]:
+    """Some trainable parameters, and a number for the values of each, [n] on the CPU; one wait for the device."""
     learning = [p for p in module.parameters() if p.requires_grad and p.numel()]
     some = learning[:: max(len(learning) // _PARAMETERS, 1)][-_PARAMETERS:]
     numbers = []
@@ -135,4 +142,5 @@ def digest(module: nn.Module) -> Tensor:
         values = values[:: max(len(values) // _VALUES, 1)].contiguous()
         as_integers = values.view(_INTEGERS[values.element_size()]).long()
         numbers.append((as_integers * torch.arange(1, len(values) + 1, device=values.device)).sum())
-    return torch.stack([n.to(numbers[0].device) for n in numbers]).cpu() if numbers else torch.zeros(0)
+    found = torch.stack([n.to(numbers[0].device) for n in numbers]).cpu() if numbers else torch.zeros(0)
+    return [(id(p), p.dtype) for p in some], found

@@ -33,8 +33,6 @@ METHODS: dict[str, Any] = {
     "IA3": lambda: peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
     ),
-    "LoHa": lambda: peft.LoHaConfig(r=4, init_weights=False, **TARGETS),
-    "LoKr": lambda: peft.LoKrConfig(r=4, init_weights=False, **TARGETS),
     "OFT": lambda: peft.OFTConfig(oft_block_size=4, r=0, init_weights=False, **TARGETS),
 }
 
@@ -142,6 +140,14 @@ def test_merging_changes_the_teacher_and_is_noticed() -> None:
         _step(model, oracle.double(CORE["llava"].batch("right", seed=7)))
     model.unmerge_adapter()
     gate.flush()
+
+
+@pytest.mark.parametrize("config", [peft.LoHaConfig, peft.LoKrConfig])
+def test_layers_that_take_part_at_random_are_refused_by_name(config: Any) -> None:
+    torch._dynamo.reset()
+    model = peft.get_peft_model(CORE["llava"].build(), config(r=4, **TARGETS))
+    with pytest.raises(regate.RegateError, match=r"Lo(Ha|Kr)Config's layers draw a random number.*OFT"):
+        regate.apply(model, teacher=None)
 
 
 @pytest.mark.parametrize(

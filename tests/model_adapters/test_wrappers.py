@@ -121,7 +121,7 @@ def test_images_are_told_apart_by_the_outer_call() -> None:
     gate.flush()
     assert gate.store.stats()["difficulty"] == 4
     assert not gate.report().notes
-    assert not gate._outer.arguments
+    assert not gate._parts.outer.arguments
 
 
 def test_the_language_model_alone_sees_no_images() -> None:

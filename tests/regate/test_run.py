@@ -139,7 +139,7 @@ def test_every_field_of_the_config_is_a_setting() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [("keep", "1", 1.0), ("ema_decay", "9e-1", 0.9), ("total_steps", "null", None), ("total_steps", "50", 50),
-     ("alignment", "both", "both")],
+     ("alignment", "both", "both"), ("disable", "causal, tail", ("causal", "tail")), ("disable", "[tail]", ("tail",))],
 )  # fmt: skip
 def test_values_have_the_fields_type(name: str, text: str, value: object) -> None:
     got = getattr(run.Settings.of(run.in_environment({f"REGATE_{name.upper()}": text})).config, name)

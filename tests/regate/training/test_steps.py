@@ -143,13 +143,13 @@ def test_updates_before_the_first_forward_do_not_count() -> None:
 def test_a_digest_sees_any_value(model: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         module = nn.Linear(64, 64).to(dtype)
-        before = digest(module)
-        assert torch.equal(before, digest(module))
+        (_, before), (_, again) = digest(module), digest(module)
+        assert torch.equal(before, again)
         with torch.no_grad():
             module.weight[5, 7] = torch.nextafter(module.weight[5, 7], torch.tensor(9.0, dtype=dtype))
-        assert not torch.equal(before, digest(module))
-    assert len(digest(model)) <= 8
-    assert digest(nn.ReLU()).numel() == 0
+        assert not torch.equal(before, digest(module)[1])
+    assert len(digest(model)[1]) <= 8
+    assert digest(nn.ReLU())[1].numel() == 0
 
 
 # -- without gating -------------------------------------------------------------------------------------
@@ -173,6 +173,35 @@ def test_training_in_eval_mode_is_called_so() -> None:
     model(**BATCH).loss.backward()
     with pytest.raises(NotGatedError, match=r"ran in eval mode.*model\.train\(\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["labels", "eval"])
+def test_updates_by_hand_that_miss_the_gate(mode: str) -> None:
+    """Known at the next forward."""
+    model = CORE["llava"].build()
+    regate.apply(model, teacher=None)
+    update = _by_data(model)
+    model.train(mode == "labels")
+    batch = {k: v for k, v in BATCH.items() if k != "labels"} if mode == "labels" else BATCH
+    model(**batch).logits.mean().backward()
+    update()
+    with pytest.raises(NotGatedError, match="no forward has been gated so far"):
+        model(**batch)
+
+
+def test_what_is_no_update() -> None:
+    """Another dtype, other parameters that learn; and a state asked for right after an update has it."""
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    model(**BATCH)
+    model.double()
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in BATCH.items()}
+    model(**batch)
+    model.model.vision_tower.requires_grad_(False)
+    model(**batch).loss.backward()
+    assert gate.state_dict()["step"] == 0
+    _by_hand(model)()
+    assert gate.state_dict()["step"] == 1
 
 
 def test_a_model_that_is_never_called() -> None:
