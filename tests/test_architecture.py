@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,26 @@ def test_the_engine_names_no_model() -> None:
     for file in (ROOT / "regate_patch").rglob("*.py"):
         text = file.read_text().lower()
         assert not [m for m in MODELS if m in text], file
+
+
+def test_behaviour_has_one_place() -> None:
+    """The table of CONTRIBUTING.md: each name is defined in the file that it says, and in no other."""
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \| `([^`]+)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert len(rows) == 10
+    for name, place in rows:
+        home = {
+            str(f.relative_to(ROOT))
+            for package in PACKAGES
+            for f in (ROOT / package).rglob("*.py")
+            if _defines(f, name)
+        }
+        assert home == {place}, (name, home)
+
+
+def _defines(file: Path, name: str) -> bool:
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return True
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return True
+    return False
