@@ -72,7 +72,9 @@ def watched(logits: Tensor, left_out: Tensor, complain: Callable[[int], None]) -
         return logits
     outside = logits.view_as(logits)
 
-    def look(gradient: Tensor) -> None:
+    def look(gradient: Tensor | None) -> None:
+        if gradient is None:  # DDP hands outputs through a function of its own, which has none for those nobody read
+            return
         read = int(((gradient != 0).any(-1) & left_out).sum())
         if read:
             complain(read)
