@@ -71,7 +71,7 @@ def decided(data: dict[str, Tensor], kept: Tensor) -> dict[str, Decision]:
     layout = Layout(ids, labels, valid.bool(), ids == VISUAL_ID)
 
     def decide(kept: Tensor, config: Config, *, full: bool) -> Decision:
-        return Decision.of(layout, kept.cpu(), config, full=full, everything=False)
+        return Decision.of(layout, kept.cpu(), config, full=full, beyond=False)
 
     return {
         "full": decide(labels != IGNORED, arms.SPARSE_AFTER_ONE, full=True),
