@@ -99,8 +99,9 @@ class Steps:
         self._optimizer_known, self._digest = True, None
         before = self._stepped if self._ever_gated else self._early
         again = id(optimizer) in before  # a second time, and no gated forward between
-        if not self._ever_gated:  # such steps do not count: states are made by them, and other objectives trained
+        if not self._ever_gated:  # the first does not count: states are made by it
             self._early.add(id(optimizer))
+            self.step += again
             if again or any(self._ungated.values()):
                 self._on_missed(self._cause(), True)
             return
