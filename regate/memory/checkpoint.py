@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 from regate.errors import CheckpointError
@@ -70,7 +71,7 @@ def _read(path: Path) -> dict[str, Any]:
 def pack(records: Iterable[tuple[bytes, np.ndarray]]) -> dict[str, Tensor]:
     """Records as three tensors: keys uint8 [n, 16], lengths int64 [n], losses float16 [total]."""
     rows = list(records)
-    keys = np.frombuffer(b"".join(key for key, _ in rows), np.uint8).reshape(-1, 16)
+    keys = rearrange(np.frombuffer(b"".join(key for key, _ in rows), np.uint8), "(row byte) -> row byte", byte=16)
     losses = [half(losses) for _, losses in rows]
     return {
         "keys": torch.from_numpy(keys.copy()),

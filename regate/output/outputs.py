@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from regate.errors import LabelsError
@@ -36,7 +37,7 @@ def kept_losses(
     rows, length = kept.shape
     if known is not None and len(known) in (rows * length, rows * (length - 1)):
         places = kept.to(known.device)
-        return known.reshape(rows, -1)[places.row, places.column - 1]
+        return rearrange(known, "(row position) -> row position", row=rows)[places.row, places.column - 1]
     if logits is not None and logits.shape[:2] == kept.shape:
         return label_losses(logits.detach(), kept)
     if log_probs is not None and log_probs.shape == (rows, length - 1):
