@@ -91,7 +91,7 @@ def _batches(task: Task) -> Any:
 def test_grounded_words_need_the_image(make: Callable[..., Task]) -> None:
     """Marked words are the labels they should be, and a sample's text without them is one of few."""
     if make is photos.task and not photos.FOLDER.exists():
-        pytest.skip("needs dataset-fashion-mnist")
+        pytest.skip("photographs are in a package of Debian: apt-get install dataset-fashion-mnist")
     task = make(limit=40)
     batch = next(iter(task.train.batches(40)))
     tokenizer = task.train.processor.tokenizer
