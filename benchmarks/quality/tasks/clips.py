@@ -24,7 +24,7 @@ _TEMPLATES = (
     "the {c1} {s1} moved from the {f1} to the {t1} of the picture after the {c0} {s0} had moved , and this {c0_} "
     "{s0_} had gone from its place at the {f0} to the {t0} .",
 )
-SETTINGS = Settings(steps=350, batch_size=16, vision_steps=100, vision_batch_size=32, few=100, free=50)
+SETTINGS = Settings(steps=500, batch_size=16, vision_steps=100, vision_batch_size=32, few=100, free=50)
 _FRAMES, _SIZE, _PATCH, _WIDTH = 6, 32, 4, 96
 
 
