@@ -4,14 +4,15 @@ conventional Hugging Face models. An adapter overrides the ones that differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from model_adapters import conventional, visual
+from model_adapters.attention import followable_attention
 
 Batch = Mapping[str, Any]
 
@@ -105,3 +106,10 @@ class ModelAdapter:
     visual_inputs: tuple[str, ...] = visual.INPUTS
     visual_axis: int = 0
     visual_rows: Callable[[nn.Module, Batch, Layout], Mapping[str, Tensor | None]] = visual.visual_rows
+
+    @contextmanager
+    def followable(self, model: nn.Module, decoder: nn.Module | None = None) -> Iterator[None]:
+        """Inside, the decoder of `model`, or this copy of it, runs code of the same function that can be followed."""
+        around = followable_attention(model, self.decoder(model)) if decoder is None else followable_attention(decoder)
+        with self.capturable(model), around:
+            yield

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter
+from model_adapters.attention import stand_in
 from model_adapters.base import labels_alone
 from model_adapters.conventional import text_config
 from regate.config import Config
@@ -41,7 +42,7 @@ from regate.training import batches, supervision
 from regate.training.calls import OuterCall
 from regate.training.counters import Counters
 from regate.training.hooks import followable_dora
-from regate.training.segments import Segments
+from regate.training.segments import Segments, check_boundaries
 from regate_patch import is_sharded, to_device
 
 
@@ -93,6 +94,8 @@ class Parts:
             layout = self.adapter.layout(self.model, batch)
         except AdapterError as error:
             raise UnknownArchitectureError(str(error)) from error
+        if stand_in(self.decoder) is not None:
+            check_boundaries(batch)
         layout, segments = batches.on_host(batch, layout, vocabulary=self.vocabulary)
         alone = segments.unpack_layout(layout)
         text = keys.text_keys(alone)
@@ -199,6 +202,12 @@ class Forward:
                 )
             )
         self._active = None
+        if proven.other and (other := stand_in(self._decoder)) is not None:
+            raise regate_patch.UnsupportedGraphError(
+                f"the attention kernels of {type(self._decoder).__name__} compute something else than its "
+                f"'{other}' attention: they know causal order, windows and padding, and leave out what else its masks "
+                f"say, such as image tokens that see one another. Train it with attn_implementation='{other}'"
+            )
         for note in proven.notes:
             parts.note(note)
         return proven
@@ -255,7 +264,7 @@ class Forward:
         """Inside, the decoder computes the decision's positions; with `tail`, its end at predictors of kept labels."""
         self._tail = tail and not self._balanced
         with contextlib.ExitStack() as scope:
-            scope.enter_context(self.parts.adapter.capturable(self.parts.model))
+            scope.enter_context(self.parts.adapter.followable(self.parts.model))
             scope.enter_context(followable_dora())
             if self._balanced:
                 scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))

@@ -45,12 +45,14 @@ class Proven:
         short: may the head run at kept labels alone?
         lazy: may its logits exist a chunk at a time?
         notes: what was given up, and why.
+        other: with every position computed that is no padding, the engine's numbers are not the model's.
     """
 
     read: Read
     short: bool
     lazy: bool
     notes: tuple[str, ...] = ()
+    other: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def prove(subject: Subject) -> Proven:
             notes = () if eager is None else (f"logits at kept labels are computed all at once: {eager}",)
             return Proven(s.at_least, short=True, lazy=lazily and eager is None, notes=notes)
         long = f"the model's loss on the short sequence is {short.loss}, on the whole one {own.loss}"
-    why = why or long
+    why, found = why or long, None
     for level in (Read.LIVE, Read.VALID):
         if level < max(implied, s.at_least):
             continue
@@ -141,7 +143,8 @@ def prove(subject: Subject) -> Proven:
             asked = s.short or level > Read.LIVE  # else nobody wanted more to be left out
             return Proven(level, short=False, lazy=False, notes=(_note(level, why),) if why and asked else ())
         why = why or problem or f"its loss without such positions would be {found and found.loss}, and is {own.loss}"
-    return Proven(Read.ALL, short=False, lazy=False, notes=(_note(Read.ALL, str(why)),))
+    notes = (_note(Read.ALL, str(why)),)
+    return Proven(Read.ALL, short=False, lazy=False, notes=notes, other=found is not None)
 
 
 def _note(read: Read, why: str) -> str:

@@ -141,7 +141,7 @@ class Teacher:
         needed[:, -1] = False
         with self._switched(), unpacked(self.decoder):
             computed = regate_patch.Active.from_mask(seen & needed).reading(predictors(wanted)).to(device)
-            with regate_patch.active(computed), self.adapter.capturable(self.model):
+            with regate_patch.active(computed), self.adapter.followable(self.model, self.decoder):
                 text, mask = ids.to(device), seen.long().to(device)
                 hidden = self.adapter.run_decoder(self.decoder, self.embeddings, text, mask, positions)
             answered = wanted & (labels < self._vocabulary())

@@ -52,6 +52,20 @@ def starts(batch: Batch, layout: Layout) -> Tensor | None:
     return torch.nn.functional.pad(between, (1, 0))
 
 
+def check_boundaries(batch: Batch) -> None:
+    """For a decoder whose attention cannot be told `_BOUNDARIES`, while the gate runs it: do position ids tell them?
+
+    Raises:
+        PackedRowsError: they do not.
+    """
+    name = next((name for name in _BOUNDARIES if isinstance(batch.get(name), Tensor)), None)
+    if name is not None and batch.get("attention_mask") is None and batch.get("position_ids") is None:
+        raise PackedRowsError(
+            f"the call says by `{name}` where packed samples begin, but not by position ids that begin again: pass "
+            "position_ids, too, as transformers' DataCollatorWithFlattening does"
+        )
+
+
 def _from_boundaries(name: str, boundaries: Tensor, shape: torch.Size) -> Tensor:
     if boundaries.dim() != 1 or boundaries.is_floating_point():
         raise PackedRowsError(
