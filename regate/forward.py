@@ -301,7 +301,8 @@ class Forward:
                 )
             self.decision = self.decision.thin(found, self.parts.config.visual_keep)
         device = next(x.device for x in (*kwargs.values(), *args) if isinstance(x, Tensor))
-        self._active = self.decision.positions(device, read=self._tail)
+        owner = self._samples.segments.owner
+        self._active = self.decision.positions(device, read=self._tail, owner=owner)
         self.parts.counters.gate_seconds += time.perf_counter() - start
         return self._active
 

@@ -163,13 +163,14 @@ class GatedForward:
         """The private backend."""
 
         @functools.cache
-        def variant(any_length: bool) -> tuple[Rewrite, Callable[..., Any]] | None:
+        def variant(any_length: bool, samples: bool, rows: bool) -> tuple[Rewrite, Callable[..., Any]] | None:
             rewritten = rewrite(
                 gm,
                 whole=not self.allow_graph_breaks,
                 padding_elided=self.padding_elided,
                 any_length=any_length,
-                disable=self.disable,
+                samples=samples,
+                disable=self.disable | ({"end_to_end"} if rows else set()),
                 observe=self.observe,
             )
             if rewritten is None:
@@ -177,28 +178,42 @@ class GatedForward:
             self.statistics.graphs.append(rewritten)
             return rewritten, _inner(rewritten.module, self._backend())
 
-        if (usual := variant(any_length=False)) is None:
+        def best(chosen: Active) -> tuple[Rewrite, Callable[..., Any]] | None:
+            wanted = {"samples": chosen.samples is not None, "rows": chosen.empty}  # no product takes no rows at all
+            usual = variant(any_length=False, **wanted)
+            if usual is None or usual[0].longest == inf or 0 < chosen.length <= usual[0].longest:
+                return usual
+            return variant(any_length=True, **wanted)  # 0: nobody said how long the sequence is
+
+        if best(self._chosen()) is None:
             self.statistics.other_graphs += 1
             return _inner(gm, self._backend())
-        longest = usual[0].longest
 
         def run_on_active_positions(*inputs: Any) -> Any:
-            chosen = current()
-            if not isinstance(chosen, Active):
-                raise NotElidedError("a rewritten graph ran outside `active(...)`")
-            fits = longest == inf or 0 < chosen.length <= longest  # 0: nobody said how long the sequence is
-            rewritten, run = usual if fits else variant(any_length=True) or usual
+            chosen = self._chosen()
+            found = best(chosen)
+            assert found is not None
+            rewritten, run = found
             chosen.ran.append(rewritten)
             return run(*self._indices(chosen, rewritten), *inputs)
 
         return run_on_active_positions
 
-    def _indices(self, chosen: Active, rewritten: Rewrite) -> tuple[torch.Tensor, ...]:
+    @staticmethod
+    def _chosen() -> Active:
+        chosen = current()
+        if not isinstance(chosen, Active):
+            raise NotElidedError("a rewritten graph ran outside `active(...)`")
+        return chosen
+
+    def _indices(self, chosen: Active, rewritten: Rewrite) -> tuple[torch.Tensor | int, ...]:
+        if rewritten.tail and rewritten not in self.whole:
+            chosen = replace(chosen, read=None)  # it may be one of several graphs, and the next reads everything
+        if rewritten.end_to_end:
+            return chosen.end_to_end(apart=rewritten.apart)[: 5 if rewritten.tail else 4]
         if not rewritten.tail:
             return chosen.index, chosen.valid
-        if rewritten in self.whole:
-            return chosen.indices
-        return replace(chosen, read=None).indices  # it may be one of several graphs, and the next reads everything
+        return chosen.indices
 
     def _backend(self) -> Backend:
         """What "auto" means where the decoder is by now."""

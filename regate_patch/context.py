@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ class Active:
         read: which of them, counted from 0 to K - 1, somebody reads in the decoder's output; None is all. The output at
             others is then of no use. The first call in which a graph runs computes it all the same.
         length: more than any of these positions, and at most the decoder's S; 0 if nobody knows.
+        counts: how many each row has, where a host knows it.
+        samples: how many each sample has, row after row, where rows may hold several and a host knows it. A sample's
+            position ids go on by one, and the next one's do not go on from there.
         ran: the `Rewrite`s that ran on these positions, one entry per run.
     """
 
@@ -37,6 +40,8 @@ class Active:
     valid: Tensor
     read: Active | None = None
     length: int = 0
+    counts: tuple[int, ...] | None = None
+    samples: tuple[int, ...] | None = None
     ran: list[Any] = field(default_factory=list, compare=False)
 
     @property
@@ -47,31 +52,63 @@ class Active:
         everything = torch.arange(self.index.shape[1], device=self.index.device).repeat(len(self.index), 1)
         return self.index, self.valid, everything, self.valid.clone()  # one tensor given twice would be compiled for
 
-    def reading(self, mask: Tensor, *, most: int | None = None) -> Active:
-        """These positions, of which only those in `mask` [B, S] bool are read; `most` as in `from_mask`."""
-        read = Active.from_mask(mask.gather(1, self.index) & self.valid, most=most)
-        return Active(self.index, self.valid, read, self.length)
+    @property
+    def empty(self) -> bool:
+        """Is it known that there is none?"""
+        return self.counts is not None and not any(self.counts)
+
+    def end_to_end(self, *, apart: bool) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+        """The T active positions of all rows, one after the other.
+
+        Args:
+            apart: samples of one row are to be told apart; else rows alone are.
+
+        Returns:
+            Whose they are [T], their index [T], where rows or samples begin [N + 1] int32, how many the largest has,
+            and which of the T are read [R].
+        """
+        device = self.index.device
+        rows, places = _found(self.valid, self.counts)
+        counts = self.valid.sum(1) if self.counts is None else to_device(torch.tensor(self.counts), device)
+        first = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        read = torch.arange(len(rows), device=device)
+        if self.read is not None:
+            whose, which = _found(self.read.valid, self.read.counts)
+            read = first[whose] + self.read.index[whose, which]
+        longest = self.index.shape[1]
+        if apart and self.samples is not None:
+            ends = torch.tensor(self.samples).cumsum(0)
+            first, longest = to_device(torch.nn.functional.pad(ends, (1, 0)), device), max(self.samples)
+        return rows, self.index[rows, places], first.int(), longest, read
+
+    def reading(self, mask: Tensor, *, counts: Sequence[int] | None = None) -> Active:
+        """These positions, of which only those in `mask` [B, S] bool are read; `counts` as in `from_mask`."""
+        read = Active.from_mask(mask.gather(1, self.index) & self.valid, counts=counts)
+        return replace(self, read=read, ran=[])
 
     def to(self, device: torch.device) -> Active:
         """The same on `device`."""
         read = None if self.read is None else self.read.to(device)
-        return Active(to_device(self.index, device), to_device(self.valid, device), read, self.length)
+        index, valid = to_device(self.index, device), to_device(self.valid, device)
+        return replace(self, index=index, valid=valid, read=read, ran=[])
 
     @classmethod
-    def from_mask(cls, mask: Tensor, *, most: int | None = None) -> Active:
+    def from_mask(cls, mask: Tensor, *, counts: Sequence[int] | None = None) -> Active:
         """From `mask` [B, S] bool, True where a position is computed.
 
-        `most` is the number of them in the row that has most, from a host that knows it; else the mask is waited for.
+        `counts` is the number of them in each row, from a host that knows it; else the mask is waited for.
         """
         if mask.dim() != 2 or mask.dtype != torch.bool:
             raise ActiveIndexError(f"an active mask must be [B, S] bool, got {list(mask.shape)} {mask.dtype}")
-        count_B1 = mask.sum(1, keepdim=True)
-        k = max(int(count_B1.max()) if most is None else most, 1) if mask.numel() else 0
-        if k == 0:
+        of_rows = mask.sum(1)
+        counts = of_rows.tolist() if counts is None else counts
+        if not counts or not mask.shape[1]:
             raise ActiveIndexError(f"an active mask must have at least one position, got {list(mask.shape)}")
+        k = max(*counts, 1)
         # A stable sort of "inactive" puts active positions first, in order, then inactive ones as filling.
         index = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :k].contiguous()
-        return cls(index, torch.arange(k, device=mask.device) < count_B1, length=mask.shape[1])
+        valid = torch.arange(k, device=mask.device) < of_rows[:, None]
+        return cls(index, valid, length=mask.shape[1], counts=tuple(counts))
 
     @classmethod
     def from_index(cls, index: Tensor, length: int | None = None) -> Active:
@@ -97,6 +134,12 @@ class Active:
         mask = torch.zeros(index.shape[0], length + 1, dtype=torch.bool, device=index.device)
         mask.scatter_(1, torch.where(valid, index, length), True)
         return cls.from_mask(mask[:, :length])
+
+
+def _found(valid: Tensor, counts: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    """Row and column of each True; not waited for where a host knows how many there are."""
+    found = valid.nonzero() if counts is None else valid.nonzero_static(size=sum(counts))
+    return found[:, 0], found[:, 1]
 
 
 Rule = Callable[..., Active]

@@ -66,6 +66,36 @@ def scatter_flat_on_zeros(y: Tensor, index: Tensor, valid: Tensor, length: int) 
     return scatter_on_zeros(rows, index, valid, length).flatten(0, 1)
 
 
+def in_one_row(rows: Tensor, places: Tensor, length: int) -> Tensor:
+    """Positions `places` [T] of rows `rows` [T] as [1, T] of one row, in which the others follow the first."""
+    return (rows * length + places)[None]
+
+
+def all_true(index: Tensor) -> Tensor:
+    """`valid` of an index that has no filling."""
+    return torch.ones_like(index, dtype=torch.bool)
+
+
+def one_row(x: Tensor, rows: int, dim: int, batch_dim: int, rank: int) -> Tensor:
+    """[.., B, .., S, ..] as [.., 1, .., B * S, ..]: the batch is one row. Axes are counted at `rank`.
+
+    A value shared by all rows is repeated for each.
+    """
+    while x.dim() < rank:
+        x = x.unsqueeze(0)
+    sizes = [-1] * rank
+    sizes[batch_dim] = rows
+    x = x.expand(sizes)
+    before = dim - 1 if batch_dim < dim else dim
+    return x.movedim(batch_dim, before).flatten(before, before + 1).unsqueeze(batch_dim)
+
+
+def in_rows(x: Tensor, rows: int, dim: int, batch_dim: int) -> Tensor:
+    """The opposite of `one_row`."""
+    before = dim - 1 if batch_dim < dim else dim
+    return x.squeeze(batch_dim).unflatten(before, (rows, -1)).movedim(before, batch_dim)
+
+
 def select_tokens(x: Tensor, mask: Tensor, index: Tensor, valid: Tensor, dim: int) -> Tensor:
     """Rows of `x` along `dim`, one per True in `mask` [B, S], that belong to active positions.
 

@@ -93,9 +93,17 @@ class Decision:
         surely = to_device(self.active & ~self.spare, embeddings.device)
         return replace(self, active=surely | stay, spare=None)
 
-    def positions(self, device: torch.device, *, read: bool) -> Active:
-        """For the engine, on `device`; with `read`, only predictors of kept labels are read in the output."""
-        chosen = Active.from_mask(self.active, most=max(self.computed))
+    def positions(self, device: torch.device, *, read: bool, owner: Tensor) -> Active:
+        """For the engine, on `device`; with `read`, only predictors of kept labels are read in the output.
+
+        Args:
+            owner: int64 [B, S] on the CPU, the sample of each position.
+        """
+        chosen = Active.from_mask(self.active, counts=self.computed)
+        if self.active.device == owner.device:  # else nobody knows yet which are left
+            chosen = replace(
+                chosen, samples=tuple(owner[self.active].unique_consecutive(return_counts=True)[1].tolist())
+            )
         if read:
-            chosen = chosen.reading(to_device(predictors(self.kept), self.active.device), most=max(self.read))
+            chosen = chosen.reading(to_device(predictors(self.kept), self.active.device), counts=self.read)
         return chosen.to(device)

@@ -6,8 +6,8 @@ Whatever is scored per sample sees a batch of one row a sample (`unpack`), and w
 samples stand (`pack`). Rows that hold one sample each are their own segments, and nothing is moved.
 
 Signs of a sample's beginning, any of which may be in the call:
-    position_ids    that fall back; of several ids per token (M-RoPE), the lowest, for within one sample it never falls;
-                    of four, the first, which is the text's
+    position_ids    that fall back, or, without a padding mask, do not go on by one; of several ids per token (M-RoPE),
+                    the lowest, for within one sample it never falls; of four, the first, which is the text's
     cu_seq_lens_q, cu_seqlens    where samples begin among all positions, as flash attention's kernels are told
     seq_idx and the like         a number per position, the same within a sample
     attention_mask               with numbers above 1, the same within a sample (LLaMA-Factory)
@@ -45,7 +45,7 @@ def starts(batch: Batch, layout: Layout) -> Tensor | None:
                 signs.append(numbers.diff() != 0)
     ids = batch.get("position_ids")
     if isinstance(ids, Tensor) and ids.shape[-1] == shape[1] and ids.dim() in (2, 3):
-        signs.append(_from_position_ids(ids, layout))
+        signs.append(_from_position_ids(ids, layout, leaps=batch.get("attention_mask") is None))
     if not signs:
         return None
     between = torch.stack(signs).any(0) & layout.valid[:, 1:] & layout.valid[:, :-1]
@@ -77,11 +77,16 @@ def _from_boundaries(name: str, boundaries: Tensor, shape: torch.Size) -> Tensor
     return marks[:-1].view(shape)[:, 1:]
 
 
-def _from_position_ids(ids: Tensor, layout: Layout) -> Tensor:
+def _from_position_ids(ids: Tensor, layout: Layout, *, leaps: bool) -> Tensor:
+    """`leaps`: text ids that do not go on by one begin a sample, too, as transformers' masks have it."""
     several = ids.dim() == 3
+    if several and len(ids) == _TEXT_FIRST:
+        ids, several = ids[0], False
     if several:
-        ids = ids[0] if len(ids) == _TEXT_FIRST else ids.amin(0)
+        ids = ids.amin(0)
     ids = ids.expand(layout.valid.shape)
+    if leaps and not several:
+        return ids.diff() != 1
     again = (ids[:, 1:] == 0) & (ids[:, :-1] == 0)  # after a sample of one token; an image may have one id throughout
     if several:
         again &= ~layout.visual[:, 1:]

@@ -1,16 +1,22 @@
 """Pass: an attention mask that says "causal, and nobody sees padding" becomes `is_causal=True`.
 
+So does one that says "causal, within each sample" of rows that hold several, told apart by position ids that do not go
+on by one: where the caller knows how long samples are, they are laid end to end (see `end_to_end.py`).
+
 With padding elided and the order of positions kept, that is what such a mask says of active positions; and kernels that
 are told so need no mask of [K, K], skip half of the work, and exist where others do not (flash attention).
 
-Whether a mask says just that is proven by running its subgraph, which reads only sizes and the padding mask [B, S],
-on probes: several sizes, padding on either side and in the middle. A window or a chunk of n positions shows as a
+Whether a mask says just that is proven by running its subgraph, which reads only sizes and the padding mask [B, S] or
+position ids [B, S] or [n, B, S], on probes: several sizes, padding on either side and in the middle, samples of several
+lengths. A window or a chunk of n positions shows as a
 number n in the subgraph; one probe is longer than every such number. Where that one fails, a probe as long as the
 smallest number may still pass: up to this length the window hides nothing. What cannot be proven stays as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -27,17 +33,34 @@ _SIGNATURE = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 _FEW = 16  # numbers up to this one are axes, ranks and the like; a window so small shows in any probe
 
 
-def use_causal_kernels(gm: fx.GraphModule, span: Span, tokens: Tokens, *, any_length: bool) -> tuple[int, float]:
+@dataclass(frozen=True)
+class Proven:
+    """What a mask says of positions that are no padding.
+
+    Attributes:
+        up_to: the sequence length up to which it says "causal" and nothing else; 0 if it does not.
+        samples: "within each sample", too?
+    """
+
+    up_to: float
+    samples: bool = False
+
+
+def use_causal_kernels(
+    gm: fx.GraphModule, span: Span, tokens: Tokens, *, any_length: bool, samples: bool
+) -> tuple[int, float, bool]:
     """Replace the masks that can be.
 
     Args:
         any_length: only those that say no more than "causal" however long the sequence is.
+        samples: also those that keep samples apart, if all do.
 
     Returns:
-        How many attentions lost theirs, and up to which sequence length that is right.
+        How many attentions lost theirs, up to which sequence length that is right, and whether samples must be kept
+        apart by other means now.
     """
-    proven: dict[fx.Node, float] = {}
-    replaced = 0
+    proven: dict[fx.Node, Proven] = {}
+    cores: list[tuple[fx.Node, Proven]] = []
     for core in span.mixers:
         if not is_call(core, *SDPA):
             continue
@@ -48,34 +71,46 @@ def use_causal_kernels(gm: fx.GraphModule, span: Span, tokens: Tokens, *, any_le
         if lengths != {tokens.length}:
             continue
         if mask not in proven:
-            proven[mask] = _causal_up_to(gm, mask, tokens)
-        if proven[mask] == inf or (proven[mask] and not any_length):
-            given = {**dict(zip(_SIGNATURE, core.args, strict=False)), **core.kwargs}
-            core.args = ()
-            core.kwargs = {**given, "attn_mask": None, "is_causal": True}
-            replaced += 1
+            proven[mask] = _proven(gm, mask, tokens)
+        if proven[mask].up_to == inf or (proven[mask].up_to and not any_length):
+            cores.append((core, proven[mask]))
+    apart = samples and len(cores) == len(span.mixers) and all(found.samples for _, found in cores)
+    cores = [(core, found) for core, found in cores if found.samples == apart]
+    for core, _ in cores:
+        given = {**dict(zip(_SIGNATURE, core.args, strict=False)), **core.kwargs}
+        core.args = ()
+        core.kwargs = {**given, "attn_mask": None, "is_causal": True}
     erase_dead(gm.graph)
-    return replaced, min([up_to for up_to in proven.values() if up_to and not any_length], default=inf)
+    return len(cores), min([found.up_to for _, found in cores if not any_length], default=inf), apart
 
 
-def _causal_up_to(gm: fx.GraphModule, mask: fx.Node, tokens: Tokens) -> float:
-    """The length up to which the mask is proven to say only "causal, and nobody sees padding"; 0 if it is not."""
+def _proven(gm: fx.GraphModule, mask: fx.Node, tokens: Tokens) -> Proven:
     if shape(mask)[-2:] != (tokens.length, tokens.length) or len(shape(mask)) != 4:
-        return 0
+        return Proven(0)
     subgraph = _subgraph(mask)
-    padding = None
-    for node in subgraph:
-        if node.op == "get_attr" or (node.op == "placeholder" and not _is_size(node, tokens)):
-            if node.op == "get_attr" or padding is not None or not _is_padding_mask(node, tokens):
-                return 0
-            padding = node
+    given = [node for node in subgraph if node.op == "placeholder" and not _is_size(node, tokens)]
+    if len(given) > 1 or any(node.op == "get_attr" for node in subgraph):
+        return Proven(0)
+    read = given[0] if given else None
+    if read is None or _is_padding_mask(read, tokens):
+        if up_to := _causal_up_to(gm, subgraph, mask, read, tokens, samples=False):
+            return Proven(up_to)
+    if read is not None and _are_position_ids(read, tokens):
+        return Proven(_causal_up_to(gm, subgraph, mask, read, tokens, samples=True), samples=True)
+    return Proven(0)
+
+
+def _causal_up_to(
+    gm: fx.GraphModule, subgraph: list[fx.Node], mask: fx.Node, read: fx.Node | None, tokens: Tokens, *, samples: bool
+) -> float:
+    """Up to which sequence length; `samples`: what is read are position ids."""
     numbers = [abs(n) for n in _integers(subgraph) if _FEW < abs(n) < torch.iinfo(torch.int32).max]
 
     def passes(longest: int) -> bool:
         try:
             return longest <= _LONGEST and all(
-                _is_causal(_run(gm, subgraph, mask, padding, seen, tokens), seen)
-                for seen in _probes(longest, tokens, has_padding=padding is not None)
+                _is_causal(_run(gm, subgraph, mask, read, told, tokens), seen, sample)
+                for told, seen, sample in _probes(longest, tokens, padding=read is not None, samples=samples)
             )
         except Exception:  # a subgraph that cannot be run on its own proves nothing
             return False
@@ -107,6 +142,15 @@ def _is_padding_mask(node: fx.Node, tokens: Tokens) -> bool:
     return value(node).dim() == 2 and tokens.is_batch(value(node).shape[0]) and shape(node)[1] == tokens.length
 
 
+def _are_position_ids(node: fx.Node, tokens: Tokens) -> bool:
+    """[B, S], or [n, B, S], several of them per token; one row may serve all."""
+    if not is_tensor(node) or value(node).dtype not in (torch.int64, torch.int32) or value(node).dim() not in (2, 3):
+        return False
+    *several, rows, length = shape(node)
+    one_row = rows == 1 or tokens.is_batch(value(node).shape[-2])
+    return one_row and length == tokens.length and all(size.is_number for size in several)
+
+
 def _integers(subgraph: list[fx.Node]) -> list[int]:
     """Numbers written in the calls."""
     found: list[int] = []
@@ -128,26 +172,38 @@ def _integers(subgraph: list[fx.Node]) -> list[int]:
     return found
 
 
-def _probes(longest: int, tokens: Tokens, *, has_padding: bool) -> list[Tensor]:
-    """Padding masks [B, S] bool, one of them this long."""
+def _probes(longest: int, tokens: Tokens, *, padding: bool, samples: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What the mask is told, which positions are no padding, and whose they are: [B, S] each; one is this long."""
     random = torch.Generator().manual_seed(0)
     rows = [1, 2, 3] if tokens.batch.is_Symbol else [int(tokens.batch)] * 3
-    probes = [torch.ones(rows[0], longest, dtype=torch.bool), torch.ones(rows[1], 9, dtype=torch.bool)]
-    if has_padding:
+    seen = [torch.ones(rows[0], longest, dtype=torch.bool), torch.ones(rows[1], 9, dtype=torch.bool)]
+    if samples:
+        seen.append(torch.ones(rows[2], 21, dtype=torch.bool))
+        for mask in seen:
+            ids = torch.arange(mask.shape[1]).repeat(len(mask), 1)
+            yield ids, mask, torch.zeros_like(ids)
+            begins = torch.rand(mask.shape, generator=random) < 0.2
+            begins[:, -2:] = True  # a sample of one position, twice
+            first = torch.where(begins, ids, 0).cummax(1).values
+            yield ids - first, mask, begins.cumsum(1)
+            yield ids + 3 * begins.cumsum(1), mask, begins.cumsum(1)  # which do not begin again, but leap
+        return
+    if padding:
         right, left, holes = (torch.ones(rows[i], length, dtype=torch.bool) for i, length in enumerate((7, 12, 21)))
         right[-1, 5:] = False
         left[-1, :4] = False
         holes &= torch.rand(holes.shape, generator=random) < 0.7
         holes[:, 0] = True
-        probes += [right, left, holes]
-    return probes
+        seen += [right, left, holes]
+    for mask in seen:
+        yield mask, mask, torch.zeros(mask.shape)
 
 
 def _run(
-    gm: fx.GraphModule, subgraph: list[fx.Node], mask: fx.Node, padding: fx.Node | None, seen: Tensor, tokens: Tokens
+    gm: fx.GraphModule, subgraph: list[fx.Node], mask: fx.Node, read: fx.Node | None, told: Tensor, tokens: Tokens
 ) -> Tensor:
-    """The mask that the subgraph makes for this padding mask, on the CPU."""
-    rows, length = seen.shape
+    """The mask that the subgraph makes of this padding mask or these position ids, on the CPU."""
+    rows, length = told.shape
     known: dict[fx.Node, Any] = {}
 
     def leaf(x: Any) -> Any:
@@ -155,28 +211,30 @@ def _run(
             return known[x]
         return torch.device("cpu") if isinstance(x, torch.device) else x  # wherever the decoder is, or is not ("meta")
 
-    def read(x: Any) -> Any:
+    def known_in(x: Any) -> Any:
         return fx.node.map_aggregate(x, leaf)
 
     for node in subgraph:
-        if node is padding:
-            known[node] = seen.to(value(node).dtype)
+        if node is read:
+            known[node] = told.to(value(node).dtype).expand(*value(node).shape[:-2], rows, length)
         elif node.op == "placeholder":
             known[node] = length if expr(value(node)) == tokens.length else rows
         elif node.op == "call_function":
-            known[node] = node.target(*read(node.args), **read(node.kwargs))  # type: ignore[operator]
+            known[node] = node.target(*known_in(node.args), **known_in(node.kwargs))  # type: ignore[operator]
         else:
-            x, *others = read(node.args)
-            known[node] = getattr(x, str(node.target))(*others, **read(node.kwargs))
+            x, *others = known_in(node.args)
+            known[node] = getattr(x, str(node.target))(*others, **known_in(node.kwargs))
     return known[mask]
 
 
-def _is_causal(mask: Tensor, seen: Tensor) -> bool:
-    """Is it, for queries that are no padding, True (or 0) at keys that are none and not later, False (or -inf) else?"""
+def _is_causal(mask: Tensor, seen: Tensor, sample: Tensor) -> bool:
+    """Is it, for queries that are no padding, True (or 0) at keys of the same sample that are none and not later, False
+    (or -inf) else?"""
     rows, length = seen.shape
     if mask.shape[-2:] != (length, length) or mask.shape[0] not in (1, rows):
         return False
     expected = torch.ones(length, length, dtype=torch.bool).tril() & seen[:, None, None, :]
+    expected = expected & (sample[:, None, :, None] == sample[:, None, None, :])
     if mask.dtype == torch.bool:
         visible = mask
     else:

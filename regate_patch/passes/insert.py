@@ -15,6 +15,7 @@ Pseudo-code
 from __future__ import annotations
 
 import operator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import sympy
@@ -42,24 +43,31 @@ from regate_patch.errors import UnsupportedGraphError
 _VIEWS = (
     operator.getitem, "unsqueeze", "squeeze", "transpose", "permute", "expand", "view", "reshape", "t",
 )  # fmt: skip
-_ARITHMETIC = (
+ARITHMETIC = (
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, torch.sym_max,
     torch.sym_min, torch.sym_int, torch.sym_sum,
 )  # fmt: skip
 
 
-def insert(gm: fx.GraphModule, span: Span, tail: Span | None, tokens: Tokens) -> fx.GraphModule:
-    """See the module's description. Adds the inputs `active_index` and `active_valid` in front.
+def insert(
+    gm: fx.GraphModule,
+    span: Span,
+    tail: Span | None,
+    tokens: Tokens,
+    *,
+    outer: type[Inserter] | None = None,
+    inner: type[Inserter] | None = None,
+) -> fx.GraphModule:
+    """See the module's description. Adds inputs in front: which positions are active, as `outer` wants to be told.
 
-    With a `tail` (see `tail.py`) that runs on fewer of the active positions, then the inputs `read_index` and
-    `read_valid`, which count positions among the active ones.
+    With a `tail` (see `tail.py`) that runs on fewer of the active positions, then which of these are read, for `inner`.
 
     Raises:
         UnsupportedGraphError: a value whose token axis cannot be followed.
     """
     graph = gm.graph
-    nested = _insert_tail(graph, tail, tokens) if tail else []
-    inserter = _Inserter(graph, span, tokens, "active")
+    nested = _insert_tail(graph, tail, tokens, inner or Inserter) if tail else []
+    inserter = (outer or Inserter)(graph, span, tokens, "active")
     inserter.compact |= set(nested)
     done = set(tail.nodes) if tail else set()
     inserter.insert([n for n in graph.nodes if n in inserter.compact and n not in done])
@@ -71,10 +79,10 @@ def insert(gm: fx.GraphModule, span: Span, tail: Span | None, tokens: Tokens) ->
     return gm
 
 
-def _insert_tail(graph: fx.Graph, tail: Span, tokens: Tokens) -> list[fx.Node]:
+def _insert_tail(graph: fx.Graph, tail: Span, tokens: Tokens, kind: type[Inserter]) -> list[fx.Node]:
     """Run the tail on positions that are read; the nodes that this put in are the outer span's."""
     before = set(graph.nodes)
-    inserter = _Inserter(graph, tail, tokens, "read")
+    inserter = kind(graph, tail, tokens, "read")
     inserter.insert(tail.nodes)
     new = [n for n in graph.nodes if n not in before and n.op != "placeholder"]
     for node in reversed(new):  # recomputed together with what reads it
@@ -84,20 +92,37 @@ def _insert_tail(graph: fx.Graph, tail: Span, tokens: Tokens) -> list[fx.Node]:
     return new
 
 
-class _Inserter:
+class Inserter:
+    """Each row computes positions of its own.
+
+    Attributes:
+        index, valid: [B, K] as in `Active`.
+        count: K.
+    """
+
     def __init__(self, graph: fx.Graph, span: Span, tokens: Tokens, name: str) -> None:
         self.graph, self.span, self.tokens = graph, span, tokens
         self.compact = set(span.nodes)
-        with graph.inserting_before(next(iter(graph.nodes))):
-            self.index = graph.placeholder(f"{name}_index")
-            self.valid = graph.placeholder(f"{name}_valid")
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            self.count = graph.call_method("size", (self.index, 1))
         self.made: dict[Any, fx.Node] = {}
+        self.index, self.valid = self.told(name)
+        with self.behind_inputs():
+            self.count = graph.call_method("size", (self.index, 1))
         self.cut: dict[fx.Node, sympy.Expr] = {}  # values without the padding that their captured shape still has
         self.chosen = chosen_axes(span, tokens)
         self.chooses = any(chooses_positions(node, tokens) for node in span.nodes)
+
+    def told(self, name: str) -> tuple[fx.Node, fx.Node]:
+        """`index` and `valid`, from new inputs in front."""
+        index, valid = self.inputs(f"{name}_index", f"{name}_valid")
+        return index, valid
+
+    def inputs(self, *names: str) -> list[fx.Node]:
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            return [self.graph.placeholder(name) for name in names]
+
+    def behind_inputs(self) -> AbstractContextManager[None]:
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        return self.graph.inserting_after(last)  # sorted at the end
 
     def insert(self, nodes: list[fx.Node]) -> None:
         """Run these nodes, in graph order, on positions at `index`."""
@@ -105,7 +130,7 @@ class _Inserter:
         for node in nodes:
             self.enter(node)
             if node in attending:
-                self.hide_filling(node)
+                self.attend(node)
         inside = set(self.compact)
         for node in nodes:
             readers = [user for user in node.users if user not in inside and user not in self.compact]
@@ -128,15 +153,16 @@ class _Inserter:
             if sizes == shape(entry) and value(node).dtype == value(entry).dtype:
                 dim, batch_dim = axes[0], self.batch_axis(entry, entry)[0]
                 x = self.made[("gather", entry, (dim,), batch_dim, len(sizes))]
+                laid = self.laid(entry, (dim,), batch_dim, len(sizes), x)
                 result = self.graph.call_function(
-                    ops.scatter_tokens, (entry, self.index, self.valid, node, x, dim, batch_dim)
+                    ops.scatter_tokens, (laid, self.index, self.valid, node, x, dim, batch_dim)
                 )
+                result = self.in_rows(result, dim, batch_dim)
             elif sizes[0] == self.tokens.batch and sizes[1:2] == (self.tokens.length,) and axes == [1]:
-                result = self.graph.call_function(ops.scatter_on_zeros, (node, self.index, self.valid, self.length))
+                result = self.graph.call_function(ops.scatter_on_zeros, (node, self.index, self.valid, self.total))
+                result = self.in_rows(result, 1, 0)
             elif sizes[0] == self.tokens.batch * self.tokens.length and not axes:
-                result = self.graph.call_function(
-                    ops.scatter_flat_on_zeros, (node, self.index, self.valid, self.length)
-                )
+                result = self.graph.call_function(ops.scatter_flat_on_zeros, (node, self.index, self.valid, self.total))
             else:
                 raise UnsupportedGraphError(
                     "the decoder returns a value, made inside its blocks, that has no meaning at positions that are "
@@ -159,6 +185,19 @@ class _Inserter:
             with self.graph.inserting_after(entry):
                 self.made["length"] = self.graph.call_method("size", (entry, axis))
         return self.made["length"]
+
+    @property
+    def total(self) -> fx.Node:
+        """Of the axis on which active positions are counted, at run time."""
+        return self.length
+
+    def laid(self, v: fx.Node, dims: tuple[int, ...], batch_dim: int, rank: int, user: fx.Node) -> fx.Node:
+        """`v` as it is gathered from."""
+        return v
+
+    def in_rows(self, result: fx.Node, dim: int, batch_dim: int) -> fx.Node:
+        """What was scattered, as it is read outside the span."""
+        return result
 
     # -- into the span --------------------------------------------------------------------------------
 
@@ -206,7 +245,7 @@ class _Inserter:
         if sizes[:2] != (self.tokens.batch, self.tokens.length) or len(sizes) != len(shape(x)):
             raise UnsupportedGraphError(f"a masked_scatter whose mask is not [B, S, ...]: {where(node)}")
         node.op, node.target = "call_function", ops.masked_scatter_tokens
-        node.args = (self.compacted(x, node), mask, source, self.index)
+        node.args = (self.compacted(x, node), self.laid(mask, (1,), 0, len(sizes), node), source, self.index)
 
     def compacted(self, v: fx.Node, user: fx.Node) -> fx.Node:
         """`v` as `user`, inside a block, must see it."""
@@ -243,12 +282,13 @@ class _Inserter:
     def gathered(self, v: fx.Node, axes: tuple[int, ...], user: fx.Node) -> fx.Node:
         batch_dim, rank = self.batch_axis(v, user)
         dims = tuple(d + rank - len(shape(v)) for d in axes)
+        laid = self.laid(v, dims, batch_dim, rank, user)
         key = ("gather", v, dims, batch_dim, rank)
-        return self.make(key, user, ops.gather_tokens, (v, self.index, dims, batch_dim, rank), v)
+        return self.make(key, user, ops.gather_tokens, (laid, self.index, dims, batch_dim, rank), v)
 
     def selected(self, v: fx.Node, dim: int, user: fx.Node) -> fx.Node:
         mask = self.chosen[shape(v)[dim]]
-        args = (v, mask, self.index, self.valid, dim)
+        args = (v, self.laid(mask, (1,), 0, 2, user), self.index, self.valid, dim)
         return self.make(("select", v, dim, mask), user, ops.select_tokens, args, v)
 
     def make(self, key: Any, user: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
@@ -294,7 +334,7 @@ class _Inserter:
             return v
         if e == self.tokens.length:
             return self.count
-        if is_call(v, *_ARITHMETIC):
+        if is_call(v, *ARITHMETIC):
             if v not in self.made:
                 if is_call(v, operator.mod):  # padding up to whole chunks takes up what is left out
                     left_out = self.scalar(operator.sub, (self.length, self.count), v)
@@ -336,7 +376,7 @@ class _Inserter:
 
     # -- attention ------------------------------------------------------------------------------------
 
-    def hide_filling(self, core: fx.Node) -> None:
+    def attend(self, core: fx.Node) -> None:
         """Keep the filling of short rows out of an attention's keys."""
         if not is_call(core, *SDPA):
             scores = core.args[0]

@@ -30,6 +30,7 @@ from regate_patch.analysis.tokens import Tokens, find_tokens
 from regate_patch.errors import UnknownPassError
 from regate_patch.passes.causal import use_causal_kernels
 from regate_patch.passes.checkpointing import inline, outline
+from regate_patch.passes.end_to_end import EndToEnd, NotEndToEndError, Within, can_be_laid
 from regate_patch.passes.insert import insert
 from regate_patch.passes.mutations import name_mutations
 from regate_patch.passes.tail import find_tail
@@ -43,13 +44,14 @@ class State:
 
     Attributes:
         gm: the graph.
-        whole, padding_elided, any_length: as `rewrite` was asked.
+        whole, padding_elided, any_length, samples: as `rewrite` was asked.
         found: does the graph hold attention? If not, no pass has more to do.
         tokens: what axes are tokens.
         span: from the first block to the last.
         tail: the part of the span that runs where the output is read, if it can be cut off.
-        causal, longest: see `Rewrite`.
+        causal, longest, apart: see `Rewrite`.
         flops: its `flops_linear, flops_quadratic, flops_tail`.
+        end_to_end: lay rows end to end, if nothing needs rows of its own; then, whether they are.
         put_in: its `gathers, scatters`.
     """
 
@@ -57,13 +59,16 @@ class State:
     whole: bool
     padding_elided: bool
     any_length: bool
+    samples: bool
     found: bool = True
     tokens: Tokens = None  # type: ignore[assignment]  # from the pass that finds it on
     span: Span = None  # type: ignore[assignment]
     tail: Span | None = None
     causal: int = 0
     longest: float = inf
+    apart: bool = False
     flops: tuple[int, int, int] = (0, 0, 0)
+    end_to_end: bool = False
     put_in: tuple[int, int] = (0, 0)
 
 
@@ -88,8 +93,8 @@ def _check(state: State) -> None:
 
 def _causal(state: State) -> None:
     if state.padding_elided:
-        state.causal, state.longest = use_causal_kernels(
-            state.gm, state.span, state.tokens, any_length=state.any_length
+        state.causal, state.longest, state.apart = use_causal_kernels(
+            state.gm, state.span, state.tokens, any_length=state.any_length, samples=state.samples
         )
 
 
@@ -98,13 +103,20 @@ def _tail(state: State) -> None:
         state.tail = find_tail(state.gm.graph, state.span, state.tokens)
 
 
+def _end_to_end(state: State) -> None:
+    state.end_to_end = can_be_laid(state.span, state.tokens)
+    if state.apart and not state.end_to_end:
+        raise NotEndToEndError("samples were to be kept apart by laying them end to end")
+
+
 def _measure(state: State) -> None:
     of_tail = flops.polynomial(state.tail.nodes, state.tokens)[0] if state.tail else 0
     state.flops = (*flops.polynomial(state.span.nodes, state.tokens), of_tail)
 
 
 def _insert(state: State) -> None:
-    state.gm = insert(state.gm, state.span, state.tail, state.tokens)
+    kinds = {"outer": EndToEnd, "inner": Within} if state.end_to_end else {}
+    state.gm = insert(state.gm, state.span, state.tail, state.tokens, **kinds)
     state.put_in = count(state.gm)
 
 
@@ -137,6 +149,7 @@ PASSES = (
     Pass("check", _check, "needed", "operations that would be something else on part of the positions are refused"),
     Pass("causal", _causal, "saves", "masks that say no more than causal order give way to `is_causal`"),
     Pass("tail", _tail, "saves", "what comes after the last attention is found, to run where the output is read"),
+    Pass("end_to_end", _end_to_end, "saves", "rows are laid end to end, where all attention is in causal order"),
     Pass("measure", _measure, "needed", "what a position costs in FLOPs, for reports"),
     Pass("insert", _insert, "needed", "one gather in front of the span, one scatter behind it, side inputs gathered"),
     Pass("outline", _outline, "needed", "checkpoints are put back around what was inside them"),
@@ -165,7 +178,8 @@ class Rewrite:
 
     Attributes:
         module: takes `(active_index, active_valid, *inputs of the captured graph)`, with a tail
-            `(active_index, active_valid, read_index, read_valid, *inputs of the captured graph)`.
+            `(active_index, active_valid, read_index, read_valid, *inputs of the captured graph)`; where rows are laid
+            end to end, `(rows, places, starts, longest, *inputs)`, with a tail `(.., longest, read, *inputs)`.
         attention, mlp: number of blocks of each kind.
         recurrences: operations other than attention that run along the sequence (convolutions, linear attention);
             they run over the active positions in their order.
@@ -176,6 +190,8 @@ class Rewrite:
         causal: attentions whose mask gave way to `is_causal` (see `regate_patch.passes.causal`).
         longest: the sequence length up to which that is right: within it, no window hides anything.
         tail: does what comes after the last attention run at positions that are read (see `regate_patch.passes.tail`)?
+        end_to_end: are rows laid end to end (see `regate_patch.passes.end_to_end`)?
+        apart: is that what keeps samples of one row apart (see `Active.samples`)?
     """
 
     module: fx.GraphModule
@@ -190,6 +206,8 @@ class Rewrite:
     longest: float = inf
     tail: bool = False
     flops_tail: int = 0
+    end_to_end: bool = False
+    apart: bool = False
 
 
 Observer = Callable[[str, fx.GraphModule], None]
@@ -201,6 +219,7 @@ def rewrite(
     whole: bool = True,
     padding_elided: bool = False,
     any_length: bool = True,
+    samples: bool = False,
     disable: Collection[str] = (),
     observe: Observer | None = None,
 ) -> Rewrite | None:
@@ -211,14 +230,23 @@ def rewrite(
         whole: this graph should be all of the decoder: then its tail is looked for.
         padding_elided: no active position is one that the attention mask hides.
         any_length: the rewritten graph must serve sequences of any length, else those up to its `longest`.
+        samples: whoever runs it knows how many active positions each sample has, where rows hold several.
         disable: names of passes to leave out.
         observe: called with "captured" and then each pass's name, and the graph after it (for tests and debugging).
 
     Raises:
         UnsupportedGraphError: see `regate_patch.analysis.blocks`, `refusals` and `regate_patch.passes.insert`.
     """
+    samples = samples and "end_to_end" not in disable
+    try:
+        return _walk(State(_copy(gm), whole, padding_elided, any_length, samples), disable, observe)
+    except NotEndToEndError:
+        state = State(_copy(gm), whole, padding_elided, any_length, samples=False)
+        return _walk(state, {*disable, "end_to_end"}, observe)
+
+
+def _walk(state: State, disable: Collection[str], observe: Observer | None) -> Rewrite | None:
     see = observe or (lambda name, graph: None)
-    state = State(_copy(gm), whole, padding_elided, any_length)
     see("captured", state.gm)
     for each in PASSES:
         if each.name not in disable:
@@ -246,6 +274,8 @@ def _summary(state: State) -> Rewrite:
         longest=state.longest,
         tail=state.tail is not None,
         flops_tail=of_tail,
+        end_to_end=state.end_to_end,
+        apart=state.apart,
     )
 
 

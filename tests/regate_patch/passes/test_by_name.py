@@ -17,7 +17,7 @@ from tests.zoo import CORE
 def test_the_list() -> None:
     names = [p.name for p in PASSES]
     assert len(set(names)) == len(names)
-    assert set(OPTIONAL) == {"causal", "tail"}
+    assert set(OPTIONAL) == {"causal", "tail", "end_to_end"}
     assert names.index("check") < names.index("insert") < names.index("outline")
 
 

@@ -1,0 +1,108 @@
+"""Causal attention over samples laid end to end, each of which sees itself alone.
+
+On CUDA in half precision `torch.nn.attention.varlen`; on the CPU torch's flash kernel, sample by sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def serves(query: Tensor, value: Tensor) -> bool:
+    """Is there a kernel for heads like these?"""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.shape[-1] == value.shape[-1] and (query.device.type != "cuda" or half)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None) -> Tensor:
+    """Attention of N samples that follow one another along T.
+
+    Args:
+        query: [1, H, T, D].
+        key, value: [1, G, T, D], H a multiple of G: each head of theirs serves H / G queries' heads in a row.
+        starts: [N + 1] int32, where samples begin, and T.
+        longest: of the samples.
+        scale: of the products; None is D ** -0.5.
+
+    Returns:
+        [1, H, T, D].
+    """
+    heads, groups = query.shape[1], key.shape[1]
+    if query.device.type == "cuda":
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        output = varlen_attn(
+            q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=heads != groups
+        )
+        assert isinstance(output, Tensor)
+        return output.transpose(0, 1)[None]
+    if heads != groups:
+        key, value = (x.repeat_interleave(heads // groups, 1) for x in (key, value))
+    result: Tensor = _attend(query, key, value, starts, query.shape[-1] ** -0.5 if scale is None else scale)[0]
+    return result
+
+
+def _samples(starts: Tensor, *along: Tensor) -> Iterator[list[Tensor]]:
+    """Each sample's part of tensors [1, H, T, ...]."""
+    for first, end in pairwise(starts.tolist()):
+        if end > first:
+            yield [x[:, :, first:end] for x in along]
+
+
+@torch.library.custom_op("regate::attend", mutates_args=(), device_types="cpu")
+def _attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The result, and the logarithm of the softmax's sums [1, H, T]."""
+    parts = [
+        _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        for q, k, v in _samples(starts, query, key, value)
+    ]
+    if not parts:
+        return query.clone(), query.new_empty(query.shape[:3])
+    return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2).contiguous()
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    wide = query.dtype if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=wide)
+
+
+@torch.library.custom_op("regate::attend_backward", mutates_args=(), device_types="cpu")
+def _attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, sums: Tensor, starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = [
+        _aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, s, 0.0, True, scale=scale)
+        for g, q, k, v, o, s in _samples(starts, grad, query, key, value, output, sums)
+    ]
+    by_query, by_key, by_value = (torch.cat(grads, 2) for grads in zip(*parts, strict=True))
+    return by_query, by_key, by_value
+
+
+@_attend_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, sums: Tensor, starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, scale = inputs
+    ctx.save_for_backward(*tensors, *output)  # type: ignore[arg-type]
+    ctx.scale = scale  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, starts, output, sums = ctx.saved_tensors  # type: ignore[attr-defined]
+    scale: float = ctx.scale  # type: ignore[attr-defined]
+    return (*_attend_backward(grad, query, key, value, output, sums, starts, scale), None, None)
+
+
+_attend.register_autograd(_backward, setup_context=_remember)
