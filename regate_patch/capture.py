@@ -31,6 +31,7 @@ from regate_patch.errors import (
     UnsupportedGraphError,
 )
 from regate_patch.passes.rewrite import Observer, Rewrite, rewrite, switched_off
+from regate_patch.sharding import is_sharded, run_linear_by, usual_linear
 
 log = logging.getLogger("regate_patch")
 Backend = str | Callable[..., Any]
@@ -125,6 +126,7 @@ class GatedForward:
         self.statistics = Statistics()
         self.whole: set[Rewrite] = set()  # graphs that were seen to be all of the decoder: only its caller reads them
         self.compiled: Callable[..., Any] | None = None
+        self.linear: Callable[..., Any] = torch.nn.functional.linear  # by which linear operations run, not captured
         functools.update_wrapper(self, self.forward, updated=())
         self.__signature__ = inspect.signature(self.forward)
 
@@ -156,7 +158,7 @@ class GatedForward:
             self.compiled = torch.compile(
                 self.forward, backend=self._compile, dynamic=True, fullgraph=not self.allow_graph_breaks
             )
-        with tracing(self.decoder):
+        with tracing(self.decoder), usual_linear() as self.linear:
             return self.compiled(*args, **kwargs)
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -175,11 +177,11 @@ class GatedForward:
             if rewritten is None:
                 return None
             self.statistics.graphs.append(rewritten)
-            return rewritten, _inner(rewritten.module, self._backend())
+            return rewritten, self._inner(rewritten.module)
 
         if (usual := variant(any_length=False)) is None:
             self.statistics.other_graphs += 1
-            return _inner(gm, self._backend())
+            return self._inner(gm)
         longest = usual[0].longest
 
         def run_on_active_positions(*inputs: Any) -> Any:
@@ -192,6 +194,13 @@ class GatedForward:
             return run(*self._indices(chosen, rewritten), *inputs)
 
         return run_on_active_positions
+
+    def _inner(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        """The graph as it runs."""
+        backend = self._backend()
+        if backend == "eager":
+            run_linear_by(gm, self.linear)
+        return _inner(gm, backend)
 
     def _indices(self, chosen: Active, rewritten: Rewrite) -> tuple[torch.Tensor, ...]:
         if not rewritten.tail:
@@ -239,16 +248,6 @@ class GatedForward:
 def class_forward(module: nn.Module) -> types.MethodType:
     """The forward that a module has by its class, whatever stands in for it."""
     return types.MethodType(type(module).forward, module)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Has FSDP2 split it? Then its hooks, which Dynamo cannot capture, hang on the parts, and parameters are whole only
-    while the part's own forward runs."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def _inner(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from regate.errors import UnsupportedShardingError
 from regate_patch import is_sharded
@@ -25,7 +26,7 @@ def refuse_opaque(model: nn.Module) -> None:
             "decoder would bypass them; keep the whole model on one device per process (device_map={'': device}), and "
             "where it does not fit, split it with FSDP2"
         )
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if False:
         kind = "DeepSpeed ZeRO-3"
     elif any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         kind = "FSDP1"
@@ -48,3 +49,11 @@ def refuse_sharded(model: nn.Module) -> None:
             "the teacher cannot be copied from a model that FSDP2 has split: call regate.apply before fully_shard or "
             "accelerator.prepare, or pass teacher='precomputed' or None"
         )
+
+
+def local(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: all of it, unless FSDP2 or ZeRO-3 has split it."""
+    part = getattr(parameter, "ds_tensor", None)
+    if isinstance(part, Tensor):
+        return part
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
