@@ -31,7 +31,7 @@ from regate_patch.errors import (
     UnsupportedGraphError,
 )
 from regate_patch.passes.rewrite import Observer, Rewrite, rewrite, switched_off
-from regate_patch.sharding import is_sharded, run_linear_by, usual_linear
+from regate_patch.sharding import is_sharded, run_linear_by, uncaptured, usual_linear
 
 log = logging.getLogger("regate_patch")
 Backend = str | Callable[..., Any]
@@ -155,6 +155,7 @@ class GatedForward:
         if self.compiled is None:  # only now: the decoder may have been sharded since `patch`
             if self.allow_graph_breaks is None:
                 self.allow_graph_breaks = is_sharded(self.decoder)
+            uncaptured(self.decoder)
             self.compiled = torch.compile(
                 self.forward, backend=self._compile, dynamic=True, fullgraph=not self.allow_graph_breaks
             )

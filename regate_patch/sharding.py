@@ -30,6 +30,18 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
+def uncaptured(module: nn.Module) -> None:
+    """Let nobody capture the hooks by which ZeRO-3 gathers the parameters of the module and its parts.
+
+    FSDP2 says so of its own. ZeRO-3's are one closure a module, and each would be captured anew.
+    """
+    for part in module.modules():
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for key, hook in hooks.items():
+                if getattr(hook, "__module__", "").startswith("deepspeed.") and not hasattr(hook, "_torchdynamo_disable"):
+                    hooks[key] = torch.compiler.disable(hook)
+
+
 @contextlib.contextmanager
 def usual_linear() -> Iterator[Callable[..., Any]]:
     """Inside, `F.linear` is torch's own, which graphs show as one operation; yields what stood in its place.
