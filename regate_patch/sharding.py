@@ -38,7 +38,9 @@ def uncaptured(module: nn.Module) -> None:
     for part in module.modules():
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
             for key, hook in hooks.items():
-                if getattr(hook, "__module__", "").startswith("deepspeed.") and not hasattr(hook, "_torchdynamo_disable"):
+                if getattr(hook, "__module__", "").startswith("deepspeed.") and not hasattr(
+                    hook, "_torchdynamo_disable"
+                ):
                     hooks[key] = torch.compiler.disable(hook)
 
 

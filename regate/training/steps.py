@@ -136,7 +136,9 @@ class Steps:
 def digest(module: nn.Module) -> tuple[list[tuple[int, torch.dtype]], Tensor]:
     """Some trainable parameters, and a number for the values of each, [n] on the CPU; one wait for the device."""
     learning = [p for p in module.parameters() if p.requires_grad and local(p).numel()]
-    stride = max(len(learning) // _PARAMETERS, 1) | 1  # odd: adapters' parameters come in pairs, and one may stand still
+    stride = (
+        max(len(learning) // _PARAMETERS, 1) | 1
+    )  # odd: adapters' parameters come in pairs, and one may stand still
     some = learning[::stride][-_PARAMETERS:]
     numbers = []
     for parameter in some:
