@@ -15,6 +15,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from regate.training.calls import OuterCall
 from regate.training.counters import Counters
 from regate.training.hooks import followable_dora
 from regate.training.segments import Segments, check_boundaries
+from regate.training.sharding import highest, whole_shape
 from regate_patch import is_sharded, to_device
 
 
@@ -81,7 +83,13 @@ class Parts:
     def vocabulary(self) -> int:
         """V."""
         size = getattr(text_config(self.target), "vocab_size", None)
-        return size or max(p.shape[0] for p in self.head.parameters() if p.dim() == 2)
+        return size or max(shape[0] for p in self.head.parameters() if len(shape := whole_shape(p)) == 2)
+
+    def ready_to_prove(self, ready: bool) -> bool:
+        """Is the proof due in this forward? Of a split model it runs on all ranks at once: when all have labels."""
+        if self.proven is not None or not is_sharded(self.target):
+            return ready and self.proven is None
+        return not highest(int(not ready), self.target)
 
     def read(self, batch: Batch) -> tuple[Layout, Samples]:
         """The batch as the decoder sees it, [B, S] on the CPU, and its samples.
@@ -122,7 +130,9 @@ class Forward:
         decision: what is kept and computed.
     """
 
-    def __init__(self, parts: Parts, batch: Batch, layout: Layout, samples: Samples, *, full: bool, step: int) -> None:
+    def __init__(
+        self, parts: Parts, batch: Batch, layout: Layout, samples: Samples, *, full: bool, step: int, due: bool
+    ) -> None:
         self.parts, self.layout, self._samples = parts, layout, samples
         self._target, self._decoder, self._head = parts.target, parts.decoder, parts.head
         self._call: dict[str, Any] = {k: v for k, v in (layout.call or batch).items() if k != "sample_ids"}
@@ -137,9 +147,9 @@ class Forward:
             reads.capturing(self._decoder)
         self._kept = samples.candidates if full else parts.scorer.keep(samples, step=step)  # [N, L]
         kept = samples.segments.pack(self._kept)
-        if parts.proven is None:
+        if due:
             parts.proven = self._prove()
-        self.read, self.short = self._reading_of(parts.proven)
+        self.read, self.short = self._reading_of(parts.proven or proof.NOTHING)
         self.decision = Decision.of(layout, kept, parts.config, full=full, beyond=self._beyond(full))
         self._reading = Reading.of(layout.labels, kept) if self.short else None
         self._places = Places.of(layout.labels, kept) if self._reading is None else self._reading.places
@@ -153,10 +163,12 @@ class Forward:
         """
         start, taught = time.perf_counter(), parts.counters.teacher_seconds
         layout, samples = parts.read(batch)
-        if not bool(samples.candidates.any()):
+        labelled = bool(samples.candidates.any())
+        due = parts.ready_to_prove(labelled)
+        if not labelled:
             return None
         parts.scorer.collect()
-        forward = cls(parts, batch, layout, samples, full=parts.config.is_full(step), step=step)
+        forward = cls(parts, batch, layout, samples, full=parts.config.is_full(step), step=step, due=due)
         parts.counters.gate_seconds += time.perf_counter() - start - (parts.counters.teacher_seconds - taught)
         return forward
 
@@ -199,6 +211,7 @@ class Forward:
                     short=shortens and parts.config.logits == "kept",
                     at_least=Read.ALL if parts.config.logits == "all" else Read.VALID if self._balanced else Read.KEPT,
                     backward=not sharded,
+                    highest=partial(highest, model=self._target) if sharded else int,
                 )
             )
         self._active = None

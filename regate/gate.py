@@ -32,7 +32,7 @@ from regate.scoring.scorer import Scorer
 from regate.training.calls import OuterCall
 from regate.training.counters import Counters, Stopwatch
 from regate.training.hooks import Hook, call_weakly
-from regate.training.sharding import refuse_opaque
+from regate.training.sharding import forget_layers, gather_by_layer, refuse_opaque
 from regate.training.steps import Steps
 
 log = logging.getLogger("regate")
@@ -90,6 +90,7 @@ class Gate:
             note=call_weakly(self._note),
         )
         self._steps = Steps(target, on_step=self._on_step, on_missed=self._on_missed)
+        gather_by_layer(decoder)
         self._signature = inspect.signature(target.forward)
         self._hooks = [
             target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
@@ -135,10 +136,11 @@ class Gate:
             return args, kwargs
         if batch.get("labels") is None:
             self._steps.forward_without_labels()
+            self._parts.ready_to_prove(False)
             return args, kwargs
         self._steps.gated_forward()
         if self.counters.labels_seen == 0:  # sharding comes after `apply`, before the first step
-            refuse_opaque(module)
+            refuse_opaque(module, self._parts.decoder)
         if self._parts.handle.statistics.failed is None:  # else on_unsupported="warn": the decoder runs dense
             self._forward = Forward.begin(self._parts, batch, step=self.step)
         if self._forward is None:
@@ -288,5 +290,6 @@ class Gate:
         for hook in self._hooks:
             hook.remove()
         self._parts.handle.remove()
+        forget_layers(self._parts.decoder)
         if self._teacher is not None:
             self._teacher.close()

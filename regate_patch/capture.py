@@ -31,6 +31,7 @@ from regate_patch.errors import (
     UnsupportedGraphError,
 )
 from regate_patch.passes.rewrite import Observer, Rewrite, rewrite, switched_off
+from regate_patch.sharding import is_sharded, run_linear_by, uncaptured, usual_linear
 
 log = logging.getLogger("regate_patch")
 Backend = str | Callable[..., Any]
@@ -125,6 +126,7 @@ class GatedForward:
         self.statistics = Statistics()
         self.whole: set[Rewrite] = set()  # graphs that were seen to be all of the decoder: only its caller reads them
         self.compiled: Callable[..., Any] | None = None
+        self.linear: Callable[..., Any] = torch.nn.functional.linear  # by which linear operations run, not captured
         functools.update_wrapper(self, self.forward, updated=())
         self.__signature__ = inspect.signature(self.forward)
 
@@ -153,10 +155,11 @@ class GatedForward:
         if self.compiled is None:  # only now: the decoder may have been sharded since `patch`
             if self.allow_graph_breaks is None:
                 self.allow_graph_breaks = is_sharded(self.decoder)
+            uncaptured(self.decoder)
             self.compiled = torch.compile(
                 self.forward, backend=self._compile, dynamic=True, fullgraph=not self.allow_graph_breaks
             )
-        with tracing(self.decoder):
+        with tracing(self.decoder), usual_linear() as self.linear:
             return self.compiled(*args, **kwargs)
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -176,7 +179,7 @@ class GatedForward:
             if rewritten is None:
                 return None
             self.statistics.graphs.append(rewritten)
-            return rewritten, _inner(rewritten.module, self._backend())
+            return rewritten, self._inner(rewritten.module)
 
         def best(chosen: Active) -> tuple[Rewrite, Callable[..., Any]] | None:
             wanted = {"samples": chosen.samples is not None, "rows": chosen.empty}  # no product takes no rows at all
@@ -187,7 +190,7 @@ class GatedForward:
 
         if best(self._chosen()) is None:
             self.statistics.other_graphs += 1
-            return _inner(gm, self._backend())
+            return self._inner(gm)
 
         def run_on_active_positions(*inputs: Any) -> Any:
             chosen = self._chosen()
@@ -205,6 +208,13 @@ class GatedForward:
         if not isinstance(chosen, Active):
             raise NotElidedError("a rewritten graph ran outside `active(...)`")
         return chosen
+
+    def _inner(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        """The graph as it runs."""
+        backend = self._backend()
+        if backend == "eager":
+            run_linear_by(gm, self.linear)
+        return _inner(gm, backend)
 
     def _indices(self, chosen: Active, rewritten: Rewrite) -> tuple[torch.Tensor | int, ...]:
         if rewritten.tail and rewritten not in self.whole:
@@ -254,16 +264,6 @@ class GatedForward:
 def class_forward(module: nn.Module) -> types.MethodType:
     """The forward that a module has by its class, whatever stands in for it."""
     return types.MethodType(type(module).forward, module)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Has FSDP2 split it? Then its hooks, which Dynamo cannot capture, hang on the parts, and parameters are whole only
-    while the part's own forward runs."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def _inner(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from regate_patch import PatchError, to_device
 
 FEW = 64  # labels of each row that a proof looks at: enough to tell, and few enough to fit wherever training does
 _PARAMETERS = 3  # of the decoder, whose gradients are compared
+_ELSEWHERE = "another rank's batch asks for it"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Proven:
     other: bool = False
 
 
+NOTHING = Proven(Read.ALL, short=False, lazy=False)  # was proven: nothing is left out
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model, and how to run it.
@@ -70,6 +74,8 @@ class Subject:
         short: may the head be asked to run at kept labels alone?
         at_least: computed in any case.
         backward: may gradients be taken through the decoder and of parameters? Not where they are sharded.
+        highest: of the numbers that ranks say, the highest. Ranks of a sharded model run in step, so that what each
+            finds in its own batch decides for all.
     """
 
     model: nn.Module
@@ -84,6 +90,11 @@ class Subject:
     short: bool
     at_least: Read
     backward: bool
+    highest: Callable[[int], int]
+
+    def all(self, this: bool) -> bool:
+        """Is it so on every rank?"""
+        return not self.highest(int(not this))
 
 
 @dataclass
@@ -114,9 +125,12 @@ def prove(subject: Subject) -> Proven:
     """
     s = subject
     if s.at_least == Read.ALL:
-        return Proven(Read.ALL, short=False, lazy=False)
+        return NOTHING
     reading = Reading.of(s.labels, s.few)
-    short, long = _tried(partial(_run, s, max(Read.KEPT, s.at_least), reading=reading)) if s.short else (None, None)
+    tries = s.all(s.short)
+    short, long = _tried(partial(_run, s, max(Read.KEPT, s.at_least), reading=reading)) if tries else (None, None)
+    if tries and not s.all(short is not None):
+        short, long = None, long or _ELSEWHERE
     eager, lazily = None, s.lazy is not None
     if short is not None and lazily:
         chunked, eager = _tried(partial(_run, s, None, reading=reading, output=short.output, lazily=True))
@@ -126,25 +140,31 @@ def prove(subject: Subject) -> Proven:
     eager = eager or problem
     if own is None:
         own = _run(s, None)  # what it raises now is the model's own
-    if own is None:
-        return Proven(Read.ALL, short=False, lazy=False, notes=(_note(Read.ALL, "the model returns no loss"),))
+    if not s.all(own is not None) or own is None:
+        return replace(NOTHING, notes=(_note(Read.ALL, "the model returns no loss"),))
     implied, why = _implied(s, (own.by_hidden != 0).any(-1).cpu())
+    if (anywhere := Read(s.highest(implied))) > implied:
+        implied, why = anywhere, _ELSEWHERE
     if short is not None and implied == Read.KEPT:
-        if _same(short, own):
+        same = _same(short, own)
+        if s.all(same):
             notes = () if eager is None else (f"logits at kept labels are computed all at once: {eager}",)
             return Proven(s.at_least, short=True, lazy=lazily and eager is None, notes=notes)
-        long = f"the model's loss on the short sequence is {short.loss}, on the whole one {own.loss}"
-    why, found = why or long, None
+        long = (
+            _ELSEWHERE if same else f"the model's loss on the short sequence is {short.loss}, on the whole {own.loss}"
+        )
+    why, other = why or long, False
     for level in (Read.LIVE, Read.VALID):
         if level < max(implied, s.at_least):
             continue
         found, problem = _tried(partial(_run, s, level))
-        if found is not None and _same(found, own):
+        same = found is not None and _same(found, own)
+        if s.all(same):
             asked = s.short or level > Read.LIVE  # else nobody wanted more to be left out
             return Proven(level, short=False, lazy=False, notes=(_note(level, why),) if why and asked else ())
+        other = found is not None and not same
         why = why or problem or f"its loss without such positions would be {found and found.loss}, and is {own.loss}"
-    notes = (_note(Read.ALL, str(why)),)
-    return Proven(Read.ALL, short=False, lazy=False, notes=notes, other=found is not None)
+    return replace(NOTHING, notes=(_note(Read.ALL, str(why)),), other=bool(s.highest(int(other))))
 
 
 def _note(read: Read, why: str) -> str:

@@ -10,6 +10,7 @@ from statistics import median
 
 from torch import nn
 
+from regate.training.sharding import whole_shape
 from regate_patch import Active, Statistics
 
 Number = int | float
@@ -52,7 +53,7 @@ class Counters:
         if active is not None:
             computed = active.index.shape[1]
             read = None if active.read is None else active.read.index.shape[1]
-        per_position = 6.0 * rows * sum(p.numel() for p in head.parameters() if p.dim() == 2)
+        per_position = 6.0 * rows * sum(s.numel() for p in head.parameters() if len(s := whole_shape(p)) == 2)
         self.flops_dense += 3 * rows * decoder.flops(length) + per_position * length
         self.flops_computed += 3 * rows * decoder.flops(computed, read) + per_position * projected
 

@@ -1,18 +1,52 @@
-"""Ways of splitting a model over ranks that the gate cannot see through are refused by name."""
+"""Models that are split over ranks: what holds of them, and which ways of splitting are refused by name.
+
+DDP keeps a model whole. FSDP2 and DeepSpeed ZeRO-3 keep a part on each rank and gather a layer where it runs, so that
+every rank must run the same layers in the same order: what depends on a rank's own batch is decided together.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from regate.errors import UnsupportedShardingError
 from regate_patch import is_sharded
 
 
-def refuse_opaque(model: nn.Module) -> None:
-    """DDP and FSDP2 are fine; what hides parameters from a module's own forward is not.
+def gather_by_layer(decoder: nn.Module) -> None:
+    """Should DeepSpeed come to split this decoder, let it gather a decoder layer at a time, not each linear in it.
+
+    That is `deepspeed.utils.set_z3_leaf_modules`, of which DeepSpeed takes note when it makes its engine. Without
+    DeepSpeed nobody reads it.
+    """
+    for layer in layers(decoder):
+        if not _hooks_inside(layer):
+            layer._z3_leaf = True  # type: ignore[assignment]
+
+
+def forget_layers(decoder: nn.Module) -> None:
+    """Undo `gather_by_layer`, unless DeepSpeed has acted on it."""
+    for layer in layers(decoder):
+        if not any(hasattr(parameter, "ds_z3_leaf_module") for parameter in layer.parameters()):
+            layer.__dict__.pop("_z3_leaf", None)
+
+
+def layers(decoder: nn.Module) -> Iterator[nn.Module]:
+    """The members of a decoder's outermost module lists."""
+    for child in decoder.children():
+        yield from child if isinstance(child, nn.ModuleList) else layers(child)
+
+
+def refuse_opaque(model: nn.Module, decoder: nn.Module) -> None:
+    """DDP, FSDP2 and ZeRO-3 are fine; what hides parameters from a layer's own forward is not.
 
     Raises:
-        UnsupportedShardingError: DeepSpeed ZeRO-3, FSDP1, nn.DataParallel, or a device_map over several devices.
+        UnsupportedShardingError: FSDP1, nn.DataParallel, a device_map over several devices, or ZeRO-3 that gathers less
+            than a decoder layer at a time.
     """
     if getattr(model, "_is_replica", False):
         raise UnsupportedShardingError(
@@ -25,15 +59,28 @@ def refuse_opaque(model: nn.Module) -> None:
             "decoder would bypass them; keep the whole model on one device per process (device_map={'': device}), and "
             "where it does not fit, split it with FSDP2"
         )
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        kind = "DeepSpeed ZeRO-3"
-    elif any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        kind = "FSDP1"
-    else:
-        return
-    raise UnsupportedShardingError(
-        f"{kind} gathers parameters in ways that a captured decoder would bypass; use FSDP2 (`fsdp_version: 2` in "
-        "accelerate's config, or `torch.distributed.fsdp.fully_shard`) or DDP"
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise UnsupportedShardingError(
+            "FSDP1 gathers parameters in ways that a captured decoder would bypass; use FSDP2 (`fsdp_version: 2` in "
+            "accelerate's config, or `torch.distributed.fsdp.fully_shard`), DeepSpeed ZeRO-3 or DDP"
+        )
+    cut = next((layer for layer in layers(decoder) if _hooks_inside(layer)), None)
+    if cut is not None:
+        name = type(cut).__name__
+        raise UnsupportedShardingError(
+            f"DeepSpeed ZeRO-3 gathers {name} a linear at a time, by hooks that cannot be captured; call regate.apply "
+            "before deepspeed.initialize, accelerator.prepare or Trainer.train, or let it gather whole layers: "
+            f'"zero_optimization": {{"leaf_module": {{"classes": ["{name}"]}}}} in its config (DeepSpeed 0.18 or newer)'
+        )
+
+
+def _hooks_inside(layer: nn.Module) -> bool:
+    """Do hooks of DeepSpeed stand in the layer?"""
+    return any(
+        (getattr(hook, "__module__", None) or "").startswith("deepspeed.runtime.zero.")
+        for part in layer.modules()
+        if part is not layer
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
     )
 
 
@@ -41,10 +88,33 @@ def refuse_sharded(model: nn.Module) -> None:
     """A teacher is copied from whole parameters.
 
     Raises:
-        UnsupportedShardingError: FSDP2 has split them already.
+        UnsupportedShardingError: FSDP2 or ZeRO-3 has split them already.
     """
     if is_sharded(model):
         raise UnsupportedShardingError(
-            "the teacher cannot be copied from a model that FSDP2 has split: call regate.apply before fully_shard or "
-            "accelerator.prepare, or pass teacher='precomputed' or None"
+            "the teacher cannot be copied from a model that FSDP2 or DeepSpeed ZeRO-3 has split: call regate.apply "
+            "before fully_shard, deepspeed.initialize or accelerator.prepare, or pass teacher='precomputed' or None. "
+            "Where from_pretrained splits it (HfDeepSpeedConfig, Trainer with a ZeRO-3 config), it never was whole"
         )
+
+
+def local(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: all of it, unless FSDP2 or ZeRO-3 has split it."""
+    part = getattr(parameter, "ds_tensor", None)
+    if isinstance(part, Tensor):
+        return part
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape that a parameter has when it is gathered."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def highest(number: int, model: nn.Module) -> int:
+    """The highest number that any rank says; waits for all of them. Without other ranks, the number itself."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return number
+    said = torch.tensor(number, device=next(model.parameters()).device)
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return int(said)

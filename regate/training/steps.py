@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from regate.training.hooks import call_weakly
+from regate.training.sharding import local
 
 _PARAMETERS, _VALUES = 8, 2**16  # how many enter a digest, and how much of each
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -134,12 +135,14 @@ class Steps:
 @torch.no_grad()
 def digest(module: nn.Module) -> tuple[list[tuple[int, torch.dtype]], Tensor]:
     """Some trainable parameters, and a number for the values of each, [n] on the CPU; one wait for the device."""
-    learning = [p for p in module.parameters() if p.requires_grad and p.numel()]
-    some = learning[:: max(len(learning) // _PARAMETERS, 1)][-_PARAMETERS:]
+    learning = [p for p in module.parameters() if p.requires_grad and local(p).numel()]
+    stride = (
+        max(len(learning) // _PARAMETERS, 1) | 1
+    )  # odd: adapters' parameters come in pairs, and one may stand still
+    some = learning[::stride][-_PARAMETERS:]
     numbers = []
     for parameter in some:
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        values = local.detach().flatten()
+        values = local(parameter).detach().flatten()
         values = values[:: max(len(values) // _VALUES, 1)].contiguous()
         as_integers = values.view(_INTEGERS[values.element_size()]).long()
         numbers.append((as_integers * torch.arange(1, len(values) + 1, device=values.device)).sum())

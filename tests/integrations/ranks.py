@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 import regate
 from model_adapters import conventional
 from tests import oracle
-from tests.zoo import CORE
+from tests.zoo import CORE, batchings
+from tests.zoo.batchings import Sample
 
 CONFIG = regate.Config(warmup=1, cycle=1000, full_steps=0, logits="all")
 STEPS = 3
+PATIENCE = timedelta(seconds=200)  # a rank that waits longer for another hangs
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,14 @@ class Cell:
     weights: str
     checkpointing: bool
     backend: str = "eager"
+    batches: str = "alike"
 
     def __str__(self) -> str:
-        return f"{self.wrap}-{self.weights}{'-checkpointing' * self.checkpointing}-{self.backend}"
+        return f"{self.wrap}-{self.weights}{'-checkpointing' * self.checkpointing}-{self.backend}-{self.batches}"
+
+    @property
+    def deepspeed(self) -> bool:
+        return self.wrap.startswith("zero")
 
 
 CELLS = [
@@ -49,25 +57,59 @@ CELLS = [
     Cell("fsdp2", "full", True),
     Cell("fsdp2", "lora", False),
 ]
+CELLS += [Cell("fsdp2", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")]
 if importlib.util.find_spec("deepspeed"):  # which compiles a kernel for a minute before it runs on a CPU
-    CELLS.append(Cell("zero2", "full", False))
+    CELLS += [
+        Cell("zero2", "full", False),
+        Cell("zero3", "full", False),
+        Cell("zero3", "full", True),
+        Cell("zero3", "lora", False),
+        Cell("zero3", "lora", True),
+        Cell("zero3", "never whole", False),
+        Cell("zero3", "full", False, "inductor"),
+        *[Cell("zero3", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")],
+    ]
 
 
-def build(cell: Cell) -> nn.Module:
+def build(cell: Cell, whole: Path | None = None) -> nn.Module:
+    """The model; with `whole`, read from there in parts."""
     torch.manual_seed(0)
-    model = CORE["llava"].build().double()
+    model: Any = CORE["llava"].build() if whole is None else in_parts(whole)
+    model = model if cell.wrap == "zero3" else model.double()  # which ZeRO-3 does not take
     if cell.weights == "lora":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])).double()
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+        model = model if cell.wrap == "zero3" else model.double()
     if cell.checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def batch_of(rank: int) -> dict[str, Tensor]:
-    return oracle.double(CORE["llava"].batch("right", seed=rank))
+def in_parts(folder: Path) -> nn.Module:
+    """A model that no rank ever has whole, as Trainer loads it under ZeRO-3."""
+    from transformers import LlavaForConditionalGeneration
+    from transformers.integrations import HfDeepSpeedConfig
+
+    asked = HfDeepSpeedConfig(settings(3))  # heard of while it lives
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    del asked
+    assert all(not parameter.numel() for parameter in model.parameters())
+    return model.train()
+
+
+def batch_of(cell: Cell, rank: int, step: int) -> dict[str, Any]:
+    """What a rank trains on in a step."""
+    batch: dict[str, Any] = CORE["llava"].batch("right", seed=rank)
+    if cell.batches == "mixed":  # a row without images and one with two on rank 1, one image on rank 0
+        rows = [[Sample(0, ()), Sample(2, (1,))], [Sample(1, ()), Sample(3, (0, 2))]][rank]
+        batch = batchings.batch("llava", rows)
+    if cell.batches.startswith("unlabelled"):
+        batch["num_items_in_batch"] = torch.tensor(20)
+        if (rank, step) == ((1, 0) if cell.batches == "unlabelled first" else (0, 1)):
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+    return batch if cell.wrap == "zero3" else oracle.double(batch)
 
 
 def wrapped(model: nn.Module, wrap: str) -> nn.Module:
@@ -79,20 +121,28 @@ def wrapped(model: nn.Module, wrap: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def settings(stage: int) -> dict[str, Any]:
+    """DeepSpeed's; it would clip gradients to a norm of 1, and keep parameters as small as these whole."""
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 1e9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
+    }
+
+
 def zero(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any:
     """The model in DeepSpeed's engine."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    settings = {"stage": stage, "overlap_comm": False}
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": settings, "zero_allow_untested_optimizer": True}
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage))[0]
 
 
-def refused_by_zero3(rank: int) -> str:
+def applied_too_late(rank: int) -> str:
+    """What ZeRO-3 says to a gate that comes after its engine."""
     model = CORE["llava"].build()
-    regate.apply(model, CONFIG, teacher=None)
     engine = zero(model, torch.optim.SGD(model.parameters(), lr=0.1), 3)
+    regate.apply(model, CONFIG, teacher=None)
     try:
         engine(**CORE["llava"].batch("right", seed=rank))
     except regate.RegateError as error:
@@ -100,37 +150,55 @@ def refused_by_zero3(rank: int) -> str:
     return "not refused"
 
 
-def train(cell: Cell, rank: int | None) -> dict[str, Any]:
+def trained(model: nn.Module, wrap: str) -> dict[str, Tensor]:
+    """The parameters that learn, whole."""
+    learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if wrap != "zero3":
+        return {n: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for n, p in learning.items()}
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(learning.values())):
+        return {n: p.detach().clone() for n, p in learning.items()}
+
+
+def train(cell: Cell, rank: int | None, folder: Path | None = None) -> dict[str, Any]:
     """A few steps; `rank=None` is one process that accumulates the gradients of both ranks' batches."""
     torch._dynamo.reset()
-    model = build(cell)
-    gate = regate.apply(model, CONFIG, backend=cell.backend)
+    parts = cell.weights == "never whole"
+    model = build(cell, folder if parts and rank is not None else None)
+    config = CONFIG if cell.batches == "alike" else replace(CONFIG, logits="kept")
+    if cell.batches.startswith("unlabelled"):  # what to expect of unseen samples, one process would know from both
+        config = replace(config, student_weight=0.0)
+    gate = regate.apply(model, config, backend=cell.backend, teacher="precomputed" if parts else "auto")
     gate.exchange.every = 1
-    sharded = cell.wrap in ("ddp", "fsdp2") and rank is not None
+    sharded = not cell.deepspeed and rank is not None
     called: Any = wrapped(model, cell.wrap) if sharded else model
     optimizer: Any = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    if cell.wrap == "zero2" and rank is not None:
-        called = optimizer = zero(model, optimizer, 2)
+    if cell.deepspeed and rank is not None:
+        called = optimizer = zero(model, optimizer, int(cell.wrap[-1]))
+    if parts:
+        gate.precompute([batch_of(cell, rank, 0) for rank in range(2)], progress=False)
     losses, kept = [], []
-    for _ in range(STEPS):
+    for step in range(STEPS):
         for micro in (0, 1) if rank is None else (rank,):
-            loss = called(**batch_of(micro)).loss
+            batch = batch_of(cell, micro, step)
+            loss = called(**batch).loss
             if called is optimizer:
                 called.backward(loss)
             else:
                 (loss / 2 if rank is None else loss).backward()
             losses.append(float(loss.detach()))
-            kept.append(gate.last.kept if gate.last else None)
+            labelled = bool((batch["labels"] != -100).any())
+            kept.append(gate.last.kept if gate.last and labelled else None)
         optimizer.step()
         if called is not optimizer:
             optimizer.zero_grad()
     gate.flush()
     gate.exchange.finish()
-    weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     return {
         "losses": losses,
         "kept": kept,
-        "weights": {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in weights.items()},
+        "weights": trained(model, cell.wrap if rank is not None else "one process"),
         "difficulty": {k: torch.from_numpy(v) for k, v in gate.store.items("difficulty")},
         "report": dict(gate.report()),
         "sent": gate.exchange.bytes_sent,
@@ -154,11 +222,15 @@ def checkpoints(rank: int, folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    dist.init_process_group("gloo", timeout=PATIENCE)
     rank = dist.get_rank()
-    found: dict[str, Any] = {str(cell): train(cell, rank) for cell in CELLS}
+    if rank == 0:
+        CORE["llava"].build().save_pretrained(folder / "model")
+    dist.barrier()
+    found: dict[str, Any] = {str(cell): train(cell, rank, folder / "model") for cell in CELLS}
     if importlib.util.find_spec("deepspeed"):
-        found["zero3"] = refused_by_zero3(rank)
+        found["too late"] = applied_too_late(rank)
     found["checkpoints"] = checkpoints(rank, folder / "checkpoint")
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()

@@ -42,17 +42,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_ranks_train_as_one_process(cell: Cell, ranks: list[dict[str, Any]]) -> None:
     alone, found = train(cell, None), [rank[str(cell)] for rank in ranks]
-    itself = cell.wrap != "zero2"  # DeepSpeed 0.19 on CPU steps otherwise than one process does, gated or not
+    # DeepSpeed adds gradients up in float32, and LLaVA takes its loss in it: it is others' with other rows beside it.
+    exact = 2e-5 if cell.deepspeed or cell.batches == "unlabelled first" else 1e-9
     for rank, of_rank in enumerate(found):
-        for step in range(STEPS if itself else 1):
-            assert torch.equal(of_rank["kept"][step], alone["kept"][2 * step + rank])
-            assert of_rank["losses"][step] == pytest.approx(
-                alone["losses"][2 * step + rank], abs=1e-9 if itself else 1e-5
-            )
-        for name, weight in alone["weights"].items() if itself else ():
-            torch.testing.assert_close(of_rank["weights"][name], weight, atol=1e-9, rtol=0)
+        for step in range(STEPS):
+            kept, expected = of_rank["kept"][step], alone["kept"][2 * step + rank]
+            assert torch.equal(kept, expected) if expected is not None else kept is None
+            assert of_rank["losses"][step] == pytest.approx(alone["losses"][2 * step + rank], abs=exact)
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(of_rank["weights"][name], weight, atol=exact, rtol=0)
         report = of_rank["report"]
-        assert (report["steps_full"], report["steps_sparse"]) == (1, STEPS - 1)
+        assert report["steps_full"] + report["steps_sparse"] == STEPS - report["forwards_ungated"]
+        assert report["forwards_ungated"] == sum(kept is None for kept in of_rank["kept"])
         assert report["attention_blocks"] == report["mlp_blocks"] == 2
         assert report["positions_computed"] < report["positions_seen"]
 
@@ -66,9 +67,11 @@ def test_difficulties_reach_the_other_rank(cell: Cell, ranks: list[dict[str, Any
     assert ranks[0][str(cell)]["sent"] > 0
 
 
-def test_zero3_is_refused(ranks: list[dict[str, Any]]) -> None:
+def test_a_gate_after_zero3s_engine_is_refused(ranks: list[dict[str, Any]]) -> None:
     pytest.importorskip("deepspeed")
-    assert all(rank["zero3"].startswith("UnsupportedShardingError: DeepSpeed ZeRO-3") for rank in ranks)
+    for rank in ranks:
+        assert rank["too late"].startswith("UnsupportedShardingError: DeepSpeed ZeRO-3 gathers LlamaDecoderLayer")
+        assert '{"leaf_module": {"classes": ["LlamaDecoderLayer"]}}' in rank["too late"]
 
 
 def test_checkpoints_of_several_ranks(ranks: list[dict[str, Any]]) -> None:
