@@ -119,7 +119,7 @@ class Forward:
         decision: what is kept and computed.
     """
 
-    def __init__(self, parts: Parts, batch: Batch, layout: Layout, samples: Samples, *, full: bool, step: int) -> None:
+    def __init__(self, parts: Parts, batch: Batch, layout: Layout, samples: Samples, *, full: bool) -> None:
         self.parts, self.layout, self._samples = parts, layout, samples
         self._target, self._decoder, self._head = parts.target, parts.decoder, parts.head
         self._call: dict[str, Any] = {k: v for k, v in (layout.call or batch).items() if k != "sample_ids"}
@@ -132,7 +132,7 @@ class Forward:
         self._reader = reads.inner_reader(self._call, self._target, self._decoder)
         if self._reader is not None:
             reads.capturing(self._decoder)
-        self._kept = samples.candidates if full else parts.scorer.keep(samples, step=step)  # [N, L]
+        self._kept = samples.candidates if full else parts.scorer.keep(samples)  # [N, L]
         kept = samples.segments.pack(self._kept)
         if parts.proven is None:
             parts.proven = self._prove()
@@ -146,14 +146,16 @@ class Forward:
         """A forward of the optimizer step `step`; None where no label can be predicted.
 
         Raises:
-            RegateError: the batch cannot be gated (see `Parts.read`, `Scorer.keep`, `supervision.beside`).
+            RegateError: the batch cannot be gated (see `Parts.read`, `Scorer.prepare`, `supervision.beside`).
         """
         start, taught = time.perf_counter(), parts.counters.teacher_seconds
         layout, samples = parts.read(batch)
+        full = parts.config.is_full(step)
+        parts.scorer.prepare(samples, full=full)
         if not bool(samples.candidates.any()):
             return None
         parts.scorer.collect()
-        forward = cls(parts, batch, layout, samples, full=parts.config.is_full(step), step=step)
+        forward = cls(parts, batch, layout, samples, full=full)
         parts.counters.gate_seconds += time.perf_counter() - start - (parts.counters.teacher_seconds - taught)
         return forward
 
