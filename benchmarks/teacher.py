@@ -25,7 +25,7 @@ from benchmarks.workloads import WORKLOADS, batch, label
 from model_adapters import find_adapter
 from regate.insight.estimate import Sample
 from regate.output.loss import Places, label_losses
-from regate.scoring.teacher import Teacher
+from regate.teaching.teacher import Teacher
 from regate.training import batches
 
 

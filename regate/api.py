@@ -11,7 +11,7 @@ from regate.config import Config
 from regate.errors import GateNotAppliedError, UnknownArchitectureError
 from regate.gate import Gate, OnUnsupported
 from regate.memory.store import Store
-from regate.scoring.teacher import TeacherChoice
+from regate.teaching.teacher import TeacherChoice
 from regate.training.hooks import owners, through_peft
 
 
@@ -35,10 +35,13 @@ def apply(
         config: see `Config`.
         adapter: how to serve the architecture; None finds it (`register_adapter`, plug-ins, conventions).
         backend: how rewritten graphs run; "auto", or None, is "inductor" on CUDA and "eager" elsewhere.
-        teacher: "auto" keeps a frozen copy of the language model (with PEFT: the base model, no copy) for samples
-            whose reference loss is not stored; "4bit" quantises that copy (bitsandbytes); "precomputed" keeps none
-            (call `gate.precompute` first); a module is a multimodal model whose language model is the teacher; None
-            scores by difficulty alone.
+        teacher: "copy" keeps a frozen copy of the language model, "4bit" quantises it (bitsandbytes). "first" keeps
+            none: the model itself gives the reference losses of the whole training set, before its first optimizer
+            step; a Hugging Face Trainer does so when training begins, a loop of your own calls `gate.precompute`.
+            "precomputed" is the same with losses that are in the store when training begins. "auto" is "copy", or
+            "first" where FSDP2 has split the model or the GPU has no room for a copy. With PEFT the frozen base model
+            is the teacher at any time, unless a copy is asked for. A module is a multimodal model whose language model
+            is the teacher; None scores by difficulty alone.
         store: where reference losses and difficulties are kept: a directory, a `Store`, or None for a temporary
             one.
         on_unsupported: "raise", or "warn" to train dense where the decoder cannot be rewritten.

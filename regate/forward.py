@@ -15,7 +15,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from model_adapters.conventional import text_config
 from regate.config import Config
 from regate.errors import ConfigError, LogitsError, UnknownArchitectureError
 from regate.labels import IGNORED, predicted, predictors
+from regate.memory.sharing import any_rank, highest
 from regate.output import proof, reads, router
 from regate.output.head import Reading, embeddings, hidden_states
 from regate.output.logits import LazyHead
@@ -44,7 +44,7 @@ from regate.training.calls import OuterCall
 from regate.training.counters import Counters
 from regate.training.hooks import followable_dora
 from regate.training.segments import Segments, check_boundaries
-from regate.training.sharding import highest, whole_shape
+from regate.training.sharding import whole_shape
 from regate_patch import is_sharded, to_device
 
 
@@ -89,7 +89,7 @@ class Parts:
         """Is the proof due in this forward? Of a split model it runs on all ranks at once: when all have labels."""
         if self.proven is not None or not is_sharded(self.target):
             return ready and self.proven is None
-        return not highest(int(not ready), self.target)
+        return not any_rank(not ready)
 
     def read(self, batch: Batch) -> tuple[Layout, Samples]:
         """The batch as the decoder sees it, [B, S] on the CPU, and its samples.
@@ -130,9 +130,7 @@ class Forward:
         decision: what is kept and computed.
     """
 
-    def __init__(
-        self, parts: Parts, batch: Batch, layout: Layout, samples: Samples, *, full: bool, step: int, due: bool
-    ) -> None:
+    def __init__(self, parts: Parts, batch: Batch, layout: Layout, samples: Samples, *, full: bool, due: bool) -> None:
         self.parts, self.layout, self._samples = parts, layout, samples
         self._target, self._decoder, self._head = parts.target, parts.decoder, parts.head
         self._call: dict[str, Any] = {k: v for k, v in (layout.call or batch).items() if k != "sample_ids"}
@@ -145,7 +143,7 @@ class Forward:
         self._reader = reads.inner_reader(self._call, self._target, self._decoder)
         if self._reader is not None:
             reads.capturing(self._decoder)
-        self._kept = samples.candidates if full else parts.scorer.keep(samples, step=step)  # [N, L]
+        self._kept = samples.candidates if full else parts.scorer.keep(samples)  # [N, L]
         kept = samples.segments.pack(self._kept)
         if due:
             parts.proven = self._prove()
@@ -159,16 +157,17 @@ class Forward:
         """A forward of the optimizer step `step`; None where no label can be predicted.
 
         Raises:
-            RegateError: the batch cannot be gated (see `Parts.read`, `Scorer.keep`, `supervision.beside`).
+            RegateError: the batch cannot be gated (see `Parts.read`, `Scorer.prepare`, `supervision.beside`).
         """
         start, taught = time.perf_counter(), parts.counters.teacher_seconds
         layout, samples = parts.read(batch)
-        labelled = bool(samples.candidates.any())
+        labelled, full = bool(samples.candidates.any()), parts.config.is_full(step)
+        parts.scorer.prepare(samples, full=full)
         due = parts.ready_to_prove(labelled)
         if not labelled:
             return None
         parts.scorer.collect()
-        forward = cls(parts, batch, layout, samples, full=parts.config.is_full(step), step=step, due=due)
+        forward = cls(parts, batch, layout, samples, full=full, due=due)
         parts.counters.gate_seconds += time.perf_counter() - start - (parts.counters.teacher_seconds - taught)
         return forward
 
@@ -211,7 +210,7 @@ class Forward:
                     short=shortens and parts.config.logits == "kept",
                     at_least=Read.ALL if parts.config.logits == "all" else Read.VALID if self._balanced else Read.KEPT,
                     backward=not sharded,
-                    highest=partial(highest, model=self._target) if sharded else int,
+                    highest=highest if sharded else int,
                 )
             )
         self._active = None

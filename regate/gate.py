@@ -15,20 +15,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 import regate_patch
 from model_adapters import Batch, ModelAdapter
 from regate.config import Config
-from regate.errors import NotGatedError
+from regate.errors import NotGatedError, StoreError
 from regate.forward import Forward, Parts
 from regate.insight.report import Report
 from regate.memory import checkpoint
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store
-from regate.scoring import teacher as teachers
+from regate.scoring.ahead import teach_all
 from regate.scoring.decision import Decision
-from regate.scoring.scorer import Scorer
+from regate.scoring.scorer import Samples, Scorer
+from regate.teaching import teacher as teachers
 from regate.training.calls import OuterCall
 from regate.training.counters import Counters, Stopwatch
 from regate.training.hooks import Hook, call_weakly
@@ -36,11 +36,22 @@ from regate.training.sharding import forget_layers, gather_by_layer, refuse_opaq
 from regate.training.steps import Steps
 
 log = logging.getLogger("regate")
+NO_COPY = (
+    "teacher='auto' keeps no copy of a model that is split over ranks, or whose copy would leave too little memory: "
+    "the model itself gives reference losses before its first step. A Trainer sees to it; in a loop of your own, call "
+    "gate.precompute over the training set first. teacher='copy' keeps a copy nevertheless"
+)
 OnUnsupported = Literal["raise", "warn"]
 
 
 class Gate:
-    """Made by `regate.apply`; see there."""
+    """Made by `regate.apply`; see there.
+
+    Attributes:
+        model: as it was given to `apply`.
+        first: is the model its own teacher until its first optimizer step, so that reference losses of the whole
+            training set must be computed before? A Trainer does it (`regate/trainer.py`).
+    """
 
     def __init__(
         self,
@@ -61,7 +72,7 @@ class Gate:
         self._forward: Forward | None = None  # the one that is running
         self._counted_step = -1
         self._notes: list[str] = []
-        self._model = model
+        self.model = model
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
         handle = regate_patch.patch(
             decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True, disable=config.disable
@@ -75,8 +86,12 @@ class Gate:
             exchange=self.exchange,
             counters=self.counters,
             teacher=self._teacher,
-            lazily=teacher != "precomputed",
+            lazily=teacher != "precomputed" and (self._teacher is None or self._teacher.lasts),
         )
+        self._backend, self._automatic = backend, teacher == "auto"
+        self.first = self._teacher is not None and (teacher == "first" or (self._automatic and not self.scorer.lazily))
+        if self.first and self._automatic:
+            self._note(NO_COPY)
         self._parts = Parts(
             model,
             target,
@@ -199,7 +214,7 @@ class Gate:
 
     # -- what users call --------------------------------------------------------------------------------
 
-    def precompute(self, dataloader: Iterable[Batch], *, progress: bool = True) -> Report:
+    def precompute(self, dataloader: Iterable[Batch], *, progress: bool = True, split: bool = False) -> Report:
         """Reference losses for every sample of `dataloader`, before training.
 
         Resumable: what is in the store is not computed again, and each batch is stored as it is done.
@@ -207,18 +222,44 @@ class Gate:
         Args:
             dataloader: yields the keyword arguments of the model's forward; tensors are moved to its device.
             progress: show a progress bar.
+            split: every rank calls this with a part of its own of the samples, and in the end has those of all. A model
+                that FSDP2 has split needs it, and then it goes without saying.
+
+        Raises:
+            GateNotAppliedError: the gate has no teacher.
+            StoreError: reference losses are missing, and the model that would give them was trained meanwhile.
+            ConfigError: this rank has no batch, but others have.
         """
         device = next(self._parts.target.parameters()).device
-        for batch in tqdm(dataloader, desc="reference losses", unit="batch", disable=not progress):
+        refuse_opaque(self._parts.target, self._parts.decoder)
+
+        def read(batch: Batch) -> Samples:
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            self.scorer.teach(self._parts.read(batch)[1])
+            return self._parts.read(batch | {"sample_ids": ()})[1]  # by text alone: images need not be told apart
+
+        split = split or (self._teacher is not None and self._teacher.together)
+        teach_all(self.scorer, dataloader, read, steps=self._steps.made, progress=progress, split=split)
         return self.report()
+
+    def teach_first(self) -> None:
+        """Give up the copy of the language model: until its first step the model is its own teacher.
+
+        Of teacher="auto" alone, and before the first step.
+        """
+        if self._teacher is None or self._teacher.source != "copy" or not self._automatic or self._steps.made:
+            return
+        self._teacher.close()
+        self._teacher = teachers.Teacher(self.model, self.adapter, backend=self._backend, source="live")
+        self.scorer.teacher, self.scorer.lazily, self.first = self._teacher, False, True
 
     def choose(self, batch: Batch, *, full: bool = False) -> Tensor:
         """The labels [B, S] bool that a sparse (or full) step would keep of this batch now; trains nothing."""
         self.flush()
         samples = self._parts.read(batch)[1]
-        return samples.segments.pack(samples.candidates if full else self.scorer.keep(samples, step=self.step))
+        if full:
+            return samples.segments.pack(samples.candidates)
+        self.scorer.prepare(samples, full=False)
+        return samples.segments.pack(self.scorer.keep(samples))
 
     def flush(self) -> None:
         """Write the difficulties of earlier forwards to the store; the forward after the next one would, too."""
@@ -241,17 +282,35 @@ class Gate:
         return Report(self.counters, found, notes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Schedule position, prior, counters and difficulties; tensors and plain numbers only."""
+        """Schedule position, prior, counters and difficulties; tensors and plain numbers only.
+
+        Reference losses, too, where they cannot be made again and the store goes with the process.
+        """
         self.flush()
+        irreplaceable = not self.scorer.lazily and self.store.temporary
         return {
             "step": self._steps.made,
             "counters": asdict(self.counters),
             "prior": self.scorer.prior.state_dict(),
+            "references": 0 if self.scorer.lazily else self.store.count("reference"),
             "difficulty": checkpoint.pack(self.store.items("difficulty")),
+            **({"reference": checkpoint.pack(self.store.items("reference"))} if irreplaceable else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken; the store's difficulties become those of then."""
+        """Continue where `state_dict` was taken; the store's difficulties become those of then.
+
+        Raises:
+            StoreError: the run had reference losses that the store lacks, and the model is no longer what made them.
+        """
+        if "reference" in state:
+            self.store.put("reference", dict(checkpoint.unpack(state["reference"])))
+        had, has = state.get("references", 0), self.store.count("reference")
+        if self._teacher is not None and not self.scorer.lazily and has < had:
+            raise StoreError(
+                f"the run had reference losses of {had} texts, and the store at {self.store.path} has {has}; a trained "
+                "model cannot make them again. Give regate.apply the store of the run (store=...)"
+            )
         self.scorer.forget()
         self._steps.restart(state["step"])
         self.counters.load(state["counters"])
@@ -270,7 +329,7 @@ class Gate:
         self.exchange.finish()
         state = self.state_dict()
         if checkpoint.rank() != 0:
-            del state["difficulty"]  # rank 0 has them all by now
+            state = {k: v for k, v in state.items() if k not in checkpoint.OF_ALL_RANKS}  # rank 0 has all by now
         checkpoint.save(folder, state)
 
     def load(self, folder: str | os.PathLike[str]) -> None:

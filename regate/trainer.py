@@ -1,4 +1,5 @@
-"""The gate in Hugging Face's `Trainer` and those made from it (TRL): numbers in its log, state in its checkpoints.
+"""The gate in Hugging Face's `Trainer` and those made from it (TRL): numbers in its log, state in its checkpoints, and
+reference losses before the first step where the model itself is the teacher.
 
 `import regate` adds the callback to those that every trainer made later has by default; it does nothing for a model
 without a gate. A trainer made before that needs `trainer.add_callback(regate.GateCallback())`.
@@ -6,10 +7,12 @@ without a gate. A trainer made before that needs `trainer.add_callback(regate.Ga
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
@@ -19,6 +22,8 @@ from regate.api import gate_of
 from regate.errors import CheckpointError, ConfigError
 from regate.gate import Gate
 from regate.memory import checkpoint
+from regate.scoring.ahead import has_length, own_part, undisturbed
+from regate_patch import is_sharded
 
 log = logging.getLogger("regate")
 
@@ -34,13 +39,17 @@ class GateCallback(TrainerCallback, ExportableState):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        train_dataloader: Any = None,
         **others: Any,
     ) -> None:
-        """Checks that the run can be gated, and loads the gate's state where it is resumed.
+        """Checks that the run can be gated, loads the gate's state where it is resumed, and else, where the model is
+        its own teacher, computes reference losses of the training set.
 
         Raises:
-            ConfigError: a trainer that trains on no labels, or weighs them by their sum.
+            ConfigError: a trainer that trains on no labels, or weighs them by their sum; a training set that cannot be
+                gone through before the first step, and a teacher that needs it.
             CheckpointError: a gated run is resumed whose gate state cannot be found.
+            StoreError: it is resumed without the reference losses that it had.
         """
         gate = _gate(model)
         self.gated = gate is not None
@@ -59,24 +68,14 @@ class GateCallback(TrainerCallback, ExportableState):
                 f"loss_type={loss_type!r} weighs labels by what is summed over them, and sparse steps rescale "
                 "that sum; use loss_type='nll', or regate.Config(keep=1.0)"
             )
+        if state.global_step not in (0, gate.step):
+            _resume(gate, args, state)
+        elif state.global_step == 0:
+            if is_sharded(gate.model) and has_length(train_dataloader):
+                gate.teach_first()
+            if gate.first:
+                _teach(gate, args, train_dataloader)
         self._before = dict(gate.report())
-        if state.global_step in (0, gate.step):
-            return
-        folders = [_folder(args, state)]
-        if isinstance(args.resume_from_checkpoint, str):
-            folders.append(Path(args.resume_from_checkpoint))
-        for folder in folders:
-            if (folder / checkpoint.NAME).exists():
-                gate.load(folder)
-                self._before = dict(gate.report())
-                return
-        if _was_gated(state):
-            raise CheckpointError(
-                f"the run was gated, but {' and '.join(map(str, folders))} hold no {checkpoint.NAME}. Call "
-                "gate.load(folder) with the checkpoint's folder before trainer.train(resume_from_checkpoint=folder)"
-            )
-        log.warning("the checkpoint is of a run without a gate; its schedule goes on at step %d", state.global_step)
-        gate.step = state.global_step
 
     def on_save(
         self,
@@ -130,6 +129,43 @@ class GateCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Says in `trainer_state.json` that the run was gated; the state itself is in its own file."""
         return {"args": {}, "attributes": {"gated": self.gated}}
+
+
+def _resume(gate: Gate, args: TrainingArguments, state: TrainerState) -> None:
+    folders = [_folder(args, state)]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.append(Path(args.resume_from_checkpoint))
+    for folder in folders:
+        if (folder / checkpoint.NAME).exists():
+            gate.load(folder)
+            return
+    if _was_gated(state):
+        raise CheckpointError(
+            f"the run was gated, but {' and '.join(map(str, folders))} hold no {checkpoint.NAME}. Call "
+            "gate.load(folder) with the checkpoint's folder before trainer.train(resume_from_checkpoint=folder)"
+        )
+    log.warning("the checkpoint is of a run without a gate; its schedule goes on at step %d", state.global_step)
+    gate.step = state.global_step
+
+
+def _teach(gate: Gate, args: TrainingArguments, dataloader: Any) -> None:
+    """Reference losses of the whole training set, by the model itself, a part of the samples on each rank."""
+    if not has_length(dataloader):
+        raise ConfigError(
+            "the model itself is the teacher until its first step, and so must go through the whole training set "
+            f"before; {type(getattr(dataloader, 'dataset', dataloader)).__name__} has no length. Use a data set with "
+            "one, or keep a copy (teacher='copy' or '4bit'), or pass teacher='precomputed' and call "
+            "gate.precompute(batches) before trainer.train()"
+        )
+    with undisturbed(), _precision(args):
+        gate.precompute(own_part(dataloader, args.train_batch_size), progress=not args.disable_tqdm, split=True)
+
+
+def _precision(args: TrainingArguments) -> contextlib.AbstractContextManager[Any]:
+    """As the trainer runs the model."""
+    if not (args.bf16 or args.fp16):
+        return contextlib.nullcontext()
+    return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
 
 def _of_trl(args: TrainingArguments) -> str | None:

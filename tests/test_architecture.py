@@ -14,7 +14,18 @@ MODELS = ("llama", "llava", "qwen", "gemma", "mistral", "intern", "idefics")
 
 # From the ground up: a room imports from those before it, and the last ones, which users touch, from all.
 ROOMS = {
-    "regate": ["version", "errors", "config", "labels", "memory", "training", "output", "scoring", "insight"],
+    "regate": [
+        "version",
+        "errors",
+        "config",
+        "labels",
+        "memory",
+        "training",
+        "output",
+        "teaching",
+        "scoring",
+        "insight",
+    ],
     "regate_patch": ["errors", "transfer", "sharding", "ops", "attention", "context", "analysis", "passes"],
 }
 MOST = 8  # files in a room

@@ -1,7 +1,7 @@
 """The gate's state in a trainer's checkpoint folder, and difficulties as the few tensors that state holds.
 
-Files of a folder: `regate.pt`, of rank 0, with every difficulty; `regate-rank1.pt` and so on, what other ranks keep to
-themselves. Each is written under another name and renamed, so a kill leaves a whole file or none.
+Files of a folder: `regate.pt`, of rank 0, with the losses of every sample; `regate-rank1.pt` and so on, what other
+ranks keep to themselves. Each is written under another name and renamed, so a kill leaves a whole file or none.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from regate.errors import CheckpointError
 from regate.memory.store import half
 
 NAME = "regate.pt"
+OF_ALL_RANKS = ("difficulty", "reference")  # entries of rank 0's state alone
 
 
 def rank() -> int:
     """This process's number; 0 where there is only one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _file_of(rank: int) -> str:
@@ -48,7 +54,7 @@ def save(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
 
 
 def load(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """This rank's state; of rank 0 if the run had fewer ranks, and always with rank 0's difficulties.
+    """This rank's state; of rank 0 if the run had fewer ranks, and always with the losses that rank 0 has.
 
     Raises:
         CheckpointError: the folder holds none, or the file is damaged.
@@ -58,7 +64,9 @@ def load(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{main.parent} holds no {NAME}: it was not saved by a gated run")
     own = main.with_name(_file_of(rank()))
     state = _read(main)
-    return state if own == main or not own.exists() else _read(own) | {"difficulty": state["difficulty"]}
+    if own == main or not own.exists():
+        return state
+    return _read(own) | {name: state[name] for name in OF_ALL_RANKS if name in state}
 
 
 def _read(path: Path) -> dict[str, Any]:

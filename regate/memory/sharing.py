@@ -9,17 +9,42 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from regate.errors import RankError
 from regate.memory.store import TABLES, Store, Table, half
 
 Records = dict[Table, dict[bytes, np.ndarray]]
+T = TypeVar("T")
+
+
+def highest(number: int) -> int:
+    """The highest that any rank says. Every rank must ask at the same time; a process alone has its own answer."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return number
+    said = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return int(said)
+
+
+def any_rank(here: bool) -> bool:
+    """Does it hold on some rank? Asked as `highest` is."""
+    return bool(highest(int(here)))
+
+
+def in_step(parts: Iterable[T]) -> Iterator[T | None]:
+    """This rank's parts, then None for as long as another rank has some. Every rank must go through all of them."""
+    for part in parts:
+        any_rank(True)
+        yield part
+    while any_rank(False):
+        yield None
 
 
 @dataclass

@@ -23,7 +23,7 @@ from regate.memory.sharing import Exchange
 from regate.memory.store import Store, Table
 from regate.scoring import difficulty
 from regate.scoring.selection import keep_highest
-from regate.scoring.teacher import Teacher
+from regate.teaching.teacher import Teacher
 from regate.training.counters import Counters
 from regate.training.segments import Segments
 
@@ -73,7 +73,7 @@ class Scorer:
         exchange: has the store, and passes on to other ranks what is stored.
         counters: the gate's.
         teacher: None scores by difficulty alone.
-        lazily: compute missing reference losses when they are needed; else only at step 0.
+        lazily: compute missing reference losses when they are needed; else `teach` must have computed them before.
     """
 
     def __init__(
@@ -97,59 +97,95 @@ class Scorer:
         """Of reference losses and difficulties."""
         return self.exchange.store
 
-    def keep(self, samples: Samples, *, step: int) -> Tensor:
-        """The `ceil(keep * n)` labels of each sample that are worth most, bool [N, L].
+    def prepare(self, samples: Samples, *, full: bool) -> None:
+        """See that the samples of a training forward have reference losses; one without labels is a forward, too.
 
         Raises:
-            StoreError: a reference loss is missing, and there is no teacher to compute it.
+            StoreError: they are missing, and must have been computed before training.
         """
+        if self.teacher is None:
+            return
+        if self.lazily:
+            if not full:
+                self.teach(samples, running=True)
+        elif missing := self.store.missing("reference", samples.text):
+            raise StoreError(
+                f"{len(missing)} of {len(samples.text)} samples have no reference loss, and no teacher is kept beside "
+                "the model that learns. Run gate.precompute over every sample before the first optimizer step (with "
+                "teacher='first' a Trainer does it by itself); texts that are drawn anew each epoch, and data sets "
+                "without a length, need teacher='copy' or '4bit'. When resuming, give regate.apply the run's store"
+            )
+
+    def keep(self, samples: Samples) -> Tensor:
+        """The `ceil(keep * n)` labels of each sample that are worth most, bool [N, L]; `prepare` comes before."""
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.counters.labels_seen)
         draws = torch.rand(samples.candidates.shape, generator=generator)
-        scores = draws if config.selection == "random" else self._scores(samples, step)
+        scores = draws if config.selection == "random" else self._scores(samples)
         return keep_highest(scores, samples.candidates, config.keep, explore=config.explore, draws=draws)
 
-    def _scores(self, samples: Samples, step: int) -> Tensor:
+    def _scores(self, samples: Samples) -> Tensor:
         """[N, L] float32, read at candidates only: `student_weight*m + reference_weight*ref`."""
         config, candidates = self.config, samples.candidates
         m = self._difficulties(samples)
         expected = self.prior.expect(torch.where(candidates, samples.layout.labels, 0))
         score = config.student_weight * torch.where(m == difficulty.UNSEEN, expected, m)
         if self.teacher is not None:
-            ref = _spread(self._references(samples, step), candidates, 0.0)
+            ref = _spread(self.store.get("reference", samples.text), candidates, 0.0)
             score = score + config.reference_weight * ref
         return score
 
-    def _references(self, samples: Samples, step: int) -> Sequence[np.ndarray | None]:
-        """Reference losses, computed and stored where they are missing."""
-        if not self.lazily and step > 0 and self.store.missing("reference", samples.text):
-            raise StoreError(
-                "a sample has no reference loss, and teacher='precomputed' keeps no teacher; run "
-                "gate.precompute over every sample before training, or use teacher='auto'"
-            )
-        self.teach(samples)
-        return self.store.get("reference", samples.text)
-
-    def teach(self, samples: Samples) -> None:
+    def teach(self, samples: Samples, *, running: bool = False, steps: int = 0) -> None:
         """Compute and store the reference losses of those samples that have none.
+
+        Where the model is split over ranks, every rank must call it at the same time.
+
+        Args:
+            samples: of a batch.
+            running: is the model's forward running, with its parameters as whole as they become?
+            steps: optimizer steps that the model has made.
 
         Raises:
             GateNotAppliedError: there is no teacher.
+            StoreError: the teacher is the model before its first step, and it has made some.
         """
-        if self.teacher is None:
+        teacher = self.teacher
+        if teacher is None:
             raise GateNotAppliedError(
-                "this gate has no teacher (teacher=None, reference_weight=0 or selection='random')"
+                "this gate has no teacher (teacher=None, reference_weight=0, selection='random' or keep=1)"
             )
         missing = self.store.missing("reference", samples.text)
-        if not missing:
+        if not teacher.anyone(bool(missing)):
             return
+        if steps > 0 and not teacher.lasts:
+            raise StoreError(
+                f"{len(missing)} of {len(samples.text)} samples have no reference loss, and they would be computed by "
+                f"the model itself, which has made {steps} optimizer steps since: it no longer is the teacher. Give "
+                "regate.apply the store of the run, or compute them before the first step, or keep a copy "
+                "(teacher='copy' or '4bit')"
+            )
         start = time.perf_counter()
-        self.teacher.check()
-        rows = [samples.text.index(key) for key in missing]
-        losses = self.teacher.losses(samples.batch, samples.layout, rows)
-        self._put("reference", {k: x.numpy() for k, x in zip(missing, losses, strict=True)})
-        self.counters.teacher_samples += len(rows)
+        teacher.check()
+        if running:
+            self._compute(teacher, samples, missing)
+        else:
+            teacher.outside(lambda: self._compute(teacher, samples, missing))
+        self.counters.teacher_samples += len(missing)
         self.counters.teacher_seconds += time.perf_counter() - start
+
+    def _compute(self, teacher: Teacher, samples: Samples, missing: Sequence[bytes]) -> None:
+        if not missing:
+            teacher.keep_pace(samples.batch, samples.layout)
+            return
+        rows = [samples.text.index(key) for key in missing]
+        losses = teacher.losses(samples.batch, samples.layout, rows)
+        self._put("reference", {k: x.numpy() for k, x in zip(missing, losses, strict=True)})
+
+    def pass_on(self, samples: Samples) -> None:
+        """Tell other ranks, at the next exchange, the reference losses of these samples, whenever they were made."""
+        if self.exchange.needed:
+            found = zip(samples.text, self.store.get("reference", samples.text), strict=True)
+            self.exchange.add("reference", {key: losses for key, losses in found if losses is not None})
 
     def _difficulties(self, samples: Samples) -> Tensor:
         """[N, L] float32, `UNSEEN` where there is none."""

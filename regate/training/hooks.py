@@ -48,6 +48,14 @@ def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             module.forward = own
 
 
+def run_inside(module: nn.Module, function: Callable[[], Any]) -> Any:
+    """What `function` returns, run as the module's forward: under its hooks, which make parameters whole."""
+    returned = []
+    with standing_in(module, lambda: returned.append(function())):
+        module()
+    return returned[0]
+
+
 def call_weakly(method: Callable[..., None]) -> Callable[..., None]:
     """A global hook must not keep the model alive."""
     reference_to = weakref.WeakMethod(method)

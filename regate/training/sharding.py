@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -109,12 +108,3 @@ def local(parameter: nn.Parameter) -> Tensor:
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape that a parameter has when it is gathered."""
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def highest(number: int, model: nn.Module) -> int:
-    """The highest number that any rank says; waits for all of them. Without other ranks, the number itself."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return number
-    said = torch.tensor(number, device=next(model.parameters()).device)
-    dist.all_reduce(said, dist.ReduceOp.MAX)
-    return int(said)

@@ -18,7 +18,7 @@ import regate
 import regate_patch
 from model_adapters import find_adapter
 from regate.errors import NonFiniteLossError, StoreError, StoreMismatchError
-from regate.scoring.teacher import Teacher
+from regate.teaching.teacher import Teacher
 from tests.zoo import CORE
 
 

@@ -3,6 +3,9 @@
 The teacher is the student's own language model as it was before training. It sees the text with a placeholder at
 every visual position. By default placeholders are masked out of its attention, so the engine leaves them out of its
 compute too: the same numbers for a fraction of the work.
+
+Whose weights answer is its source: a copy's, another model's, or the model's own. The model's own are the teacher's for
+good where they are the frozen base of adapters, and else until the first optimizer step.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -23,14 +27,17 @@ from model_adapters import Batch, Layout, ModelAdapter, find_adapter
 from model_adapters.conventional import text_config
 from regate.config import Config
 from regate.errors import NonFiniteLossError, StoreMismatchError
-from regate.labels import predicted, predictors
+from regate.labels import IGNORED, predicted, predictors
+from regate.memory.sharing import any_rank
 from regate.output.loss import Places, label_losses
-from regate.scoring.quantize import to_4bit, unpacked
+from regate.teaching.quantize import to_4bit, unpacked
+from regate.teaching.weights import answering, halve_on_cuda, is_tight, some_values, split_root, uses_peft
+from regate.training.hooks import run_inside
 from regate.training.sharding import refuse_sharded
 from regate_patch import is_sharded
 
 Source = Literal["copy", "4bit", "live", "given"]
-TeacherChoice = Literal["auto", "4bit", "precomputed"] | nn.Module | None
+TeacherChoice = Literal["auto", "copy", "4bit", "first", "precomputed"] | nn.Module | None
 
 
 def teacher_of(
@@ -43,15 +50,19 @@ def teacher_of(
     on_unsupported: regate_patch.OnUnsupported,
 ) -> Teacher | None:
     """The teacher that a user asked for (see `regate.apply`); None where no score needs one."""
-    if choice is None or config.reference_weight == 0 or config.selection == "random":
+    if choice is None or config.reference_weight == 0 or config.selection == "random" or config.keep >= 1:
         return None
     source: Source = "copy"
     if isinstance(choice, nn.Module):
         model, adapter, source = choice, find_adapter(choice), "given"
-    elif choice == "precomputed" or uses_peft(model, adapter):
-        source = "live"
-    elif choice == "4bit":
+    elif choice == "4bit" and not uses_peft(model, adapter):
         source = "4bit"
+    elif (
+        choice in ("first", "precomputed")
+        or (choice != "copy" and uses_peft(model, adapter))
+        or (choice == "auto" and (is_sharded(model) or is_tight(model, adapter)))
+    ):
+        source = "live"
     return Teacher(model, adapter, backend=backend, source=source, on_unsupported=on_unsupported)
 
 
@@ -66,6 +77,9 @@ class Teacher:
             whose linear layers are quantised. "live" uses the model's own,
             which the gate has patched, as it is at each call: before training starts, or with PEFT adapters, which
             are switched off for the call. "given" freezes and patches the language model of `model`, another one.
+
+    Attributes:
+        lasts: may it be asked after the first optimizer step? Else its weights are those that learn.
     """
 
     def __init__(
@@ -85,16 +99,48 @@ class Teacher:
         if source in ("copy", "4bit"):
             refuse_sharded(model)
             parts = copy.deepcopy(parts)  # one deepcopy of all parts keeps tied weights tied
-            _halve_on_cuda(parts)
+            halve_on_cuda(parts)
             if source == "4bit":
                 to_4bit(parts[1])
         self.embeddings, self.decoder, self.head = parts
-        if source != "live":
+        self.lasts = source != "live" or uses_peft(model, adapter)
+        if source == "live":
+            self.check()
+        else:
             for part in parts:
                 part.requires_grad_(False).eval()
             self.handle = regate_patch.patch(
                 self.decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True
             )
+
+    @property
+    def together(self) -> bool:
+        """Is the model split over ranks, so that they must compute at the same time?"""
+        return self.source == "live" and is_sharded(self.model)
+
+    def anyone(self, here: bool) -> bool:
+        """Does this rank need it, or, where ranks compute together, any? Then every rank must ask."""
+        return any_rank(here) if self.together else here
+
+    def outside(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns, which computes losses while no forward of the model is running.
+
+        FSDP2 makes parameters whole in the forward of the module that it was given first, so the function runs there.
+        """
+        root = split_root(self.model, self.decoder) if self.together else None
+        if root is None:
+            return function()
+        try:
+            return run_inside(root, function)
+        finally:
+            root.reshard()
+
+    def keep_pace(self, batch: Batch, layout: Layout) -> None:
+        """Compute something because another rank must: a label after the first token, and its loss is not kept."""
+        one = torch.arange(layout.labels.shape[1]) == 1
+        labels = torch.where(one, 0, IGNORED)[None].repeat(len(layout.labels), 1)
+        pair = (torch.arange(layout.labels.shape[1]) < 2)[None].repeat(len(layout.labels), 1)
+        self.losses(batch, replace(layout, labels=labels, valid=pair, visual=torch.zeros_like(pair)), [0])
 
     def _device(self) -> torch.device:
         """Where it computes; a copy made before the model was moved goes where the model is by now."""
@@ -105,7 +151,7 @@ class Teacher:
         if followed != device:
             parts = [part.to(followed) for part in (self.embeddings, self.decoder, self.head)]
             if self.source == "copy":
-                _halve_on_cuda(parts)
+                halve_on_cuda(parts)
         return followed
 
     @torch.no_grad()
@@ -124,11 +170,15 @@ class Teacher:
             NonFiniteLossError: the teacher's loss is NaN or infinite.
         """
         device = self._device()
+        if self.source == "live":  # they may have been replaced, as by `resize_token_embeddings`
+            self.embeddings, self.head = self.adapter.embeddings(self.model), self.adapter.head(self.model)
         chosen = torch.arange(len(layout.labels)) if rows is None else torch.tensor(list(rows))
         labels, valid = layout.labels[chosen], layout.valid[chosen]
         visual = layout.visual[chosen]
         wanted = predicted(labels)
         if not bool(wanted.any()):
+            if self.together:
+                self.keep_pace(batch, layout)
             return [torch.zeros(0) for _ in chosen]
         padding = self.adapter.padding
         known = layout.input_ids[chosen] < self._vocabulary()
@@ -179,9 +229,11 @@ class Teacher:
         if self.source != "live":
             yield
             return
-        training = [m for m in self.decoder.modules() if m.training]
+        parts = (self.embeddings, self.decoder, self.head)
+        training = [m for part in parts for m in part.modules() if m.training]
         disable = getattr(self.model, "disable_adapter", contextlib.nullcontext)
-        self.decoder.eval()
+        for part in parts:
+            part.eval()
         try:
             with disable():
                 yield
@@ -201,7 +253,7 @@ class Teacher:
                 answering(part) if self.source == "live" else part.named_parameters()
             )  # a copy keeps adapters on
             for name, parameter in sorted(parameters):
-                digest.update(name.encode() + _sample(parameter).numpy().tobytes())
+                digest.update(name.encode() + some_values(parameter).numpy().tobytes())
         config = text_config(self.model)
         padding = self.adapter.padding
         return {
@@ -223,7 +275,7 @@ class Teacher:
         marks = [(id(p), p._version, p.data_ptr()) for p in parameters]
         if marks == self._marks:
             return
-        values = {(id(p), p.dtype, p.shape): _sample(p) for p in parameters}
+        values = {(id(p), p.dtype, p.shape): some_values(p) for p in parameters}
         # A cast or a resized table makes others of them, which are as good; the same ones must have their values.
         if any(not torch.equal(sample, self._values.get(key, sample)) for key, sample in values.items()):
             raise StoreMismatchError(
@@ -236,38 +288,3 @@ class Teacher:
     def close(self) -> None:
         if self.handle is not None:
             self.handle.remove()
-
-
-def _halve_on_cuda(parts: Sequence[nn.Module]) -> None:
-    """Parameters to bfloat16; buffers stay, for rotary frequencies in bfloat16 are wrong at far positions."""
-    for parameter in (p for part in parts for p in part.parameters()):
-        if parameter.is_cuda and parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    """Some values, float32 on the CPU."""
-    flat = parameter.detach().reshape(-1)
-    return flat[:: max(flat.numel() // 64, 1)][:64].float().cpu()
-
-
-def answering(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a module that answer while adapters are off, by the names that they have without PEFT."""
-    base = getattr(module, "base_layer", None) if hasattr(module, "adapter_layer_names") else None
-    original = getattr(module, "original_module", None)  # under `modules_to_save`
-    for inside in (base, original):
-        if isinstance(inside, nn.Module):
-            yield from answering(inside, prefix)
-            return
-    for name, parameter in module.named_parameters(prefix, recurse=False):
-        yield name, parameter
-    for name, child in module.named_children():
-        yield from answering(child, f"{prefix}.{name}" if prefix else name)
-
-
-def uses_peft(model: nn.Module, adapter: ModelAdapter) -> bool:
-    """Does the model carry adapters that can be switched off, over a language model that does not learn?"""
-    if not hasattr(model, "disable_adapter"):
-        return False
-    parts = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
-    return not any(p.requires_grad for part in parts for _, p in answering(part))

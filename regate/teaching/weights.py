@@ -1,0 +1,80 @@
+"""Which weights a teacher's answers come from, and whether there is room for a copy of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model_adapters import ModelAdapter
+
+_FOR_ACTIVATIONS = 0.1  # of a device's memory
+
+
+def halve_on_cuda(parts: Sequence[nn.Module]) -> None:
+    """Parameters to bfloat16; buffers stay, for rotary frequencies in bfloat16 are wrong at far positions."""
+    for parameter in (p for part in parts for p in part.parameters()):
+        if parameter.is_cuda and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def some_values(parameter: Tensor) -> Tensor:
+    """Some values, float32 on the CPU; of a parameter that FSDP2 has split, those of the whole."""
+    whole: Any = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    flat = whole.detach().reshape(-1)
+    return flat[:: max(flat.numel() // 64, 1)][:64].float().cpu().clone()  # not a view of what may change
+
+
+def answering(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a module that answer while adapters are off, by the names that they have without PEFT."""
+    base = getattr(module, "base_layer", None) if hasattr(module, "adapter_layer_names") else None
+    original = getattr(module, "original_module", None)  # under `modules_to_save`
+    for inside in (base, original):
+        if isinstance(inside, nn.Module):
+            yield from answering(inside, prefix)
+            return
+    for name, parameter in module.named_parameters(prefix, recurse=False):
+        yield name, parameter
+    for name, child in module.named_children():
+        yield from answering(child, f"{prefix}.{name}" if prefix else name)
+
+
+def uses_peft(model: nn.Module, adapter: ModelAdapter) -> bool:
+    """Does the model carry adapters that can be switched off, over a language model that does not learn?"""
+    if not hasattr(model, "disable_adapter"):
+        return False
+    parts = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
+    return not any(p.requires_grad for part in parts for _, p in answering(part))
+
+
+def split_root(model: nn.Module, inner: nn.Module) -> Any:
+    """The outermost module around `inner` that FSDP2 has split, or None."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and any(part is inner for part in module.modules()):
+            return module
+    return None
+
+
+def is_tight(model: nn.Module, adapter: ModelAdapter) -> bool:
+    """Would a copy of the language model, in bfloat16, leave the GPU too little to train the model?
+
+    Each parameter that learns needs a gradient and two moments of an optimizer, and a tenth of the memory is left for
+    activations. A model that is still on the CPU is taken to move to the current GPU.
+    """
+    if not torch.cuda.is_available():
+        return False
+    parameters = list(model.parameters())
+    device = parameters[0].device
+    free, total = torch.cuda.mem_get_info(device if device.type == "cuda" else None)
+    copied = {p: 2 * p.numel() for part in (adapter.embeddings, adapter.decoder, adapter.head)
+              for p in part(model).parameters()}  # fmt: skip
+    needed = sum(copied.values())
+    for p in parameters:
+        needed += p.numel() * p.element_size() * ((3 if p.requires_grad else 0) + (p.device.type != "cuda"))
+    return free < needed + _FOR_ACTIVATIONS * total

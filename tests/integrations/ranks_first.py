@@ -1,0 +1,146 @@
+"""What each rank of `test_first` runs: the model as its own teacher in a Trainer, and split by FSDP2.
+
+python -m tests.integrations.ranks_first FOLDER        (under torchrun, or with RANK and WORLD_SIZE set)
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+import regate
+from regate.errors import StoreError
+from tests import oracle
+from tests.integrations.ranks import CELLS as WAYS
+from tests.integrations.ranks import batch_of, build, wrapped
+from tests.zoo import CORE
+
+CONFIG = regate.Config(warmup=1, cycle=1000, full_steps=0, logits="all")
+FULL, LORA = (next(c for c in WAYS if (c.wrap, c.weights) == ("fsdp2", weights)) for weights in ("full", "lora"))
+Row = dict[str, Tensor]
+
+
+class Rows(Dataset[Row]):
+    """Single rows of one length in float64."""
+
+    def __init__(self, number: int = 23) -> None:
+        self.rows = [oracle.double(CORE["llava"].batch("none", rows=1, seed=seed, answer=9)) for seed in range(number)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Row:
+        return {k: v[0] for k, v in self.rows[i].items()}
+
+
+def arguments(folder: Path, **others: Any) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 0.1, "lr_scheduler_type": "constant",
+        "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no", "report_to": "none", "use_cpu": True,
+        "disable_tqdm": True, "ddp_find_unused_parameters": True,
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **(options | others))
+
+
+def found(gate: regate.Gate) -> dict[str, Any]:
+    references = {key: losses.tolist() for key, losses in gate.store.items("reference")}
+    return {"references": references, "computed": gate.report()["teacher_samples"]}
+
+
+def in_a_trainer(folder: Path, choice: Any) -> dict[str, Any]:
+    """`choice` is the teacher."""
+    torch._dynamo.reset()
+    model = build(FULL)
+    gate = regate.apply(model, CONFIG, teacher=choice)
+    Trainer(model, arguments(folder), train_dataset=Rows()).train()
+    if choice == "copy":  # which computes what it meets
+        gate.precompute(DataLoader(Rows(), batch_size=2), progress=False)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return {**found(gate), "weights": weights, "sparse": gate.report()["steps_sparse"]}
+
+
+def split(folder: Path, rank: int) -> dict[str, Any]:
+    """FSDP2, applied to a model that has a copy of its language model: it is given up for the model itself."""
+    torch._dynamo.reset()
+    model = build(FULL)
+    gate = regate.apply(model, CONFIG)
+    assert not gate.first
+    called = wrapped(model, "fsdp2")
+    callback, args = regate.GateCallback(), arguments(folder)
+    loader: Any = DataLoader(Rows(3), batch_size=2)  # two batches for one rank, one for the other
+    callback.on_train_begin(args, TrainerState(), TrainerControl(), model=model, train_dataloader=loader)
+    assert gate.first
+    assert all(hasattr(p, "full_tensor") for p in model.parameters()), "parameters are whole"
+    result = found(gate)
+    try:
+        called(**batch_of(rank))
+    except StoreError as error:
+        result["missing"] = str(error)
+    unlabelled = {**batch_of(5), "labels": torch.full_like(batch_of(5)["labels"], -100)}
+    gate.precompute([batch_of(rank)] if rank else [batch_of(rank), unlabelled, batch_of(7)], progress=False)
+    return result | {"losses": _train(called, [batch_of(rank)] * 3), "sparse": gate.report()["steps_sparse"]}
+
+
+def split_with_adapters(rank: int) -> dict[str, Any]:
+    """The base model teaches when a sample comes: on one rank alone, beside a batch without labels."""
+    torch._dynamo.reset()
+    model = build(LORA)
+    gate = regate.apply(model, CONFIG)
+    called = wrapped(model, "fsdp2")
+    unlabelled = {**batch_of(5), "labels": torch.full_like(batch_of(5)["labels"], -100)}
+    batches = [batch_of(rank), batch_of(rank), batch_of(rank + 2 * rank), batch_of(8) if rank else unlabelled]
+    losses = _train(called, batches)
+    gate.flush()
+    gate.exchange.finish()
+    return {**found(gate), "losses": losses}
+
+
+def applied_afterwards(rank: int) -> dict[str, Any]:
+    """`apply` on a model that FSDP2 has split already."""
+    torch._dynamo.reset()
+    model = build(FULL)
+    called = wrapped(model, "fsdp2")
+    gate = regate.apply(model, CONFIG)
+    assert gate.first
+    gate.precompute([batch_of(rank)], progress=False)
+    return {**found(gate), "losses": _train(called, [batch_of(rank)] * 3)}
+
+
+def _train(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[float]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for batch in batches:
+        loss = model(**batch).loss
+        if loss.isfinite():  # a batch without labels has none
+            losses.append(float(loss.detach()))
+        loss.nan_to_num().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    result: dict[str, Any] = {
+        "split": split(folder, rank),
+        "adapters": split_with_adapters(rank),
+        "afterwards": applied_afterwards(rank),
+        "trainer": in_a_trainer(folder / "run", "first"),
+        "copied": in_a_trainer(folder / "run", "copy"),
+    }
+    torch.save(result, folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
