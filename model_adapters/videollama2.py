@@ -68,7 +68,9 @@ def _expand(ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 VIDEOLLAMA2 = ModelAdapter(
-    serves=("Videollama2Qwen2ForCausalLM", "Videollama2MistralForCausalLM"),
+    serves=tuple(
+        f"Videollama2{name}ForCausalLM" for name in ("Qwen2", "Mistral", "Mixtral", "Gemma2", "Llama", "Phi3")
+    ),
     decoder=lambda model: conventional.unwrap(model).get_model(),
     embeddings=lambda model: conventional.unwrap(model).get_model().embed_tokens,
     layout=_layout,

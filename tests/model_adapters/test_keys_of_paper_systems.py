@@ -56,6 +56,12 @@ def _videochat2(samples: Sequence[Sample]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _videochat2_hd(samples: Sequence[Sample]) -> dict[str, Any]:
+    """A list, of as many tiles as the sample has numbers."""
+    images = [torch.stack([_image(number) for number in sample]) for sample in samples]
+    return _videochat2(samples) | {"image": images}
+
+
 def _internvl_chat(samples: Sequence[Sample]) -> dict[str, Any]:
     """A white tile for rows without an image, which its flag keeps out."""
     tiles = [[_image(number) for number in sample] or [torch.ones(FRAMES, FEATURES)] for sample in samples]
@@ -76,8 +82,11 @@ MANY = [(0,), (1,), (), (0, 2), (2, 0), (3, 3)]
 SYSTEMS: dict[str, tuple[Callable[[], nn.Module], Callable[[Sequence[Sample]], dict[str, Any]], list[Sample]]] = {
     "videollama2": (stand_ins.Videollama2Qwen2ForCausalLM, _videollama2, MANY),
     "videochat2": (stand_ins.VideoChat2_it_mistral, _videochat2, [(0,), (1,), (2,), (3,)]),
+    "videochat2 in high definition": (
+        stand_ins.VideoChat2_it_hd_mistral, _videochat2_hd, [(0,), (1,), (0, 2), (2, 0), (3, 3)],
+    ),
     "internvl_chat": (_internvl, _internvl_chat, MANY),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
