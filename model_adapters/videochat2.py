@@ -1,4 +1,4 @@
-"""VideoChat2 on Mistral, Phi and Vicuna (its authors' code, not in transformers): it gets strings and embeds them itself.
+"""VideoChat2 on Mistral, Phi and Vicuna (its authors' code, not in transformers): it gets strings and embeds them.
 
 Its forward ends in `self.mistral_model(inputs_embeds=..., attention_mask=..., labels=...)` (`phi_model`,
 `llama_model`): that call is what is gated. It brings no ids, so they are read back off the embeddings; 96 positions

@@ -5,13 +5,17 @@ On CUDA in half precision `torch.nn.attention.varlen`; on the CPU torch's flash 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 _aten = torch.ops.aten
+_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
 
 
 def serves(query: Tensor, value: Tensor) -> bool:
@@ -33,20 +37,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: i
     Returns:
         [1, H, T, D].
     """
-    heads, groups = query.shape[1], key.shape[1]
-    if query.device.type == "cuda":
-        from torch.nn.attention.varlen import varlen_attn
-
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        output = varlen_attn(
-            q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=heads != groups
-        )
-        assert isinstance(output, Tensor)
-        return output.transpose(0, 1)[None]
-    if heads != groups:
-        key, value = (x.repeat_interleave(heads // groups, 1) for x in (key, value))
-    result: Tensor = _attend(query, key, value, starts, query.shape[-1] ** -0.5 if scale is None else scale)[0]
-    return result
+    options: dict[str, Any] = {}
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.device.type == "cuda" and _TAKES_GROUPS:
+        options = {"enable_gqa": True}
+    elif grouped:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if query.device.type != "cuda":
+        result: Tensor = _attend(query, key, value, starts, query.shape[-1] ** -0.5 if scale is None else scale)[0]
+        return result
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    output = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), **options)
+    assert isinstance(output, Tensor)
+    return output.transpose(0, 1)[None]
 
 
 def _samples(starts: Tensor, *along: Tensor) -> Iterator[list[Tensor]]:

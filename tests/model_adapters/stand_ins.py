@@ -99,7 +99,9 @@ class Videollama2Qwen2ForCausalLM(_Videollama2, Qwen2ForCausalLM):
 
 
 class Videollama2MixtralForCausalLM(_Videollama2, MixtralForCausalLM):
-    config_of = lambda: MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)  # noqa: E731
+    config_of = lambda: MixtralConfig(  # noqa: E731
+        **TEXT, num_local_experts=4, num_experts_per_tok=2, experts_implementation="batched_mm"
+    )
 
 
 class Videollama2Gemma2ForCausalLM(_Videollama2, Gemma2ForCausalLM):
