@@ -342,7 +342,8 @@ class Forward:
         start = time.perf_counter()
         parts.counters.add(decision.sums)
         projected = decision.labels.shape[1] if reading is None else reading.index.shape[1]
-        parts.counters.count_flops(statistics, self._head, decision.labels.shape, active, projected=projected)
+        shape, samples = decision.labels.shape, self._samples.segments.lengths
+        parts.counters.count_flops(statistics, self._head, shape, samples, active, projected=projected)
         known = None if reading is None or parts.lazy is None else parts.lazy.losses
         losses = kept_losses(
             output, self._places, known=known, hidden_states=hidden_states(self._decoded), head=self._head

@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, Literal
@@ -97,11 +97,29 @@ class Statistics:
         """MLP blocks that one call runs."""
         return sum(rewritten.mlp for rewritten in self.last)
 
+    @property
+    def apart(self) -> bool:
+        """Did that call keep samples of one row apart?"""
+        return bool(self.last) and all(rewritten.apart for rewritten in self.last)
+
     def flops(self, positions: int, read: int | None = None) -> int:
         """Forward FLOPs of all blocks for one row that computes this many positions, of which so many are read."""
-        unread = 0 if read is None else positions - read
+        return self._flops([positions], positions if read is None else read)
+
+    def flops_of(self, active: Active) -> int:
+        """The same for a call on these positions, the filling of short rows included where it is computed."""
+        rows = len(active.index)
+        read = active if active.read is None else active.read
+        if active.counts is None or read.counts is None or not all(rewritten.end_to_end for rewritten in self.last):
+            return self._flops([active.longest] * rows, rows * read.longest)
+        lengths = active.samples if self.apart and active.samples else active.counts
+        return self._flops(lengths, sum(read.counts))
+
+    def _flops(self, lengths: Sequence[int], read: int) -> int:
+        positions, squares = sum(lengths), sum(n * n for n in lengths)
         return sum(
-            r.flops_linear * positions + r.flops_quadratic * positions**2 - r.flops_tail * unread for r in self.last
+            r.flops_linear * positions + r.flops_quadratic * squares - r.flops_tail * (positions - read)
+            for r in self.last
         )
 
 

@@ -53,6 +53,11 @@ class Active:
         return self.index, self.valid, everything, self.valid.clone()  # one tensor given twice would be compiled for
 
     @property
+    def longest(self) -> int:
+        """K."""
+        return self.index.shape[1]
+
+    @property
     def empty(self) -> bool:
         """Is it known that there is none?"""
         return self.counts is not None and not any(self.counts)
@@ -75,7 +80,7 @@ class Active:
         if self.read is not None:
             whose, which = _found(self.read.valid, self.read.counts)
             read = first[whose] + self.read.index[whose, which]
-        longest = self.index.shape[1]
+        longest = self.longest
         if apart and self.samples is not None:
             ends = torch.tensor(self.samples).cumsum(0)
             first, longest = to_device(torch.nn.functional.pad(ends, (1, 0)), device), max(self.samples)

@@ -45,17 +45,25 @@ class Counters:
             setattr(self, name, getattr(self, name) + number)
 
     def count_flops(
-        self, decoder: Statistics, head: nn.Module, shape: Sequence[int], active: Active | None, *, projected: int
+        self,
+        decoder: Statistics,
+        head: nn.Module,
+        shape: Sequence[int],
+        samples: Sequence[int],
+        active: Active | None,
+        *,
+        projected: int,
     ) -> None:
-        """Of a forward on `shape` (B, S) that ran on `active` (None: everywhere) and projected so many of each row."""
+        """Of a forward on `shape` (B, S) that ran on `active` (None: everywhere) and projected so many of each row.
+
+        Args:
+            samples: positions of each sample, where rows hold several.
+        """
         rows, length = shape
-        computed, read = length, None
-        if active is not None:
-            computed = active.index.shape[1]
-            read = None if active.read is None else active.read.index.shape[1]
+        dense = sum(map(decoder.flops, samples if decoder.apart else [length] * rows))
         per_position = 6.0 * rows * sum(s.numel() for p in head.parameters() if len(s := whole_shape(p)) == 2)
-        self.flops_dense += 3 * rows * decoder.flops(length) + per_position * length
-        self.flops_computed += 3 * rows * decoder.flops(computed, read) + per_position * projected
+        self.flops_dense += 3 * dense + per_position * length
+        self.flops_computed += 3 * (dense if active is None else decoder.flops_of(active)) + per_position * projected
 
     def load(self, state: Mapping[str, Number]) -> None:
         for field in fields(self):

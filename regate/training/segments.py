@@ -124,6 +124,11 @@ class Segments:
         return self.shape[0] if self.places is None else len(self.places)
 
     @property
+    def lengths(self) -> list[int]:
+        """Positions of each sample."""
+        return [self.shape[1]] * self.shape[0] if self.inside is None else self.inside.sum(1).tolist()
+
+    @property
     def owner(self) -> Tensor:
         """int64 [B, S], the sample of each position."""
         numbers = torch.arange(len(self))[:, None]
