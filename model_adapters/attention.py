@@ -31,9 +31,8 @@ def stand_in(decoder: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def followable_attention(model: nn.Module, decoder: nn.Module | None = None) -> Iterator[None]:
-    """Inside, `decoder`, a part of `model` or all of it, computes its attention by what can be followed."""
-    decoder = model if decoder is None else decoder
+def followable_attention(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
+    """Inside, the decoder of `model`, or this copy of it, computes its attention by what can be followed."""
     name = stand_in(decoder)
     if name is None:
         yield
@@ -51,7 +50,7 @@ def followable_attention(model: nn.Module, decoder: nn.Module | None = None) -> 
 
 def _configs(model: nn.Module, decoder: nn.Module) -> list[Any]:
     """Those that layers of `decoder` read, and the modules around it, which may make their masks."""
-    path = next(name for name, module in model.named_modules() if module is decoder).split(".")
+    path: list[str] = next((name.split(".") for name, module in model.named_modules() if module is decoder), [])
     around = [model.get_submodule(".".join(path[:n])) for n in range(len(path))]
     configs = (getattr(module, "config", None) for module in (*around, *decoder.modules()))
     return list({id(config): config for config in configs if getattr(config, _IMPLEMENTATION, None)}.values())

@@ -108,8 +108,7 @@ class ModelAdapter:
     visual_rows: Callable[[nn.Module, Batch, Layout], Mapping[str, Tensor | None]] = visual.visual_rows
 
     @contextmanager
-    def followable(self, model: nn.Module, decoder: nn.Module | None = None) -> Iterator[None]:
+    def followable(self, model: nn.Module, decoder: nn.Module) -> Iterator[None]:
         """Inside, the decoder of `model`, or this copy of it, runs code of the same function that can be followed."""
-        around = followable_attention(model, self.decoder(model)) if decoder is None else followable_attention(decoder)
-        with self.capturable(model), around:
+        with self.capturable(model), followable_attention(model, decoder):
             yield

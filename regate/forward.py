@@ -276,7 +276,7 @@ class Forward:
         """Inside, the decoder computes the decision's positions; with `tail`, its end at predictors of kept labels."""
         self._tail = tail and not self._balanced
         with contextlib.ExitStack() as scope:
-            scope.enter_context(self.parts.adapter.followable(self.parts.model))
+            scope.enter_context(self.parts.adapter.followable(self.parts.model, self._decoder))
             scope.enter_context(followable_dora())
             if self._balanced:
                 scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))
@@ -313,8 +313,7 @@ class Forward:
                 )
             self.decision = self.decision.thin(found, self.parts.config.visual_keep)
         device = next(x.device for x in (*kwargs.values(), *args) if isinstance(x, Tensor))
-        owner = self._samples.segments.owner
-        self._active = self.decision.positions(device, read=self._tail, owner=owner)
+        self._active = self.decision.positions(device, read=self._tail, owner=self._samples.segments.owner)
         self.parts.counters.gate_seconds += time.perf_counter() - start
         return self._active
 

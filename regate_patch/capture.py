@@ -208,7 +208,7 @@ class GatedForward:
 
         if best(self._chosen()) is None:
             self.statistics.other_graphs += 1
-            return self._inner(gm)
+            return self._inner(fx.GraphModule(gm, gm.graph))  # Dynamo's own is written when it first runs: too late
 
         def run_on_active_positions(*inputs: Any) -> Any:
             chosen = self._chosen()

@@ -72,18 +72,15 @@ class Active:
             Whose they are [T], their index [T], where rows or samples begin [N + 1] int32, how many the largest has,
             and which of the T are read [R].
         """
-        device = self.index.device
-        rows, places = _found(self.valid, self.counts)
-        counts = self.valid.sum(1) if self.counts is None else to_device(torch.tensor(self.counts), device)
-        first = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        read = torch.arange(len(rows), device=device)
+        rows, places, first = _one_by_one(self)
+        read = torch.arange(len(rows), device=rows.device)
         if self.read is not None:
-            whose, which = _found(self.read.valid, self.read.counts)
+            whose, which, _ = _one_by_one(self.read)
             read = first[whose] + self.read.index[whose, which]
         longest = self.longest
         if apart and self.samples is not None:
             ends = torch.tensor(self.samples).cumsum(0)
-            first, longest = to_device(torch.nn.functional.pad(ends, (1, 0)), device), max(self.samples)
+            first, longest = to_device(torch.nn.functional.pad(ends, (1, 0)), rows.device), max(self.samples)
         return rows, self.index[rows, places], first.int(), longest, read
 
     def reading(self, mask: Tensor, *, counts: Sequence[int] | None = None) -> Active:
@@ -141,10 +138,15 @@ class Active:
         return cls.from_mask(mask[:, :length])
 
 
-def _found(valid: Tensor, counts: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
-    """Row and column of each True; not waited for where a host knows how many there are."""
-    found = valid.nonzero() if counts is None else valid.nonzero_static(size=sum(counts))
-    return found[:, 0], found[:, 1]
+def _one_by_one(active: Active) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column of each position that is valid, and how many there are before each row; not waited for where a
+    host knows how many there are."""
+    known, device = active.counts, active.index.device
+    counts = active.valid.sum(1) if known is None else to_device(torch.tensor(known), device)
+    total = int(counts.sum()) if known is None else sum(known)
+    first = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    rows = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=total)
+    return rows, torch.arange(total, device=device) - first[rows], first
 
 
 Rule = Callable[..., Active]

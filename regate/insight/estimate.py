@@ -211,7 +211,7 @@ def inspect(model: nn.Module) -> regate_patch.Statistics:
         raise UnknownArchitectureError(str(error)) from error
     inputs = torch.zeros(2, 64, text_config(model).hidden_size, device=weight.device, dtype=weight.dtype)
     mask = torch.ones(2, 64, device=weight.device, dtype=torch.int64)
-    with adapter.followable(model):
+    with adapter.followable(model, decoder):
         return regate_patch.inspect(decoder, inputs_embeds=inputs, attention_mask=mask, use_cache=False)
 
 

@@ -101,9 +101,9 @@ class Decision:
         """
         chosen = Active.from_mask(self.active, counts=self.computed)
         if self.active.device == owner.device:  # else nobody knows yet which are left
-            chosen = replace(
-                chosen, samples=tuple(owner[self.active].unique_consecutive(return_counts=True)[1].tolist())
-            )
+            of_samples = torch.zeros(int(owner.max()) + 1, dtype=torch.int64)
+            of_samples.scatter_add_(0, owner.flatten(), self.active.flatten().long())
+            chosen = replace(chosen, samples=tuple(of_samples.tolist()))
         if read:
             chosen = chosen.reading(to_device(predictors(self.kept), self.active.device), counts=self.read)
         return chosen.to(device)

@@ -169,7 +169,7 @@ def alone(model: nn.Module, decoder: nn.Module, pieces: list[tuple[Batch, Tensor
 def gated(model: nn.Module, decoder: nn.Module, batch: Batch, active: Tensor) -> tuple[Run, regate_patch.Handle]:
     handle = regate_patch.patch(decoder, backend="eager", padding_elided=True)  # as the gate does
     try:
-        with regate_patch.active(active), find_adapter(model).followable(model):
+        with regate_patch.active(active), find_adapter(model).followable(model, decoder):
             return run(model, decoder, [(batch, active)]), handle
     finally:
         handle.remove()
