@@ -8,7 +8,7 @@
 Needs torch only, and knows nothing of scores, teachers or multimodal models: any rule may choose the positions.
 """
 
-from regate_patch.capture import Backend, Handle, OnUnsupported, Statistics, class_forward, patch
+from regate_patch.capture import Backend, Handle, OnUnsupported, class_forward, patch
 from regate_patch.context import Active, Rule, active, current
 from regate_patch.errors import (
     ActiveIndexError,
@@ -22,6 +22,7 @@ from regate_patch.errors import (
 from regate_patch.inspection import inspect
 from regate_patch.passes.rewrite import Rewrite, rewrite
 from regate_patch.sharding import is_sharded
+from regate_patch.statistics import Statistics
 from regate_patch.transfer import to_device
 
 __all__ = [

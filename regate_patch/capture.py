@@ -12,8 +12,8 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from math import inf
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from regate_patch.errors import (
 )
 from regate_patch.passes.rewrite import Observer, Rewrite, rewrite, switched_off
 from regate_patch.sharding import is_sharded, run_linear_by, uncaptured, usual_linear
+from regate_patch.statistics import Statistics
 
 log = logging.getLogger("regate_patch")
 Backend = str | Callable[..., Any]
@@ -64,63 +65,6 @@ def tracing(decoder: nn.Module) -> Iterator[None]:
                 f"{type(decoder).__name__} cannot be captured as one graph, so not all of it would run on active "
                 f"positions: {error}"
             ) from None
-
-
-@dataclass
-class Statistics:
-    """What a patched decoder did so far.
-
-    Attributes:
-        graphs: one `Rewrite` per captured graph that holds attention, and another where sequences came for which its
-            windows are too narrow to be left out (`Rewrite.longest`).
-        other_graphs: captured graphs without attention, which run as they are.
-        recompiles: graphs of both kinds captured after the first call had ended.
-        calls: calls under `active(...)`.
-        last: the rewrites that the last such call ran, in order (one graph may run once per layer).
-        failed: why the decoder runs dense since (`on_unsupported="warn"`), or None.
-    """
-
-    graphs: list[Rewrite] = field(default_factory=list)
-    other_graphs: int = 0
-    recompiles: int = 0
-    calls: int = 0
-    last: tuple[Rewrite, ...] = ()
-    failed: str | None = None
-
-    @property
-    def attention(self) -> int:
-        """Attention blocks that one call runs."""
-        return sum(rewritten.attention for rewritten in self.last)
-
-    @property
-    def mlp(self) -> int:
-        """MLP blocks that one call runs."""
-        return sum(rewritten.mlp for rewritten in self.last)
-
-    @property
-    def apart(self) -> bool:
-        """Did that call keep samples of one row apart?"""
-        return bool(self.last) and all(rewritten.apart for rewritten in self.last)
-
-    def flops(self, positions: int, read: int | None = None) -> int:
-        """Forward FLOPs of all blocks for one row that computes this many positions, of which so many are read."""
-        return self._flops([positions], positions if read is None else read)
-
-    def flops_of(self, active: Active) -> int:
-        """The same for a call on these positions, the filling of short rows included where it is computed."""
-        rows = len(active.index)
-        read = active if active.read is None else active.read
-        if active.counts is None or read.counts is None or not all(rewritten.end_to_end for rewritten in self.last):
-            return self._flops([active.longest] * rows, rows * read.longest)
-        lengths = active.samples if self.apart and active.samples else active.counts
-        return self._flops(lengths, sum(read.counts))
-
-    def _flops(self, lengths: Sequence[int], read: int) -> int:
-        positions, squares = sum(lengths), sum(n * n for n in lengths)
-        return sum(
-            r.flops_linear * positions + r.flops_quadratic * squares - r.flops_tail * (positions - read)
-            for r in self.last
-        )
 
 
 class GatedForward:

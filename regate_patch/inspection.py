@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from regate_patch.capture import Statistics, tracing
+from regate_patch.capture import tracing
 from regate_patch.errors import NoBlocksError
 from regate_patch.passes.rewrite import rewrite, switched_off
+from regate_patch.statistics import Statistics
 
 
 def inspect(decoder: nn.Module, *args: Any, **kwargs: Any) -> Statistics:

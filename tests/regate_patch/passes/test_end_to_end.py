@@ -39,6 +39,17 @@ def test_attention_of_samples(heads: int, lengths: list[int]) -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_attention_under_autocast() -> None:
+    """In the dtype in which SDPA takes it there."""
+    query = torch.randn(1, 4, 6, 8)
+    key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attend(query, key, value, torch.tensor([0, 6], dtype=torch.int32), 6, None)
+        expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "qwen3_vl_moe"])
 def test_exact(name: str, rows: int) -> None:
