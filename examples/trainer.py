@@ -2,6 +2,7 @@
 
     python -m examples.trainer --model PATH_OR_HUB_ID --data conversations.json
     python -m examples.trainer ... --steps 1000 --resume
+    torchrun --nproc-per-node 4 -m examples.trainer ... --deepspeed examples/deepspeed/zero3.json
 
 The gate's state goes into the trainer's checkpoints, and its numbers into the trainer's log, by themselves.
 """
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> tuple[regate.Report, list[dict[str, f
     options = parser(__doc__, "trainer")
     options.add_argument("--save-every", type=int, default=100)
     options.add_argument("--resume", action="store_true", help="continue from OUT's last checkpoint")
+    options.add_argument("--deepspeed", help="a config of DeepSpeed's, ZeRO-2 or ZeRO-3")
     args = options.parse_args(argv)
     training = TrainingArguments(
         output_dir=str(args.out),
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> tuple[regate.Report, list[dict[str, f
         save_steps=args.save_every,
         remove_unused_columns=False,  # processors of other families name inputs that Trainer would drop
         report_to="none",
+        deepspeed=args.deepspeed,  # with ZeRO-3 the model below is loaded in parts, and is its own teacher at first
     )
     model, processor, records = load(args, dtype=torch.float32)  # bf16 above is by autocast: weights stay exact
     model.to(training.device)

@@ -92,8 +92,8 @@ def refuse_sharded(model: nn.Module) -> None:
     if is_sharded(model):
         raise UnsupportedShardingError(
             "the teacher cannot be copied from a model that FSDP2 or DeepSpeed ZeRO-3 has split: call regate.apply "
-            "before fully_shard, deepspeed.initialize or accelerator.prepare, or pass teacher='first', 'precomputed' or "
-            "None. Where from_pretrained splits it (HfDeepSpeedConfig, Trainer with a ZeRO-3 config), it never was whole"
+            "before fully_shard, deepspeed.initialize or accelerator.prepare, or pass teacher='first', 'precomputed' "
+            "or None. Where from_pretrained splits it (HfDeepSpeedConfig, Trainer with ZeRO-3), it never was whole"
         )
 
 

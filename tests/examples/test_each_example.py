@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import regate
-from examples import common, multi_gpu, new_adapter, plain_loop, qlora, trainer, trl_lora
+from examples import common, multi_gpu, new_adapter, packed_rows, plain_loop, qlora, trainer, trl_lora
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +82,24 @@ def test_trainer_takes_the_gate_along(tmp_path: Path) -> None:
     resumed, _ = run(trainer, tmp_path, "--steps", 4, "--save-every", 3, "--resume")
     assert_elided(resumed, full=2, sparse=2)
     assert_equal(weights, load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
+
+
+def test_packed_rows(tmp_path: Path) -> None:
+    report = run(packed_rows, tmp_path, "--steps", 4)
+    assert_elided(report, full=2, sparse=2)
+    assert report["graphs"] == 1
+
+
+def test_zero3_in_two_processes(tmp_path: Path) -> None:
+    """The model is loaded in parts, and gives the reference losses of the training set before its first step."""
+    pytest.importorskip("deepspeed")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    options = f"-m examples.trainer --batch-size 2 --steps 3 --out {tmp_path}".split()
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    command = [*launch, *options, "--deepspeed", "examples/deepspeed/zero3.json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 full, 1 sparse" in done.stdout
 
 
 @pytest.mark.parametrize("example", [trl_lora, qlora], ids=lambda module: module.__name__)
