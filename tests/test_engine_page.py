@@ -14,5 +14,5 @@ def test_the_page_is_what_the_command_prints() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert "is_causal=True" in module.printed()
+    assert "attend(" in module.printed()
     assert module.page() == module.PAGE.read_text(), "python docs/engine.py --write"
