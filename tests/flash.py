@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 import transformers.modeling_flash_attention_utils as flash
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import flash_attention_mask
@@ -100,6 +101,15 @@ def installed() -> Iterator[list[str]]:
         mock.patch.object(PreTrainedModel, "_flash_attn_can_dispatch", return_value=True),
     ):
         yield calls
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, *, block_mask: Any, scale: float, **_: Any) -> Tensor:
+    """`flex_attention` as transformers calls it, which has no backward pass on the CPU, written out."""
+    rows, heads, length = query.shape[:3]
+    visible = create_mask(block_mask.mask_mod, rows, 1, length, length, device="cpu")
+    key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)
+    return scores.softmax(-1).nan_to_num() @ value  # padding sees nothing
 
 
 def use(model: nn.Module, implementation: str = "flash_attention_2") -> Any:

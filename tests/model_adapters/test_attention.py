@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations import flex_attention
 
 import regate
 from regate.errors import PackedRowsError
@@ -78,6 +79,16 @@ def test_other_packages_and_the_hub(implementation: str) -> None:
     model = flash.use(CORE["llava"].double(), implementation)
     _assert_same(_step(model, batch, FULL), _step(model, batch))
     assert _chosen(model) == implementation
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_flex_attention(padding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", flash.flex)
+    batch = oracle.double(CORE["llava"].batch(padding))
+    model = CORE["llava"].double()
+    model.model.language_model.set_attn_implementation("flex_attention")
+    _assert_same(_step(model, batch, FULL), _step(model, batch))
+    assert _chosen(model) == "flex_attention"
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
