@@ -48,7 +48,7 @@ def apply(
 
     Raises:
         UnknownArchitectureError: no adapter serves the model, or PEFT adapts it by a method that cannot be followed.
-        UnsupportedShardingError: DeepSpeed ZeRO-3 or FSDP1.
+        UnsupportedShardingError: teacher="copy" or "4bit" for a model that FSDP2 or DeepSpeed ZeRO-3 has split.
         StoreMismatchError: the store's reference losses were made by another teacher.
         ConfigError: a setting out of range.
     """

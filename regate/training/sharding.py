@@ -56,7 +56,7 @@ def refuse_opaque(model: nn.Module, decoder: nn.Module) -> None:
         raise UnsupportedShardingError(
             "device_map spreads the model over devices: accelerate's hooks move each layer's inputs, and a captured "
             "decoder would bypass them; keep the whole model on one device per process (device_map={'': device}), and "
-            "where it does not fit, split it with FSDP2"
+            "where it does not fit, split it with FSDP2 or DeepSpeed ZeRO-3"
         )
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise UnsupportedShardingError(
