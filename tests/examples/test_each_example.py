@@ -93,7 +93,7 @@ def test_packed_rows(tmp_path: Path) -> None:
 def test_zero3_in_two_processes(tmp_path: Path) -> None:
     """The model is loaded in parts, and gives the reference losses of the training set before its first step."""
     pytest.importorskip("deepspeed")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = f"-m examples.trainer --batch-size 2 --steps 3 --out {tmp_path}".split()
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     command = [*launch, *options, "--deepspeed", "examples/deepspeed/zero3.json"]
