@@ -43,11 +43,19 @@ def config(args: argparse.Namespace) -> regate.Config:
 
 def load(args: argparse.Namespace, **options: Any) -> tuple[PreTrainedModel, Any, list[Record]]:
     """(model, processor, records); `options` go to the model's `from_pretrained`."""
-    records = read(args.data) if args.data else drawings()
-    path = args.model or _make_tiny(records)
+    path, records = source(args)
     processor = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path, **options)
     return model.train(), processor, records
+
+
+def source(args: argparse.Namespace) -> tuple[str, list[Record]]:
+    """(where the model is, records); the tiny model is made once. Call it before DeepSpeed's ZeRO-3 is heard of, which
+    would make that one, too, in parts."""
+    records = read(args.data) if args.data else drawings()
+    if not args.model and not hasattr(args, "tiny"):
+        args.tiny = _make_tiny(records)
+    return args.model or args.tiny, records
 
 
 def loader(records: list[Record], processor: Any, batch_size: int) -> DataLoader[dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import regate
-from examples.common import collator, config, load, parser
+from examples.common import collator, config, load, parser, source
 from examples.conversations import Conversations
 
 
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> tuple[regate.Report, list[dict[str, f
     options.add_argument("--resume", action="store_true", help="continue from OUT's last checkpoint")
     options.add_argument("--deepspeed", help="a config of DeepSpeed's, ZeRO-2 or ZeRO-3")
     args = options.parse_args(argv)
+    source(args)  # made whole, before TrainingArguments tell transformers of ZeRO-3
     training = TrainingArguments(
         output_dir=str(args.out),
         max_steps=args.steps,
