@@ -19,7 +19,7 @@ import regate
 from regate.errors import StoreError
 from tests import oracle
 from tests.integrations.ranks import CELLS as WAYS
-from tests.integrations.ranks import batch_of, build, wrapped
+from tests.integrations.ranks import build, wrapped
 from tests.zoo import CORE
 
 CONFIG = regate.Config(warmup=1, cycle=1000, full_steps=0, logits="all")
@@ -38,6 +38,11 @@ class Rows(Dataset[Row]):
 
     def __getitem__(self, i: int) -> Row:
         return {k: v[0] for k, v in self.rows[i].items()}
+
+
+def batch_of(rank: int) -> dict[str, Tensor]:
+    """What a rank trains on."""
+    return oracle.double(CORE["llava"].batch("right", seed=rank))
 
 
 def arguments(folder: Path, **others: Any) -> TrainingArguments:

@@ -17,7 +17,8 @@ import regate
 from regate.errors import ConfigError, StoreError
 from tests.integrations import ranks_first
 from tests.integrations.processes import run_ranks
-from tests.integrations.ranks import batch_of, build
+from tests.integrations.ranks import build
+from tests.integrations.ranks_first import batch_of
 from tests.integrations.test_trainer import CONFIG, MODEL, Rows, assert_equal, trainer, weights
 
 pytestmark = pytest.mark.matrix
