@@ -29,7 +29,8 @@ class Config:
             -1 and 1 score what the visual input already explains, `ref - m`.
         selection: "score" keeps the highest scores, "random" as many at random (a control).
         alignment: which answer positions a kept label activates: its "predictor", or "both" the predictor and
-            the kept token itself.
+            the kept token itself, which costs positions and has ended above dense where "predictor" ended a little
+            below (docs/evidence.md).
         explore: share of the kept labels that is drawn at random, among those that the score leaves out.
         seed: of what is drawn at random.
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out

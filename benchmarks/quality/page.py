@@ -195,6 +195,15 @@ def _calibration(runs: list[Record], arms: list[str]) -> str:
     return f"{told}\n\n{_markdown(rows)}"
 
 
+PAIRS = (
+    ("regate", "random", "at equal budget"),
+    ("regate", "masking", "the same choice with every position computed, so what leaving positions out costs"),
+    ("both", "masking", "the same with the kept tokens' own positions computed, too"),
+    ("both", "regate", "for those positions"),
+    ("regate", "student", "so what the reference adds"),
+)
+
+
 def findings(runs: list[Record], arms: list[str], part: Part) -> list[str]:
     """Sentences that follow from the figures, each with its verdict."""
     grounded = analysis.final("grounded", part)
@@ -204,12 +213,11 @@ def findings(runs: list[Record], arms: list[str], part: Part) -> list[str]:
         if arm == "dense" or found is None:
             continue
         lines.append(f"- **{arm}**: {verdict(found)}, {_interval(found, 100)} points, {len(found.by_seed)} seed(s).")
-    against = analysis.paired(runs, "regate", grounded, base="random")
-    if against is not None:
-        lines.append(
-            f"- **regate against random**, at equal budget: {verdict(against, base='random')}, "
-            f"{_interval(against, 100)} points, {len(against.by_seed)} seed(s)."
-        )
+    for arm, base, why in PAIRS:
+        against = analysis.paired(runs, arm, grounded, base=base)
+        if against is not None:
+            told = f"{verdict(against, base=base)}, {_interval(against, 100)} points, {len(against.by_seed)} seed(s)"
+            lines.append(f"- **{arm} against {base}**, {why}: {told}.")
     return ["\n".join(lines)]
 
 
