@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.attention.varlen import varlen_attn
 
 _aten = torch.ops.aten
@@ -67,7 +67,7 @@ def _samples(starts: Tensor, *along: Tensor) -> Iterator[list[Tensor]]:
             yield [x[:, :, first:end] for x in along]
 
 
-@torch.library.custom_op("regate::attend", mutates_args=(), device_types="cpu")
+@library.custom_op("regate::attend", mutates_args=(), device_types="cpu")
 def _attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of the softmax's sums [1, H, T]."""
     parts = [
@@ -85,7 +85,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=wide)
 
 
-@torch.library.custom_op("regate::attend_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("regate::attend_backward", mutates_args=(), device_types="cpu")
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, sums: Tensor, starts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

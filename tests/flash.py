@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 import transformers.modeling_flash_attention_utils as flash
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -37,7 +37,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window:
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
-@torch.library.custom_op("stand_in::_flash_attn_varlen_forward", mutates_args=())
+@library.custom_op("stand_in::_flash_attn_varlen_forward", mutates_args=())
 def _varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool, window: int, softcap: float
 ) -> Tensor:
