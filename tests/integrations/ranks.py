@@ -58,6 +58,7 @@ CELLS = [
     Cell("fsdp2", "lora", False),
 ]
 CELLS += [Cell("fsdp2", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")]
+CELLS.append(Cell("fsdp2", "lora", False, batches="unlabelled first"))
 if importlib.util.find_spec("deepspeed"):  # which compiles a kernel for a minute before it runs on a CPU
     CELLS += [
         Cell("zero2", "full", False),
@@ -68,6 +69,7 @@ if importlib.util.find_spec("deepspeed"):  # which compiles a kernel for a minut
         Cell("zero3", "never whole", False),
         Cell("zero3", "full", False, "inductor"),
         *[Cell("zero3", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")],
+        Cell("zero3", "lora", False, batches="unlabelled first"),
     ]
 
 
