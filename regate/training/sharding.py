@@ -6,6 +6,7 @@ every rank must run the same layers in the same order: what depends on a rank's 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -162,3 +163,33 @@ def local(parameter: nn.Parameter) -> Tensor:
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape that a parameter has when it is gathered."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextlib.contextmanager
+def held_whole(module: nn.Module) -> Iterator[None]:
+    """Inside, what ZeRO-3 has split of a module is whole, and calls of the module are unknown to DeepSpeed.
+
+    Every rank must come here, but may call the module as often as its own batch asks for.
+    """
+    split: list[Any] = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not split:
+        yield
+        return
+    with sys.modules["deepspeed"].zero.GatheredParameters(split), _without_hooks(module):
+        yield
+
+
+@contextlib.contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside, DeepSpeed hears nothing of calls of the module: it holds their order to be the same on all ranks."""
+    standing = [hooks for part in module.modules() for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    before = [dict(hooks) for hooks in standing]
+    for hooks in standing:
+        for key in [key for key, hook in hooks.items() if _is_from(hook, "deepspeed.")]:
+            del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, all_of_them in zip(standing, before, strict=True):
+            hooks.clear()
+            hooks.update(all_of_them)
