@@ -32,7 +32,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     try:
-        assert [process.wait(timeout=500) for process in running] == [0, 0]
+        assert [process.wait(timeout=1500) for process in running] == [0, 0]
     finally:
         for process in running:
             process.kill()
