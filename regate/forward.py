@@ -44,7 +44,7 @@ from regate.training.calls import OuterCall
 from regate.training.counters import Counters
 from regate.training.hooks import followable_dora
 from regate.training.segments import Segments, check_boundaries
-from regate.training.sharding import whole_shape
+from regate.training.sharding import held_whole, whole_shape
 from regate_patch import is_sharded, to_device
 
 
@@ -98,8 +98,14 @@ class Parts:
             UnknownArchitectureError: the adapter cannot read it.
             LabelsError, PackedRowsError: see `batches.on_host`.
         """
+        looked_up = (
+            held_whole(self.adapter.embeddings(self.model))
+            if batch.get("input_ids") is None
+            else contextlib.nullcontext()
+        )
         try:
-            layout = self.adapter.layout(self.model, batch)
+            with looked_up:  # ids are read off embeddings, for which ranks look up unlike many
+                layout = self.adapter.layout(self.model, batch)
         except AdapterError as error:
             raise UnknownArchitectureError(str(error)) from error
         if stand_in(self.decoder) is not None:

@@ -6,9 +6,13 @@ every rank must run the same layers in the same order: what depends on a rank's 
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -41,12 +45,14 @@ def layers(decoder: nn.Module) -> Iterator[nn.Module]:
 
 
 def refuse_opaque(model: nn.Module, decoder: nn.Module) -> None:
-    """DDP, FSDP2 and ZeRO-3 are fine; what hides parameters from a layer's own forward is not.
+    """DDP, FSDP2 and ZeRO-3 are fine; what hides parameters from a layer's own forward, or splits a row, is not.
 
     Raises:
-        UnsupportedShardingError: FSDP1, nn.DataParallel, a device_map over several devices, or ZeRO-3 that gathers less
-            than a decoder layer at a time.
+        UnsupportedShardingError: FSDP1, nn.DataParallel, a device_map over several devices, ZeRO-3 that gathers less
+            than a decoder layer at a time, quantised weights that are split, or tensor, context or sequence
+            parallelism.
     """
+    _refuse_parallel(model, decoder)
     if getattr(model, "_is_replica", False):
         raise UnsupportedShardingError(
             "nn.DataParallel (Trainer's choice for one process that sees several GPUs) runs copies of the model in "
@@ -73,10 +79,59 @@ def refuse_opaque(model: nn.Module, decoder: nn.Module) -> None:
         )
 
 
+def _refuse_parallel(model: nn.Module, decoder: nn.Module) -> None:
+    """Ways of giving ranks a part of each layer, or of each row."""
+    state: Any = sys.modules.get("accelerate.state")
+    asked: Any = state and state.AcceleratorState._shared_state.get("parallelism_config")
+    functions: Any = sys.modules.get("transformers.modeling_utils")
+    ulysses = functions and any(
+        _is_from(function, "deepspeed.runtime.sequence_parallel")
+        for function in functions.ALL_ATTENTION_FUNCTIONS.values()
+    )
+    found = {
+        "tensor parallelism": _in_pieces(model) or (getattr(asked, "tp_size", None) or 1) > 1,
+        "context parallelism": _is_from(F.scaled_dot_product_attention, "torch.distributed.tensor.experimental")
+        or (getattr(asked, "cp_size", None) or 1) > 1,
+        "sequence parallelism (Ulysses)": ulysses or (getattr(asked, "sp_size", None) or 1) > 1,
+    }
+    if kinds := [kind for kind, there in found.items() if there]:
+        raise UnsupportedShardingError(
+            f"{' and '.join(kinds)}: a rank holds a part of each layer or of each row, and which positions of a row "
+            "are computed is decided by ranks that hold all of it; use as many ranks for data instead, with parameters "
+            "split by FSDP2 or DeepSpeed ZeRO-3 (accelerate: ParallelismConfig(dp_shard_size=...) alone)"
+        )
+    quantised = next((m for m in decoder.modules() if _is_from(type(m), "bitsandbytes")), None)
+    if quantised is not None and is_sharded(decoder):
+        raise UnsupportedShardingError(
+            f"{type(quantised).__name__} under FSDP2 or DeepSpeed ZeRO-3 makes its weights whole again inside each "
+            "linear, which cuts a decoder layer into graphs that cannot be followed; train QLoRA under DDP, or split "
+            "the base model in bfloat16 and train LoRA on it"
+        )
+
+
+def _in_pieces(model: nn.Module) -> bool:
+    """Does each rank compute with a part of some weight?"""
+    gathered = is_sharded(model)
+
+    def in_pieces(parameter: nn.Parameter) -> bool:
+        placements = parameter.placements if isinstance(parameter, DTensor) else ()
+        return sum(not placement.is_replicate() for placement in placements) > gathered  # FSDP2 gathers one of them
+
+    return any(
+        (getattr(part, "_tp_size", None) or 1) > 1 or _is_from(type(part), "deepspeed.module_inject")
+        for part in model.modules()
+    ) or any(map(in_pieces, model.parameters()))
+
+
+def _is_from(thing: Any, package: str) -> bool:
+    """Is a class's or a function's code from this package?"""
+    return (getattr(thing, "__module__", None) or "").startswith(package)
+
+
 def _hooks_inside(layer: nn.Module) -> bool:
     """Do hooks of DeepSpeed stand in the layer?"""
     return any(
-        (getattr(hook, "__module__", None) or "").startswith("deepspeed.runtime.zero.")
+        _is_from(hook, "deepspeed.runtime.zero.")
         for part in layer.modules()
         if part is not layer
         for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
@@ -108,3 +163,33 @@ def local(parameter: nn.Parameter) -> Tensor:
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape that a parameter has when it is gathered."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextlib.contextmanager
+def held_whole(module: nn.Module) -> Iterator[None]:
+    """Inside, what ZeRO-3 has split of a module is whole, and calls of the module are unknown to DeepSpeed.
+
+    Every rank must come here, but may call the module as often as its own batch asks for.
+    """
+    split: list[Any] = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not split:
+        yield
+        return
+    with sys.modules["deepspeed"].zero.GatheredParameters(split), _without_hooks(module):
+        yield
+
+
+@contextlib.contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside, DeepSpeed hears nothing of calls of the module: it holds their order to be the same on all ranks."""
+    standing = [hooks for part in module.modules() for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    before = [dict(hooks) for hooks in standing]
+    for hooks in standing:
+        for key in [key for key, hook in hooks.items() if _is_from(hook, "deepspeed.")]:
+            del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, all_of_them in zip(standing, before, strict=True):
+            hooks.clear()
+            hooks.update(all_of_them)

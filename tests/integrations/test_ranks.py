@@ -32,7 +32,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     try:
-        assert [process.wait(timeout=500) for process in running] == [0, 0]
+        assert [process.wait(timeout=1500) for process in running] == [0, 0]
     finally:
         for process in running:
             process.kill()
@@ -72,6 +72,20 @@ def test_a_gate_after_zero3s_engine_is_refused(ranks: list[dict[str, Any]]) -> N
     for rank in ranks:
         assert rank["too late"].startswith("UnsupportedShardingError: DeepSpeed ZeRO-3 gathers LlamaDecoderLayer")
         assert '{"leaf_module": {"classes": ["LlamaDecoderLayer"]}}' in rank["too late"]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_gathered_layers_are_dropped_until_the_backward_pass(backend: str, ranks: list[dict[str, Any]]) -> None:
+    pytest.importorskip("deepspeed")
+    assert all(rank["left"][backend] == [[]] * STEPS for rank in ranks)
+
+
+def test_ids_are_read_off_embeddings_that_zero3_has_split(ranks: list[dict[str, Any]]) -> None:
+    """keep=1 is the ungated run, though one rank looks up more embeddings than the other."""
+    pytest.importorskip("deepspeed")
+    for rank in ranks:
+        ungated, gated = rank["own wrapper"][:2], rank["own wrapper"][2:]
+        assert gated == pytest.approx(ungated, abs=1e-5)
 
 
 def test_checkpoints_of_several_ranks(ranks: list[dict[str, Any]]) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import regate
 from regate.errors import UnsupportedShardingError
@@ -43,6 +49,97 @@ def test_layers_on_several_devices_are_refused() -> None:
         add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
     with pytest.raises(UnsupportedShardingError, match="device_map spreads the model over devices"):
         model(**CORE["llava"].batch())
+
+
+def _refused(model: nn.Module, match: str) -> None:
+    regate.apply(model, SPARSE, teacher=None)
+    with pytest.raises(UnsupportedShardingError, match=match):
+        model(**CORE["llava"].batch())
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of one rank."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_tensor_parallel_is_refused(mesh: DeviceMesh) -> None:
+    model = CORE["llava"].build()
+    mlp = model.model.language_model.layers[0].mlp
+    parallelize_module(mlp, mesh, {"gate_proj": ColwiseParallel(), "down_proj": RowwiseParallel()})
+    _refused(model, "^tensor parallelism: .*FSDP2 or DeepSpeed ZeRO-3")
+
+
+def test_tensor_parallel_of_transformers_is_refused() -> None:
+    model = CORE["llava"].build()
+    model._tp_size = 2
+    _refused(model, "^tensor parallelism")
+
+
+def test_tensor_parallel_under_fsdp2_is_refused(mesh: DeviceMesh) -> None:
+    both = init_device_mesh("cpu", (1, 1), mesh_dim_names=("shard", "tensor"))
+    model = CORE["llava"].build()
+    for layer in model.model.language_model.layers:
+        parallelize_module(layer.mlp, both["tensor"], {"gate_proj": ColwiseParallel()})
+        fully_shard(layer, mesh=both["shard"])
+    _refused(fully_shard(model, mesh=both["shard"]), "^tensor parallelism")
+
+
+@pytest.mark.parametrize("names", [("shard",), ("replicate", "shard")], ids=str)
+def test_fsdp2_alone_and_hybrid_is_no_tensor_parallelism(names: tuple[str, ...], mesh: DeviceMesh) -> None:
+    way = init_device_mesh("cpu", (1,) * len(names), mesh_dim_names=names)
+    model = CORE["llava"].build()
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=way)
+    fully_shard(model, mesh=way)
+    gate = regate.apply(model, SPARSE, teacher=None)
+    model(**CORE["llava"].batch())
+    assert gate.report()["attention_blocks"] == 2
+
+
+def test_context_parallel_is_refused(mesh: DeviceMesh) -> None:
+    from torch.distributed.tensor.experimental import context_parallel
+
+    model = CORE["llava"].build()
+    with context_parallel(mesh, buffers=[torch.zeros(1, 8)], buffer_seq_dims=[1]):
+        _refused(model, "^context parallelism")
+
+
+@pytest.mark.parametrize(("size", "kind"), [("tp", "tensor"), ("cp", "context"), ("sp", "sequence")])
+def test_parallelism_asked_of_accelerate_is_refused(size: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import ParallelismConfig
+
+    asked = ParallelismConfig(**{f"{size}_size": 2})
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", asked)
+    _refused(CORE["llava"].build(), f"^{kind} parallelism")
+
+
+def test_ulysses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It puts a function of its own under the name of the attention that the model was told to use."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attention(*args: object, **kwargs: object) -> None:
+        raise AssertionError("never called")
+
+    attention.__module__ = "deepspeed.runtime.sequence_parallel.ulysses_sp"
+    standing = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    try:
+        _refused(CORE["llava"].build(), "^sequence parallelism")
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = standing
+
+
+def test_qlora_under_fsdp2_is_refused(mesh: DeviceMesh) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = CORE["llava"].build()
+    for layer in model.model.language_model.layers:
+        layer.mlp.up_proj = bnb.nn.Linear4bit(32, 48, bias=False, quant_storage=torch.float32)
+        fully_shard(layer, mesh=mesh)
+    _refused(fully_shard(model, mesh=mesh), "Linear4bit under FSDP2 .* QLoRA under DDP")
 
 
 @pytest.mark.gpu
