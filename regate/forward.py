@@ -220,11 +220,11 @@ class Forward:
                 )
             )
         self._active = None
-        if proven.other and (other := stand_in(self._decoder)) is not None:
+        if proven.other and (usual := stand_in(self._decoder)) is not None:
             raise regate_patch.UnsupportedGraphError(
                 f"the attention kernels of {type(self._decoder).__name__} compute something else than its "
-                f"'{other}' attention: they know causal order, windows and padding, and leave out what else its masks "
-                f"say, such as image tokens that see one another. Train it with attn_implementation='{other}'"
+                f"'{usual}' attention: they know causal order, windows and padding, and leave out what else its masks "
+                f"say, such as image tokens that see one another. Train it with attn_implementation='{usual}'"
             )
         for note in proven.notes:
             parts.note(note)

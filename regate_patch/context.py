@@ -18,6 +18,8 @@ from torch import Tensor
 from regate_patch.errors import ActiveIndexError
 from regate_patch.transfer import to_device
 
+Laid = tuple[Tensor, Tensor, Tensor, int, Tensor]
+
 
 @dataclass(frozen=True)
 class Active:
@@ -34,6 +36,7 @@ class Active:
         samples: how many each sample has, row after row, where rows may hold several and a host knows it. A sample's
             position ids go on by one, and the next one's do not go on from there.
         ran: the `Rewrite`s that ran on these positions, one entry per run.
+        laid: what `end_to_end` has found out, once for all graphs that ask.
     """
 
     index: Tensor
@@ -42,7 +45,8 @@ class Active:
     length: int = 0
     counts: tuple[int, ...] | None = None
     samples: tuple[int, ...] | None = None
-    ran: list[Any] = field(default_factory=list, compare=False)
+    ran: list[Any] = field(default_factory=list, init=False, compare=False)  # of this one alone: `replace` begins anew
+    laid: dict[bool, Laid] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,7 +66,7 @@ class Active:
         """Is it known that there is none?"""
         return self.counts is not None and not any(self.counts)
 
-    def end_to_end(self, *, apart: bool) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    def end_to_end(self, *, apart: bool) -> Laid:
         """The T active positions of all rows, one after the other.
 
         Args:
@@ -72,6 +76,11 @@ class Active:
             Whose they are [T], their index [T], where rows or samples begin [N + 1] int32, how many the largest has,
             and which of the T are read [R].
         """
+        if apart not in self.laid:
+            self.laid[apart] = self._lay(apart)
+        return self.laid[apart]
+
+    def _lay(self, apart: bool) -> Laid:
         rows, places, first = _one_by_one(self)
         read = torch.arange(len(rows), device=rows.device)
         if self.read is not None:
@@ -86,13 +95,13 @@ class Active:
     def reading(self, mask: Tensor, *, counts: Sequence[int] | None = None) -> Active:
         """These positions, of which only those in `mask` [B, S] bool are read; `counts` as in `from_mask`."""
         read = Active.from_mask(mask.gather(1, self.index) & self.valid, counts=counts)
-        return replace(self, read=read, ran=[])
+        return replace(self, read=read)
 
     def to(self, device: torch.device) -> Active:
         """The same on `device`."""
         read = None if self.read is None else self.read.to(device)
         index, valid = to_device(self.index, device), to_device(self.valid, device)
-        return replace(self, index=index, valid=valid, read=read, ran=[])
+        return replace(self, index=index, valid=valid, read=read)
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, counts: Sequence[int] | None = None) -> Active:

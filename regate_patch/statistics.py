@@ -15,7 +15,8 @@ class Statistics:
 
     Attributes:
         graphs: one `Rewrite` per captured graph that holds attention, and another where sequences came for which its
-            windows are too narrow to be left out (`Rewrite.longest`).
+            windows are too narrow to be left out (`Rewrite.longest`), or where it is known only now and then how many
+            positions samples have.
         other_graphs: captured graphs without attention, which run as they are.
         recompiles: graphs of both kinds captured after the first call had ended.
         calls: calls under `active(...)`.

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from regate.errors import RankError
+from regate.memory.checkpoint import ranks
 from regate.memory.store import TABLES, Store, Table, half
 
 Records = dict[Table, dict[bytes, np.ndarray]]
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 def highest(number: int) -> int:
     """The highest that any rank says. Every rank must ask at the same time; a process alone has its own answer."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if ranks() == 1:
         return number
     said = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(said, dist.ReduceOp.MAX)
@@ -84,7 +85,7 @@ class Exchange:
     @property
     def needed(self) -> bool:
         """Are there other ranks, with files of their own as far as is known?"""
-        return not self._one_file and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return not self._one_file and ranks() > 1
 
     def add(self, table: Table, records: Mapping[bytes, np.ndarray]) -> None:
         """Records that this rank just stored."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,11 +89,23 @@ def _batches(task: Task) -> Any:
     return endless(task.train.batches(task.settings.batch_size, seed=1))
 
 
+@pytest.fixture
+def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise in the files of Fashion-MNIST, as many as there are in the package of Debian that brings them."""
+    random = np.random.default_rng(0)
+    for part, number in (("train", 60_000), ("t10k", 10_000)):
+        labels = random.permutation(np.arange(number, dtype=np.int64) % 10).astype(np.uint8)
+        images = random.integers(256, size=(number, 28, 28), dtype=np.uint8)
+        for kind, header, values in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+            content = gzip.compress(bytes(header) + values.tobytes(), compresslevel=0)
+            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(content)
+    monkeypatch.setattr(photos, "FOLDER", tmp_path)
+
+
+@pytest.mark.usefixtures("photographs")
 @pytest.mark.parametrize("make", [captions.task, photos.task, clips.task])
 def test_grounded_words_need_the_image(make: Callable[..., Task]) -> None:
     """Marked words are the labels they should be, and a sample's text without them is one of few."""
-    if make is photos.task and not photos.FOLDER.exists():
-        pytest.skip("photographs are in a package of Debian: apt-get install dataset-fashion-mnist")
     task = make(limit=40)
     batch = next(iter(task.train.batches(40)))
     tokenizer = task.train.processor.tokenizer
