@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class CappedHead(nn.Module):
 def head(model: nn.Module) -> nn.Module:
     """`get_output_embeddings()`, with the soft cap and scale that the text config names."""
     inner = language_model(model)
-    parts: list[Any] = [m for m in inner.modules() if hasattr(m, "get_output_embeddings")]
+    parts: Iterator[Any] = (m for m in inner.modules() if hasattr(m, "get_output_embeddings"))
     projection = next((p for m in parts if (p := m.get_output_embeddings()) is not None), None)
     if projection is None:
         raise AdapterError(
@@ -181,8 +181,9 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         valid = mask.bool()
     else:
         valid = torch.ones_like(input_ids, dtype=torch.bool)
-    ids = [i for of_kind in visual_ids(model).values() for i in of_kind]
-    visual = (input_ids < 0) | torch.isin(input_ids, torch.tensor(ids, dtype=torch.int64, device=input_ids.device))
+    visual = input_ids < 0
+    for i in {i for of_kind in visual_ids(model).values() for i in of_kind}:
+        visual |= input_ids == i
     for name in _VISUAL_MASKS:
         if isinstance(batch.get(name), Tensor) and batch[name].shape == visual.shape:
             visual = visual | batch[name].bool()

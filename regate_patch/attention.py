@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,11 +59,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: i
     return output.transpose(0, 1)[None]
 
 
-def _samples(starts: Tensor, *along: Tensor) -> Iterator[list[Tensor]]:
+def _samples(starts: Tensor, *along: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Each sample's part of tensors [1, H, T, ...]."""
-    for first, end in pairwise(starts.tolist()):
-        if end > first:
-            yield [x[:, :, first:end] for x in along]
+    lengths = [length for length in starts.diff().tolist() if length]
+    return zip(*(x.split(lengths, 2) for x in along), strict=True)
 
 
 @library.custom_op("regate::attend", mutates_args=(), device_types="cpu")
@@ -93,6 +91,8 @@ def _attend_backward(
         _aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, s, 0.0, True, scale=scale)
         for g, q, k, v, o, s in _samples(starts, grad, query, key, value, output, sums)
     ]
+    if not parts:
+        return query.clone(), key.clone(), value.clone()
     by_query, by_key, by_value = (torch.cat(grads, 2) for grads in zip(*parts, strict=True))
     return by_query, by_key, by_value
 

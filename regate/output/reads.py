@@ -65,6 +65,8 @@ def capturing(decoder: nn.Module) -> None:
 
 def _hooked(module: nn.Module, *, inside: bool) -> str | None:
     """A hook of the user's on the module or its parts; `inside`: what the module itself is given does not count."""
+    if not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+        return None
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding):
             continue  # sees nothing of the output

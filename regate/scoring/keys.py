@@ -82,10 +82,11 @@ def visual_keys(model: nn.Module, adapter: ModelAdapter, batch: Batch, layout: L
         digests = value.digests if isinstance(value, Seen) else value
         places = places.view(*places.shape, *[1] * (digests.dim() - places.dim())).expand_as(digests)
         there = (places >= 0) & ((digests != 0) if isinstance(value, Seen) else True)
-        for row in range(rows):
-            own = digests[there & (places // length == row)]
-            if len(own):
-                found[row].append(name.encode() + own.long().numpy().tobytes())
+        of_row, order = (places[there] // length).sort(stable=True)
+        own = digests[there].long()[order].split(of_row.bincount(minlength=rows).tolist())
+        for parts, numbers in zip(found, own, strict=True):
+            if len(numbers):
+                parts.append(name.encode() + numbers.numpy().tobytes())
     return [blake2b(b"".join(parts), digest_size=16).digest() if parts else b"" for parts in found]
 
 

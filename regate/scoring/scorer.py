@@ -241,9 +241,20 @@ class Scorer:
 
 
 def _spread(rows: Sequence[np.ndarray | None], candidates: Tensor, missing: float) -> Tensor:
-    """Per-sample label values [n_labels] onto their positions [N, L]; `missing` everywhere else."""
+    """Per-sample label values [n_labels] onto their positions [N, L]; `missing` everywhere else.
+
+    Raises:
+        StoreError: a sample has other labels than those that are known under its key.
+    """
     out = torch.full(candidates.shape, missing, dtype=torch.float32)
-    for b, row in enumerate(rows):
-        if row is not None:
-            out[b, candidates[b]] = torch.from_numpy(row)
+    for b, n in enumerate(candidates.sum(1).tolist()):
+        if (row := rows[b]) is not None and len(row) != n:
+            raise StoreError(
+                f"sample {b} of this batch has {n} labels, but under its key there are losses of {len(row)}: two "
+                "samples share one of the `sample_ids`, or a sample's text is not always the same"
+            )
+    known = [row for row in rows if row is not None]
+    if known:
+        there = torch.tensor([row is not None for row in rows])
+        out[candidates & there[:, None]] = torch.from_numpy(np.concatenate(known))
     return out

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import regate
-from regate.errors import LabelsError
+from regate.errors import LabelsError, StoreError
 from tests import oracle
 from tests.zoo import CORE
 
@@ -295,6 +295,15 @@ def test_sample_ids_are_for_the_gate_alone() -> None:
     assert gate.store.stats()["difficulty"] == 2
     with torch.no_grad():
         model.eval()(**batch, sample_ids=["a", "b"])
+
+
+def test_one_sample_id_for_two_samples_is_refused() -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=2)
+    regate.apply(model, SPARSE, teacher=None)
+    model(**batch, sample_ids=["a", "b"])
+    batch["labels"][1, -1] = -100
+    with pytest.raises(StoreError, match="share one of the `sample_ids`"):
+        model(**batch, sample_ids=["a", "b"])
 
 
 def test_a_gated_model_is_garbage_collected() -> None:
