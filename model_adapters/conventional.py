@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from model_adapters.embedded import read_off
 from model_adapters.errors import AdapterError
 
+_HIDDEN = -1e3  # a mask that is added to scores is below where it hides a key
+
 _LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
 _VISUAL_IDS = {
     "image": ("image_token_id", "image_token_index", "image_patch_id"),
@@ -179,6 +181,8 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         valid = mask.bool()
+    elif (square := square_mask(batch, input_ids.shape[1])) is not None:
+        valid = sees(square, 0).expand(input_ids.shape)
     else:
         valid = torch.ones_like(input_ids, dtype=torch.bool)
     visual = input_ids < 0
@@ -188,6 +192,24 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(batch.get(name), Tensor) and batch[name].shape == visual.shape:
             visual = visual | batch[name].bool()
     return {"input_ids": input_ids.clamp(min=0), "labels": labels, "valid": valid, "visual": visual & valid}
+
+
+def square_mask(batch: Mapping[str, Any], length: int) -> Tensor | None:
+    """The attention mask [B or 1, H or 1, S, S] of a call that brings one, or, by kind of layer, several."""
+    given = batch.get("attention_mask")
+    masks = given.values() if isinstance(given, Mapping) else (given,)
+    square = (length, length)
+    return next((m for m in masks if isinstance(m, Tensor) and m.dim() == 4 and m.shape[-2:] == square), None)
+
+
+def sees(mask: Tensor, offset: int) -> Tensor:
+    """Whether positions see the one `offset` beside them, bool [B or 1, S - |offset|].
+
+    Args:
+        mask: [B or 1, H or 1, S, S], which says no by False or, added to scores, by a number far below any score.
+    """
+    told = mask[:, 0].diagonal(offset, 1, 2)
+    return told > _HIDDEN if told.is_floating_point() else told.bool()
 
 
 def rows_of(table: nn.Module) -> int:

@@ -21,6 +21,10 @@ class LogitsError(RegateError):
     """Logits were read that a gated training forward did not make."""
 
 
+class HiddenStatesError(RegateError):
+    """Hidden states were read that a gated training forward did not make."""
+
+
 class PackedRowsError(RegateError, ValueError):
     """A row of the batch holds several samples."""
 
@@ -73,6 +77,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "GateNotAppliedError",
+    "HiddenStatesError",
     "LabelsError",
     "LogitsError",
     "NoTrainerError",

@@ -13,120 +13,35 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import regate_patch
-from model_adapters import AdapterError, Batch, Layout, ModelAdapter
+from model_adapters import Batch, Layout
 from model_adapters.attention import stand_in
 from model_adapters.base import labels_alone
-from model_adapters.conventional import text_config
-from regate.config import Config
-from regate.errors import ConfigError, LogitsError, UnknownArchitectureError
+from regate.errors import ConfigError, LogitsError
 from regate.labels import IGNORED, predicted, predictors
-from regate.memory.sharing import any_rank, highest
+from regate.memory.sharing import highest
 from regate.output import proof, reads, router
-from regate.output.head import Reading, embeddings, hidden_states
+from regate.output.head import Reading, embeddings, hidden_states, with_hidden_states
 from regate.output.logits import LazyHead
 from regate.output.loss import Places
 from regate.output.outputs import kept_losses, rescale, with_logits
 from regate.output.reads import Read
 from regate.output.withheld import WithheldLogits, watched
-from regate.scoring import keys
+from regate.parts import Parts
 from regate.scoring.decision import Decision
-from regate.scoring.scorer import Samples, Scorer
-from regate.training import batches, supervision
-from regate.training.calls import OuterCall
-from regate.training.counters import Counters
+from regate.scoring.scorer import Samples
+from regate.training import supervision
 from regate.training.hooks import followable_dora
-from regate.training.segments import Segments, check_boundaries
-from regate.training.sharding import held_whole, whole_shape
 from regate_patch import is_sharded, to_device
 
-
-@dataclass
-class Parts:
-    """What forwards work with; the gate's.
-
-    Attributes:
-        model: as the user gave it.
-        target, decoder: the module whose call receives labels, and the one that is captured; the gate hooks onto them.
-        outer: the running call of `model`, where `target` is inside it.
-        proven: what full steps may leave out; None before the first forward.
-        lazy: makes the head's logits lazy.
-        note: tells the user something, once.
-    """
-
-    model: nn.Module
-    target: nn.Module
-    decoder: nn.Module
-    outer: OuterCall
-    adapter: ModelAdapter
-    config: Config
-    handle: regate_patch.Handle
-    scorer: Scorer
-    counters: Counters
-    note: Callable[[str], None]
-    proven: proof.Proven | None = None
-    lazy: LazyHead | None = None
-
-    @property
-    def head(self) -> nn.Module:
-        """Hidden states to logits; looked up, for it may be replaced (`resize_token_embeddings`)."""
-        return self.adapter.head(self.model)
-
-    @property
-    def vocabulary(self) -> int:
-        """V."""
-        size = getattr(text_config(self.target), "vocab_size", None)
-        return size or max(shape[0] for p in self.head.parameters() if len(shape := whole_shape(p)) == 2)
-
-    def ready_to_prove(self, ready: bool) -> bool:
-        """Is the proof due in this forward? Of a split model it runs on all ranks at once: when all have labels."""
-        if self.proven is not None or not is_sharded(self.target):
-            return ready and self.proven is None
-        return not any_rank(not ready)
-
-    def read(self, batch: Batch) -> tuple[Layout, Samples]:
-        """The batch as the decoder sees it, [B, S] on the CPU, and its samples.
-
-        Raises:
-            UnknownArchitectureError: the adapter cannot read it.
-            LabelsError, PackedRowsError: see `batches.on_host`.
-        """
-        looked_up = (
-            held_whole(self.adapter.embeddings(self.model))
-            if batch.get("input_ids") is None
-            else contextlib.nullcontext()
-        )
-        try:
-            with looked_up:  # ids are read off embeddings, for which ranks look up unlike many
-                layout = self.adapter.layout(self.model, batch)
-        except AdapterError as error:
-            raise UnknownArchitectureError(str(error)) from error
-        if stand_in(self.decoder) is not None:
-            check_boundaries(batch)
-        layout, segments = batches.on_host(batch, layout, vocabulary=self.vocabulary)
-        alone = segments.unpack_layout(layout)
-        text = keys.text_keys(alone)
-        given = self.outer.arguments | dict(batch)
-        sample_ids = given.get("sample_ids")
-        visual = None if sample_ids is not None else keys.visual_keys(self.model, self.adapter, given, alone)
-        if visual is None and sample_ids is None:
-            self.note(keys.UNKNOWN_IMAGES)
-        names = keys.sample_keys(text, visual, sample_ids)
-        return layout, Samples(text, names, alone, self._apart(batch, segments), segments)
-
-    def _apart(self, batch: Batch, segments: Segments) -> Batch:
-        """The batch with position ids of a row a sample."""
-        if segments.places is None:
-            return batch
-        ids = self.adapter.position_ids(self.model, batch)
-        return {**batch, "position_ids": None if ids is None else segments.unpack(ids)}
+_WAYS = 8  # in which a model may compute its loss, each of them proven
 
 
 class Forward:
@@ -137,7 +52,7 @@ class Forward:
     """
 
     def __init__(self, parts: Parts, batch: Batch, layout: Layout, samples: Samples, *, full: bool, due: bool) -> None:
-        self.parts, self.layout, self._samples = parts, layout, samples
+        self.parts, self.layout, self._samples, self._batch = parts, layout, samples, batch
         self._target, self._decoder, self._head = parts.target, parts.decoder, parts.head
         self._call: dict[str, Any] = {k: v for k, v in (layout.call or batch).items() if k != "sample_ids"}
         self._device: torch.device = batch["labels"].device
@@ -146,13 +61,15 @@ class Forward:
         self._scope = contextlib.ExitStack()
         self._active: regate_patch.Active | None = None  # what the decoder ran on
         self._decoded: Any = None  # its output
+        self._unproven = False  # does its loss come about in a way that was not proven?
         self._reader = reads.inner_reader(self._call, self._target, self._decoder)
         if self._reader is not None:
             reads.capturing(self._decoder)
         self._kept = samples.candidates if full else parts.scorer.keep(samples)  # [N, L]
         kept = samples.segments.pack(self._kept)
         if due:
-            parts.proven = self._prove()
+            found = self._prove()
+            parts.proven = found if parts.proven is None else parts.proven.weakened(found)
         self.read, self.short = self._reading_of(parts.proven or proof.NOTHING)
         self.decision = Decision.of(layout, kept, parts.config, full=full, beyond=self._beyond(full))
         self._reading = Reading.of(layout.labels, kept) if self.short else None
@@ -173,6 +90,7 @@ class Forward:
         if not labelled:
             return None
         parts.scorer.collect()
+        parts.check_strays()
         forward = cls(parts, batch, layout, samples, full=full, due=due)
         parts.counters.gate_seconds += time.perf_counter() - start - (parts.counters.teacher_seconds - taught)
         return forward
@@ -186,7 +104,8 @@ class Forward:
         few = candidates & (candidates.cumsum(1) <= proof.FEW)
         some = replace(self.layout, labels=torch.where(few, labels, IGNORED))
         sharded, projection = is_sharded(self._target), getattr(self._head, "projection", self._head)
-        parts.lazy = None if sharded else LazyHead(projection)
+        if parts.lazy is None or parts.lazy.head is not projection:
+            parts.lazy = None if sharded else LazyHead(projection)
         own_head = bool(self._call.get("fused_lm_head"))  # which leaves out what has no label by itself
         plain = parts.adapter.with_labels is labels_alone and not own_head
         shortens = plain and not supervision.has_tensors(self._beside)
@@ -245,11 +164,11 @@ class Forward:
 
     def _reading_of(self, proven: proof.Proven) -> tuple[Read, bool]:
         """What this forward computes, and whether its head runs at kept labels alone."""
-        if (why := reads.logits_reader(self._head)) is not None:
+        if (why := reads.logits_reader(self._head) or reads.output_reader(self.parts.between)) is not None:
             self.parts.note(f"{reads.GIVEN_UP[Read.ALL]}: {why}")
             return Read.ALL, False
-        if self._reader is not None:
-            self.parts.note(f"{reads.GIVEN_UP[Read.ALL]}: {self._reader}")
+        if (why := self._reader or self.parts.put_elsewhere) is not None:
+            self.parts.note(f"{reads.GIVEN_UP[Read.ALL]}: {why}")
             return Read.ALL, proven.short
         return max(proven.read, Read.VALID if self._balanced else Read.KEPT), proven.short
 
@@ -325,10 +244,51 @@ class Forward:
 
     def decoded(self, output: Any) -> Any:
         """What the model goes on with instead of its decoder's output."""
-        self._decoded = output if self._reading is None else self._reading.shorten(output)
+        if self._reading is not None:
+            output = self._reading.shorten(output)
+            left_out = self._reading.unread
+        elif self.decision.full and self.read < Read.ALL:
+            left_out = ~self.decision.active
+        else:
+            self._decoded = output
+            return output
+        hidden = hidden_states(output)
+        hidden = watched(hidden, to_device(left_out, hidden.device), self.parts.count_stray)
+        self._decoded = with_hidden_states(output, hidden)
         return self._decoded
 
     # -- when it is done ------------------------------------------------------------------------------
+
+    def outgrown(self, output: Any) -> bool:
+        """Is more read of what the decoder computes than was proven? Then this forward must run anew.
+
+        A loss that comes about in a way of its own, as an auxiliary one does that is added later, was not proven.
+        """
+        parts, elsewhere = self.parts, self.parts.handle.statistics.put_elsewhere
+        if elsewhere and self.read < Read.ALL and self._active is not None:
+            parts.put_elsewhere = reads.PUT_ELSEWHERE.format(n=elsewhere)
+            return True
+        loss = proof.loss_of(output)
+        if (
+            loss is None
+            or self._decoded is None
+            or is_sharded(self._target)
+            or not (self.short or self.read < Read.ALL)
+        ):
+            return False
+        way = (self.read, self.short, reads.operations(loss, (hidden_states(self._decoded), self._decoded)))
+        self._unproven = bool(parts.ways) and way not in parts.ways
+        parts.ways.add(way)
+        return self._unproven
+
+    def again(self) -> Forward:
+        """The same forward, after another proof if its loss was not proven."""
+        self.close()
+        parts, due = self.parts, self._unproven
+        if len(parts.ways) > _WAYS:
+            parts.note(f"{reads.GIVEN_UP[Read.ALL]}: the model computes its loss in ever new ways")
+            parts.proven, due = proof.NOTHING, False
+        return Forward(parts, self._batch, self.layout, self._samples, full=self.decision.full, due=due)
 
     def finish(self, output: Any) -> Any:
         """Learn from what the model returned; what the caller gets.
@@ -372,15 +332,17 @@ class Forward:
         candidates = predicted(decision.labels)
         output = rescale(output, candidates, decision.share)
         left_out = to_device(predictors(candidates & ~decision.kept), self._device)
-        return with_logits(output, lambda logits: watched(logits, left_out, _complain))
+        return with_logits(output, lambda logits: watched(logits, left_out, _complain_of_logits))
 
     def _withheld(self, logits: Tensor) -> Tensor:
         return WithheldLogits((*self.decision.labels.shape, logits.shape[-1]), logits.dtype, logits.device)
 
 
-def _complain(read: int) -> None:
+def _complain_of_logits(read: Tensor) -> None:
+    if not read:
+        return
     raise LogitsError(
-        f"a loss outside the model reads outputs.logits at {read} positions whose labels this sparse step leaves out: "
-        "nothing was computed there. Take the labels that are kept instead, gate.last.labels_left, or train with "
+        f"a loss outside the model reads outputs.logits at {int(read)} positions whose labels this sparse step leaves "
+        "out: nothing was computed there. Take the labels that are kept instead, gate.last.labels_left, or train with "
         "regate.Config(keep=1.0)"
     )

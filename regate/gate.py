@@ -20,11 +20,12 @@ import regate_patch
 from model_adapters import Batch, ModelAdapter
 from regate.config import Config
 from regate.errors import NotGatedError, StoreError
-from regate.forward import Forward, Parts
+from regate.forward import Forward
 from regate.insight.report import Report
 from regate.memory import checkpoint
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store
+from regate.parts import Parts
 from regate.scoring.ahead import teach_all
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples, Scorer
@@ -40,6 +41,10 @@ NO_COPY = (
     "teacher='auto' keeps no copy of a model that is split over ranks, or whose copy would leave too little memory: "
     "the model itself gives reference losses before its first step. A Trainer sees to it; in a loop of your own, call "
     "gate.precompute over the training set first. teacher='copy' keeps a copy nevertheless"
+)
+OF_ANOTHER_RUN = (
+    "the store at {path} holds difficulties of {n} samples, learnt in another run, and this run goes by them until it "
+    "has its own. gate.load continues a run; gate.store.clear('difficulty') forgets what others learnt"
 )
 OnUnsupported = Literal["raise", "warn"]
 
@@ -91,7 +96,7 @@ class Gate:
         self._backend, self._automatic = backend, teacher == "auto"
         self.first = self._teacher is not None and (teacher == "first" or (self._automatic and not self.scorer.lazily))
         if self.first and self._automatic:
-            self._note(NO_COPY)
+            self.note(NO_COPY)
         self._parts = Parts(
             model,
             target,
@@ -102,14 +107,14 @@ class Gate:
             handle,
             self.scorer,
             self.counters,
-            note=call_weakly(self._note),
+            note=call_weakly(self.note),
         )
         self._steps = Steps(target, on_step=self._on_step, on_missed=self._on_missed)
         gather_by_layer(decoder)
         self._signature = inspect.signature(target.forward)
         self._hooks = [
             target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
-            target.register_forward_hook(Hook(self._after), with_kwargs=True, always_call=True),
+            target.register_forward_hook(Hook(self._after), prepend=True, with_kwargs=True, always_call=True),
             decoder.register_forward_hook(Hook(self._after_decoder)),
         ]
 
@@ -156,6 +161,7 @@ class Gate:
         self._steps.gated_forward()
         if self.counters.labels_seen == 0:  # sharding comes after `apply`, before the first step
             refuse_opaque(module, self._parts.decoder)
+            self._look_into_store()
         if self._parts.handle.statistics.failed is None:  # else on_unsupported="warn": the decoder runs dense
             self._forward = Forward.begin(self._parts, batch, step=self.step)
         if self._forward is None:
@@ -171,12 +177,25 @@ class Gate:
         if output is None:  # the forward raised
             forward.close()
             return None
+        if forward.outgrown(output):
+            forward, output = self._anew(forward)
         output = forward.finish(output)
         self.last = forward.decision
         if self.step != self._counted_step:
             self._counted_step = self.step
             self.counters.count_step(full=self.last.full)
         return output
+
+    def _anew(self, forward: Forward) -> tuple[Forward, Any]:
+        """Run a forward again with more computed, in place of the one that has just run."""
+        self._forward = forward = forward.again()
+        try:
+            return forward, self._parts.target.forward(**forward.arguments())
+        except BaseException:
+            forward.close()
+            raise
+        finally:
+            self._forward = None
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return None if self._forward is None else self._forward.decoded(output)
@@ -195,7 +214,12 @@ class Gate:
         missed = f"{wanted}, but parameters were updated: {cause}."
         if self.on_unsupported == "raise":
             raise NotGatedError(missed)
-        self._note(missed)
+        self.note(missed)
+
+    def _look_into_store(self) -> None:
+        """Before the first forward of a run: whose memory is in it?"""
+        if not self.store.temporary and checkpoint.rank() == 0 and (n := self.store.count("difficulty")):
+            self.note(OF_ANOTHER_RUN.format(path=self.store.path, n=n))
 
     def _drop(self) -> None:
         if self._forward is not None:
@@ -207,7 +231,8 @@ class Gate:
         batch = dict(self._signature.bind_partial(*args).arguments)
         return batch | kwargs
 
-    def _note(self, note: str) -> None:
+    def note(self, note: str) -> None:
+        """Tell the user something, once; the report says it again."""
         if note not in self._notes:
             self._notes.append(note)
             log.warning(note)

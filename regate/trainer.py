@@ -75,6 +75,7 @@ class GateCallback(TrainerCallback, ExportableState):
                 gate.teach_first()
             if gate.first:
                 _teach(gate, args, train_dataloader)
+        _see_that_a_step_is_sparse(gate, state)
         self._before = dict(gate.report())
 
     def on_save(
@@ -146,6 +147,19 @@ def _resume(gate: Gate, args: TrainingArguments, state: TrainerState) -> None:
         )
     log.warning("the checkpoint is of a run without a gate; its schedule goes on at step %d", state.global_step)
     gate.step = state.global_step
+
+
+def _see_that_a_step_is_sparse(gate: Gate, state: TrainerState) -> None:
+    """Or the user is told: a short run may end before the schedule's first sparse step."""
+    config, steps = gate.config, state.max_steps
+    first = config.warmup + config.full_steps
+    if config.keep < 1 and not any(not config.is_full(step) for step in range(min(steps, first + 1))):
+        gate.note(
+            f"all {steps} steps of this run are full, and no label is left out: the first sparse step would be step "
+            f"{first} (Config.warmup={config.warmup}, then full_steps={config.full_steps} of each cycle). For a run of "
+            f"this length set, say, regate.Config(warmup={steps // 10}, cycle={max(steps // 10, 8)}, "
+            f"full_steps={max(steps // 80, 1)})"
+        )
 
 
 def _teach(gate: Gate, args: TrainingArguments, dataloader: Any) -> None:

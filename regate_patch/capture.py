@@ -21,6 +21,7 @@ import torch
 import torch._dynamo
 import torch.fx.experimental._config as shape_config
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from regate_patch.context import Active, active, current
 from regate_patch.errors import (
@@ -104,7 +105,7 @@ class GatedForward:
         ran_before, graphs_before = len(chosen.ran), len(self.statistics.graphs) + self.statistics.other_graphs
         try:
             output = self._run(*args, **kwargs)
-            self._check_ran(chosen.ran[ran_before:], graphs_before)
+            self._check_ran(chosen.ran[ran_before:], graphs_before, output)
         except (UnsupportedGraphError, NoBlocksError) as error:
             if self.on_unsupported == "raise":
                 raise
@@ -193,7 +194,7 @@ class GatedForward:
             return self.backend
         return "inductor" if next(self.decoder.parameters()).is_cuda else "eager"
 
-    def _check_ran(self, ran: list[Rewrite], graphs_before: int) -> None:
+    def _check_ran(self, ran: list[Rewrite], graphs_before: int, output: Any) -> None:
         statistics, name = self.statistics, type(self.decoder).__name__
         blocks, expected = sum(r.attention + r.mlp for r in ran), statistics.attention + statistics.mlp
         if blocks == 0:
@@ -202,8 +203,11 @@ class GatedForward:
                 "from it (searched: scaled dot-product attention; softmax between matrix products). "
                 "Use attn_implementation='sdpa' or 'eager', and check that this module holds the decoder layers."
             )
+        statistics.put_elsewhere = 0
         if len(ran) == 1:
             self.whole.add(ran[0])
+            returned = sum(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(output))
+            statistics.put_elsewhere = max(ran[0].handed_out - max(returned, 1), 0)
         elif self.whole.intersection(ran):
             raise NotElidedError(f"{name} ran in several graphs one that was all of it before")
         if self.allow_graph_breaks and blocks < expected:  # else it is one graph, and all of it ran

@@ -20,6 +20,8 @@ class Statistics:
         other_graphs: captured graphs without attention, which run as they are.
         recompiles: graphs of both kinds captured after the first call had ended.
         calls: calls under `active(...)`.
+        put_elsewhere: values per token that the last such call, in one graph, gave out otherwise than by returning
+            them: a wrapped layer or a hook keeps them. They are right where everything is read.
         last: the rewrites that the last such call ran, in order (one graph may run once per layer).
         failed: why the decoder runs dense since (`on_unsupported="warn"`), or None.
     """
@@ -28,6 +30,7 @@ class Statistics:
     other_graphs: int = 0
     recompiles: int = 0
     calls: int = 0
+    put_elsewhere: int = 0
     last: tuple[Rewrite, ...] = ()
     failed: str | None = None
 

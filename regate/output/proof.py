@@ -55,6 +55,12 @@ class Proven:
     notes: tuple[str, ...] = ()
     other: bool = False
 
+    def weakened(self, later: Proven) -> Proven:
+        """What both say may be left out; the notes and doubts are the later one's."""
+        return replace(
+            later, read=max(self.read, later.read), short=self.short and later.short, lazy=self.lazy and later.lazy
+        )
+
 
 NOTHING = Proven(Read.ALL, short=False, lazy=False)  # was proven: nothing is left out
 

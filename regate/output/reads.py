@@ -8,11 +8,13 @@ that makes them right is then computed, too.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 class Read(IntEnum):
@@ -36,6 +38,11 @@ GIVEN_UP = {
     "the value with which the residual stream enters the first layer",
 }
 
+PUT_ELSEWHERE = (
+    "{n} value(s) that the decoder computes leave it otherwise than by being returned: a wrapped layer or a hook on "
+    "all modules keeps them"
+)
+_FAR = 400  # operations of a loss that are looked at
 _ASKED = ("output_hidden_states", "output_attentions")
 _PLUMBING = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "regate", "regate_patch")
 
@@ -51,6 +58,21 @@ def inner_reader(call: Mapping[str, Any], model: nn.Module, decoder: nn.Module) 
     return _hooked(decoder, inside=True)
 
 
+def between(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """The modules through which a model calls its decoder."""
+    path = next((name for name, part in model.named_modules() if part is decoder), "").split(".")[:-1]
+    return [model.get_submodule(".".join(path[: i + 1])) for i in range(len(path))]
+
+
+def output_reader(parts: Iterable[nn.Module]) -> str | None:
+    """Who sees, by a hook or a wrapped forward, what these modules hand on of the decoder's output; None if nobody."""
+    for part in parts:
+        for hook in (*part._forward_hooks.values(), *filter(None, [vars(part).get("forward")])):
+            if _origin(hook).partition(".")[0] not in _PLUMBING:
+                return f"{_origin(hook)} hangs on {type(part).__name__}, which hands on the decoder's output"
+    return None
+
+
 def logits_reader(head: nn.Module) -> str | None:
     """Who reads by a hook what the head is given or gives; None if nobody does."""
     return _hooked(head, inside=False)
@@ -61,6 +83,36 @@ def capturing(decoder: nn.Module) -> None:
     recording = sys.modules.get("transformers.utils.output_capturing")
     if recording is not None:
         recording.maybe_install_capturing_hooks(decoder)
+
+
+def operations(loss: Tensor, decoded: Any) -> frozenset[tuple[str, int]]:
+    """The operations by which a loss comes from what its decoder returned, and how many there are of each.
+
+    A factor of 0 is told from others: what it multiplies is read, but has no gradient yet.
+    """
+    seen = {None, *(x.grad_fn for x in pytree.tree_leaves(decoded) if isinstance(x, Tensor))}
+    found: Counter[str] = Counter()
+    waiting = deque([loss.grad_fn])
+    while waiting and len(seen) < _FAR:
+        if (made_by := waiting.popleft()) in seen:
+            continue
+        assert made_by is not None
+        seen.add(made_by)
+        found[made_by.name() + " by 0" * _by_zero(made_by)] += 1
+        waiting.extend(earlier for earlier, _ in made_by.next_functions)
+    return frozenset(found.items())
+
+
+def _by_zero(made_by: Any) -> bool:
+    if getattr(made_by, "_saved_alpha", 1) == 0:
+        return True
+    if not made_by.name().startswith("MulBackward"):
+        return False
+    try:
+        factors = (made_by._saved_self, made_by._saved_other)
+    except RuntimeError:  # changed in place since
+        return False
+    return any(x is not None and not x.dim() and x.device.type == "cpu" and not x for x in factors)
 
 
 def _hooked(module: nn.Module, *, inside: bool) -> str | None:

@@ -60,24 +60,21 @@ class WithheldLogits(Tensor):
         return WithheldLogits, (tuple(self.shape), self.dtype, self.device)
 
 
-def watched(logits: Tensor, left_out: Tensor, complain: Callable[[int], None]) -> Tensor:
-    """The same logits for whoever reads them outside the model; the backward pass sees at which positions they did.
+def watched(values: Tensor, left_out: Tensor, count: Callable[[Tensor], None]) -> Tensor:
+    """The same values, of which the backward pass sees who read them where they mean nothing.
 
     Args:
-        logits: [B, S, V], wrong where the decoder left a position out.
-        left_out: [B, S] bool on the device of `logits`, those positions.
-        complain: called in the backward pass with the number of such positions that a gradient came from.
+        values: [B, S, D].
+        left_out: [B, S] bool on their device, where they mean nothing.
+        count: called in the backward pass with the number of such positions that a gradient came from, int64 [].
     """
-    if not logits.requires_grad:
-        return logits
-    outside = logits.view_as(logits)
+    if not values.requires_grad:
+        return values
+    outside = values.view_as(values)
 
     def look(gradient: Tensor | None) -> None:
-        if gradient is None:  # DDP hands outputs through a function of its own, which has none for those nobody read
-            return
-        read = int(((gradient != 0).any(-1) & left_out).sum())
-        if read:
-            complain(read)
+        if gradient is not None:  # DDP hands outputs through a function of its own: none for those nobody read
+            count(((gradient.abs() > 0).any(-1) & left_out).sum())  # what overflowed, and is NaN, tells nothing
 
     outside.register_hook(look)
     return outside

@@ -10,7 +10,8 @@ Signs of a sample's beginning, any of which may be in the call:
                     the lowest, for within one sample it never falls; of four, the first, which is the text's
     cu_seq_lens_q, cu_seqlens    where samples begin among all positions, as flash attention's kernels are told
     seq_idx and the like         a number per position, the same within a sample
-    attention_mask               with numbers above 1, the same within a sample (LLaMA-Factory)
+    attention_mask               with numbers above 1, the same within a sample (LLaMA-Factory); or [B, 1, S, S], under
+                                 which a sample's first position does not see the one before it
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_adapters import Batch, Layout
+from model_adapters import Batch, Layout, conventional
 from regate.errors import PackedRowsError
 from regate.labels import IGNORED
 
@@ -43,6 +44,8 @@ def starts(batch: Batch, layout: Layout) -> Tensor | None:
         if isinstance(numbers, Tensor) and numbers.shape == shape and not numbers.is_floating_point():
             if numbers.dtype != torch.bool:
                 signs.append(numbers.diff() != 0)
+    if (mask := conventional.square_mask(batch, shape[1])) is not None:
+        signs.append(~conventional.sees(mask, -1).expand(shape[0], -1))
     ids = batch.get("position_ids")
     if isinstance(ids, Tensor) and ids.shape[-1] == shape[1] and ids.dim() in (2, 3):
         signs.append(_from_position_ids(ids, layout, leaps=batch.get("attention_mask") is None))

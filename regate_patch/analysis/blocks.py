@@ -59,6 +59,7 @@ class Span:
         exit: the residual stream after the last block; None where the span goes on to the graph's outputs.
         nodes: in graph order.
         mixers: where tokens meet in it, in graph order.
+        handed_out: how many values per token, made from `entry`, the graph gives to whoever called it.
         attention, mlp: number of blocks of each kind; a mixer that no joint follows counts as a block of its own.
     """
 
@@ -67,6 +68,7 @@ class Span:
     nodes: list[fx.Node]
     mixers: list[fx.Node]
     blocks: list[Block] = field(default_factory=list)
+    handed_out: int = 0
 
     @property
     def attention(self) -> int:
@@ -92,7 +94,9 @@ def find_span(gm: fx.GraphModule, mixers: list[fx.Node], tokens: Tokens) -> Span
     nodes = search.made_from(entry, exit_)
     if exit_ is not None and not (search.is_cut(entry, exit_) and set(mixers) <= set(nodes)):
         exit_, nodes = None, search.made_from(entry, None)
-    return Span(entry, exit_, nodes, mixers, blocks)
+    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
+    handed_out = sum(tokens.carried_by(n) and search.depends(n, entry) for n in set(output.all_input_nodes))
+    return Span(entry, exit_, nodes, mixers, blocks, handed_out)
 
 
 class _Search:

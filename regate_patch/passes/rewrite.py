@@ -192,6 +192,8 @@ class Rewrite:
         tail: does what comes after the last attention run at positions that are read (see `regate_patch.passes.tail`)?
         end_to_end: are rows laid end to end (see `regate_patch.passes.end_to_end`)?
         apart: is that what keeps samples of one row apart (see `Active.samples`)?
+        handed_out: values per token that the graph gives to whoever called it: what the decoder returns, and what its
+            code or a wrapped part of it puts elsewhere.
     """
 
     module: fx.GraphModule
@@ -208,6 +210,7 @@ class Rewrite:
     flops_tail: int = 0
     end_to_end: bool = False
     apart: bool = False
+    handed_out: int = 0
 
 
 Observer = Callable[[str, fx.GraphModule], None]
@@ -276,6 +279,7 @@ def _summary(state: State) -> Rewrite:
         flops_tail=of_tail,
         end_to_end=state.end_to_end,
         apart=state.apart,
+        handed_out=span.handed_out,
     )
 
 

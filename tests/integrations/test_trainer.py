@@ -111,6 +111,15 @@ def test_numbers_in_the_log(tmp_path: Path) -> None:
     assert sparse["regate/speedup_estimate"] > full["regate/speedup_estimate"] > 1.0
 
 
+@pytest.mark.parametrize(("warmup", "told"), [(6, True), (5, True), (4, False)])
+def test_a_run_that_ends_before_its_first_sparse_step_says_so(tmp_path: Path, warmup: int, told: bool) -> None:
+    model = MODEL.build()
+    gate = regate.apply(model, regate.Config(warmup=warmup, cycle=4, full_steps=1), teacher=None)
+    trainer(tmp_path, model).train()
+    assert ("all 6 steps of this run are full" in str(gate.report())) == told
+    assert (gate.report()["steps_sparse"] == 0) == told
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_resumes_to_the_bit(tmp_path: Path, persistent: bool) -> None:
     def run(name: str, **options: Any) -> tuple[Trainer, regate.Gate]:

@@ -297,6 +297,21 @@ def test_sample_ids_are_for_the_gate_alone() -> None:
         model.eval()(**batch, sample_ids=["a", "b"])
 
 
+def test_difficulties_of_another_run_are_not_taken_over_silently(tmp_path: Path) -> None:
+    batch = CORE["llava"].batch("none", rows=2)
+    for run in range(2):
+        model = CORE["llava"].build()
+        gate = regate.apply(model, FULL, teacher=None, store=str(tmp_path))
+        model(**batch).loss.backward()
+        gate.flush()
+        assert ("2 samples, learnt in another run" in str(gate.report())) == (run == 1)
+    state = gate.state_dict()
+    gate = regate.apply(model, FULL, teacher=None, store=str(tmp_path))
+    gate.load_state_dict(state)
+    model(**batch)
+    assert "another run" not in str(gate.report())
+
+
 def test_one_sample_id_for_two_samples_is_refused() -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=2)
     regate.apply(model, SPARSE, teacher=None)

@@ -209,16 +209,17 @@ def test_shifted_labels_are_masked_with_labels(name: str) -> None:
         _assert_same(got, _step(model, masked, plain))
 
 
-def _weighted(model: Any) -> None:
+def _weighted(model: Any, name: str = "loss_weights", *, at_predictors: bool = False) -> None:
     """A loss of the model's own that takes weights of labels and divides by their sum."""
     forward = type(model).forward
 
     @functools.wraps(forward)
-    def weighs(*args: Any, loss_weights: Tensor, **kwargs: Any) -> Any:
+    def weighs(*args: Any, **kwargs: Any) -> Any:
+        weights = kwargs.pop(name)
         output = forward(model, *args, **kwargs)
         labels = _shifted(kwargs["labels"])
         losses = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="none")
-        weights = F.pad(loss_weights, (0, 1))[:, 1:].flatten()
+        weights = (weights if at_predictors else F.pad(weights, (0, 1))[:, 1:]).flatten()
         output.loss = (losses * weights).sum() / weights.sum()
         return output
 
@@ -226,12 +227,18 @@ def _weighted(model: Any) -> None:
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_weights_of_labels_are_masked_with_labels(sparse: bool) -> None:
-    """And with them the sum that they are divided by."""
+@pytest.mark.parametrize(
+    ("name", "at_predictors"),
+    [("loss_weights", False), ("loss_weights", True), ("answer_mask", False), ("emphasis", True)],
+)
+def test_weights_of_labels_are_masked_with_labels(name: str, at_predictors: bool, sparse: bool) -> None:
+    """And with them the sum that they are divided by, whatever their name, and however they are laid along labels."""
     model, batch = _made("right")
-    weights = torch.rand(batch["labels"].shape, dtype=torch.float64) * (batch["labels"] != -100)
-    batch |= {"loss_weights": weights}
-    _weighted(model)
+    labelled = batch["labels"] != -100
+    weights = torch.rand(labelled.shape, dtype=torch.float64)
+    weights *= F.pad(labelled, (0, 1))[:, 1:] if at_predictors else labelled
+    batch |= {name: weights}
+    _weighted(model, name, at_predictors=at_predictors)
     plain: Objective = lambda model, output: output.loss  # noqa: E731
     dense = _step(model, batch, plain)
     gate = regate.apply(model, SPARSE if sparse else FULL, teacher=None)
@@ -242,7 +249,8 @@ def test_weights_of_labels_are_masked_with_labels(sparse: bool) -> None:
     last = gate.last
     assert last is not None
     regate.remove(model)
-    masked = batch | {"labels": last.labels_left, "loss_weights": weights * last.kept}
+    kept = F.pad(last.kept, (0, 1))[:, 1:] if at_predictors else last.kept
+    masked = batch | {"labels": last.labels_left, name: weights * kept}
     with reference.masked(oracle.layers_of(gate.adapter.decoder(model)), last.active):
         _assert_same(got, _step(model, masked, plain))
 

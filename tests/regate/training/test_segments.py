@@ -80,6 +80,22 @@ def test_padding_at_the_end_of_packed_rows() -> None:
     _assert_same(got, expected)
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_samples_kept_apart_by_a_square_mask_alone(added: bool) -> None:
+    """Its position ids go on from sample to sample; what is added to scores hides as False does."""
+
+    def masked(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        call = packed(model, batch)
+        mask = _square((call.pop("position_ids")[0] == 0).cumsum(0))
+        return call | {"attention_mask": torch.where(mask, 0.0, -1e9).double() if added else mask}
+
+    expected, _ = _learn("llava", None, masked)
+    got, _ = _learn("llava", regate.Config(warmup=1000), masked, teacher=None)
+    _assert_same(got, expected)
+    _, difficulties = _learn("llava", SPARSE, masked)
+    assert len(difficulties) == 6
+
+
 def test_a_label_with_which_a_sample_begins_is_no_ones() -> None:
     """The last position of one sample must not learn to predict the first of the next."""
     torch._dynamo.reset()
@@ -104,6 +120,11 @@ def _layout(rows: int, length: int, *, valid: Tensor | None = None, visual: Tens
     return Layout(zeros, zeros, valid, torch.zeros_like(valid) if visual is None else visual)
 
 
+def _square(sample: Tensor) -> Tensor:
+    """[1, 1, S, S] bool: causal order within each sample of a row [S]."""
+    return (sample[:, None] == sample).tril()[None, None]
+
+
 TEXT = torch.tensor([[0, 1, 2, 0, 0, 1]])  # three samples: of three tokens, of one, of two
 # An image of one time step, in the three rows of M-RoPE.
 IMAGE = torch.tensor([[[0, 1, 1, 1, 1, 2]], [[0, 1, 1, 2, 2, 3]], [[0, 1, 2, 1, 2, 3]]])
@@ -121,6 +142,9 @@ IMAGE = torch.tensor([[[0, 1, 1, 1, 1, 2]], [[0, 1, 1, 2, 2, 3]], [[0, 1, 2, 1, 
         ({"seq_idx": torch.tensor([[0, 0, 0, 1, 2, 2]])}, [3, 4]),
         ({"attention_mask": torch.tensor([[1, 1, 1, 2, 3, 3]])}, [3, 4]),
         ({"attention_mask": torch.ones(1, 6, dtype=torch.int64)}, []),
+        ({"attention_mask": _square(torch.tensor([1, 1, 1, 2, 3, 3]))}, [3, 4]),
+        ({"attention_mask": {"full_attention": _square(torch.tensor([1, 1, 1, 2, 3, 3]))}}, [3, 4]),
+        ({"attention_mask": _square(torch.ones(6))}, []),
         ({"position_ids": torch.arange(6)[None]}, []),
         ({}, []),
     ],
@@ -128,6 +152,23 @@ IMAGE = torch.tensor([[[0, 1, 1, 1, 1, 2]], [[0, 1, 1, 2, 2, 3]], [[0, 1, 2, 1, 
 def test_signs(call: dict[str, Any], begins: list[int]) -> None:
     found = starts(call, _layout(1, 6))
     assert (found.flatten().nonzero().flatten().tolist() if found is not None else []) == begins
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_that_a_square_mask_hides(left: bool) -> None:
+    """The sample is the one that it is alone."""
+    torch._dynamo.reset()
+    model, batch = CORE["llava"].build(), {k: v[:1] for k, v in CORE["llava"].batch("none", rows=1).items()}
+    length, extra = batch["input_ids"].shape[1], (3, 0) if left else (0, 3)
+    padded = {k: torch.nn.functional.pad(batch[k], extra, value=v) for k, v in (("input_ids", 0), ("labels", -100))}
+    there = torch.nn.functional.pad(torch.ones(length, dtype=torch.bool), extra)
+    mask = (there & torch.ones(length + 3, length + 3, dtype=torch.bool).tril())[None, None]
+    gate = regate.apply(model, SPARSE, teacher=None)
+    model(**batch)
+    model(**batch | padded | {"attention_mask": mask})
+    gate.flush()
+    assert gate.store.stats()["difficulty"] == 1
+    assert gate.report()["positions_seen"] == 2 * length
 
 
 def test_padding_begins_nothing() -> None:

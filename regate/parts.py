@@ -1,0 +1,139 @@
+"""What a gate's forwards work with, and what is known so far of who reads the decoder's output."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+import regate_patch
+from model_adapters import AdapterError, Batch, Layout, ModelAdapter
+from model_adapters.attention import stand_in
+from model_adapters.conventional import text_config
+from regate.config import Config
+from regate.errors import HiddenStatesError, UnknownArchitectureError
+from regate.memory.sharing import any_rank
+from regate.output import proof, reads
+from regate.output.logits import LazyHead
+from regate.scoring import keys
+from regate.scoring.scorer import Samples, Scorer
+from regate.training import batches
+from regate.training.calls import OuterCall
+from regate.training.counters import Counters
+from regate.training.segments import Segments, check_boundaries
+from regate.training.sharding import held_whole, whole_shape
+from regate_patch import is_sharded
+
+
+@dataclass
+class Parts:
+    """What forwards work with; the gate's.
+
+    Attributes:
+        model: as the user gave it.
+        target, decoder: the module whose call receives labels, and the one that is captured; the gate hooks onto them.
+        outer: the running call of `model`, where `target` is inside it.
+        proven: what full steps may leave out; None before the first forward.
+        ways: in which the losses that it is proven for come from the decoder's output.
+        put_elsewhere: who keeps values of the decoder that it does not return; None where nobody does.
+        strays: of past backward passes, at how many positions hidden states were read that mean nothing, int64 [].
+        lazy: makes the head's logits lazy.
+        note: tells the user something, once.
+    """
+
+    model: nn.Module
+    target: nn.Module
+    decoder: nn.Module
+    outer: OuterCall
+    adapter: ModelAdapter
+    config: Config
+    handle: regate_patch.Handle
+    scorer: Scorer
+    counters: Counters
+    note: Callable[[str], None]
+    proven: proof.Proven | None = None
+    ways: set[Any] = field(default_factory=set)
+    put_elsewhere: str | None = None
+    strays: list[Tensor] = field(default_factory=list)
+    lazy: LazyHead | None = None
+
+    def __post_init__(self) -> None:
+        self.between = reads.between(self.target, self.decoder)
+
+    def count_stray(self, read: Tensor) -> None:
+        """In a backward pass; a GPU is not waited for before the next forward."""
+        self.strays.append(read)
+        if not read.is_cuda:
+            self.check_strays()
+
+    def check_strays(self) -> None:
+        """Did something besides the model's loss read hidden states of a forward before?
+
+        Raises:
+            HiddenStatesError: it did.
+        """
+        strays, self.strays = self.strays, []
+        if read := sum(map(int, strays)):
+            raise HiddenStatesError(
+                f"something besides the loss of {type(self.target).__name__} reads hidden states of its decoder, at "
+                f"{read} position(s) that no label is predicted from: they were not all computed, and are not where "
+                "they would be. Call the model with output_hidden_states=True and take outputs.hidden_states, or train "
+                "with regate.Config(logits='all')"
+            )
+
+    @property
+    def head(self) -> nn.Module:
+        """Hidden states to logits; looked up, for it may be replaced (`resize_token_embeddings`)."""
+        return self.adapter.head(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        size = getattr(text_config(self.target), "vocab_size", None)
+        return size or max(shape[0] for p in self.head.parameters() if len(shape := whole_shape(p)) == 2)
+
+    def ready_to_prove(self, ready: bool) -> bool:
+        """Is the proof due in this forward? Of a split model it runs on all ranks at once: when all have labels."""
+        if self.proven is not None or not is_sharded(self.target):
+            return ready and self.proven is None
+        return not any_rank(not ready)
+
+    def read(self, batch: Batch) -> tuple[Layout, Samples]:
+        """The batch as the decoder sees it, [B, S] on the CPU, and its samples.
+
+        Raises:
+            UnknownArchitectureError: the adapter cannot read it.
+            LabelsError, PackedRowsError: see `batches.on_host`.
+        """
+        looked_up = (
+            held_whole(self.adapter.embeddings(self.model))
+            if batch.get("input_ids") is None
+            else contextlib.nullcontext()
+        )
+        try:
+            with looked_up:  # ids are read off embeddings, for which ranks look up unlike many
+                layout = self.adapter.layout(self.model, batch)
+        except AdapterError as error:
+            raise UnknownArchitectureError(str(error)) from error
+        if stand_in(self.decoder) is not None:
+            check_boundaries(batch)
+        layout, segments = batches.on_host(batch, layout, vocabulary=self.vocabulary)
+        alone = segments.unpack_layout(layout)
+        text = keys.text_keys(alone)
+        given = self.outer.arguments | dict(batch)
+        sample_ids = given.get("sample_ids")
+        visual = None if sample_ids is not None else keys.visual_keys(self.model, self.adapter, given, alone)
+        if visual is None and sample_ids is None:
+            self.note(keys.UNKNOWN_IMAGES)
+        names = keys.sample_keys(text, visual, sample_ids)
+        return layout, Samples(text, names, alone, self._apart(batch, segments), segments)
+
+    def _apart(self, batch: Batch, segments: Segments) -> Batch:
+        """The batch with position ids of a row a sample."""
+        if segments.places is None:
+            return batch
+        ids = self.adapter.position_ids(self.model, batch)
+        return {**batch, "position_ids": None if ids is None else segments.unpack(ids)}
