@@ -122,7 +122,12 @@ def _names(batch: Batch, adapter: ModelAdapter) -> list[str]:
         return named
     other = [name for name in batch if not any(part in name for part in _NEVER_SEEN)]
     leaves = {name: list(_leaves(batch[name])) for name in other}
-    return [n for n, found in leaves.items() if found and all(x.is_floating_point() and x.dim() > 1 for x in found)]
+    return [name for name, found in leaves.items() if found and all(map(_may_be_seen, found))]
+
+
+def _may_be_seen(x: Tensor) -> bool:
+    """Features or pixels, or pixels that are still bytes."""
+    return x.dim() > 1 if x.is_floating_point() else x.dtype == torch.uint8 and x.dim() > 2
 
 
 def _table(value: Any) -> Tensor | None:

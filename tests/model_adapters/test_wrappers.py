@@ -38,6 +38,8 @@ class MyVLM(nn.Module):
     def forward(self, photos: Tensor, texts: list[list[int]], answers: list[int]) -> Any:
         """`answers`: how many ids at the end of each text are the answer."""
         rows, labels = [], []
+        if photos.dtype == torch.uint8:
+            photos = photos.double() / 255
         for photo, text, answer in zip(self.projector(self.encoder(photos).relu()), texts, answers, strict=True):
             ids = torch.tensor(text)
             rows.append(torch.cat([photo, self.llm.get_input_embeddings()(ids)]))
@@ -113,11 +115,13 @@ def test_what_is_text_and_what_is_not(kind: str) -> None:
         assert ids[~visual].tolist() == text
 
 
-def test_images_are_told_apart_by_the_outer_call() -> None:
+@pytest.mark.parametrize("pixels", [torch.double, torch.uint8])
+def test_images_are_told_apart_by_the_outer_call(pixels: torch.dtype) -> None:
     model = MyVLM().double().train()
     gate = regate.apply(model, FULL, teacher=None)
     for seed in (0, 1, 0):
-        model(**_batch(seed=seed))
+        batch = _batch(seed=seed)
+        model(**batch | {"photos": (batch["photos"].abs() * 50).to(pixels)})
     gate.flush()
     assert gate.store.stats()["difficulty"] == 4
     assert not gate.report().notes
