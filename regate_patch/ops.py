@@ -53,11 +53,12 @@ def scatter_tokens(
     return torch.scatter(x, dim, _along(index, x, dim, batch_dim), torch.where(mask, y, x_at_index))
 
 
-def scatter_on_zeros(y: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
-    """[B, K, ...] as [B, S, ...]: `y` at the active positions, zero elsewhere."""
-    shown = torch.where(valid.reshape(valid.shape + (1,) * (y.dim() - 2)), y, torch.zeros_like(y))
-    full = y.new_zeros((y.shape[0], length, *y.shape[2:]))
-    return torch.scatter(full, 1, _along(index, y, 1, 0), shown)
+def scatter_on_zeros(y: Tensor, index: Tensor, valid: Tensor, length: int, dim: int = 1, batch_dim: int = 0) -> Tensor:
+    """[.., B, .., K, ..] as [.., B, .., S, ..]: `y` at the active positions along `dim`, zero elsewhere."""
+    sizes = list(y.shape)
+    sizes[dim] = length
+    nothing = torch.zeros_like(y)
+    return scatter_tokens(y.new_zeros(sizes), index, valid, y, nothing, dim, batch_dim)
 
 
 def scatter_flat_on_zeros(y: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:

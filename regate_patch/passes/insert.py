@@ -158,9 +158,9 @@ class Inserter:
                     ops.scatter_tokens, (laid, self.index, self.valid, node, x, dim, batch_dim)
                 )
                 result = self.in_rows(result, dim, batch_dim)
-            elif sizes[0] == self.tokens.batch and sizes[1:2] == (self.tokens.length,) and axes == [1]:
-                result = self.graph.call_function(ops.scatter_on_zeros, (node, self.index, self.valid, self.total))
-                result = self.in_rows(result, 1, 0)
+            elif len(axes) == 1 and (rows := self.rows_before(node, axes[0])) is not None:
+                args = (node, self.index, self.valid, self.total, axes[0], rows)
+                result = self.in_rows(self.graph.call_function(ops.scatter_on_zeros, args), axes[0], rows)
             elif sizes[0] == self.tokens.batch * self.tokens.length and not axes:
                 result = self.graph.call_function(ops.scatter_flat_on_zeros, (node, self.index, self.valid, self.total))
             else:
@@ -170,6 +170,11 @@ class Inserter:
                 )
         result.meta |= {k: v for k, v in node.meta.items() if k in ("example_value", "stack_trace")}
         return result
+
+    def rows_before(self, node: fx.Node, dim: int) -> int | None:
+        """The axis of the batch, if that of tokens follows it, as in [B, S, D] or a stack [N, B, S, D]; not of keys."""
+        sizes, batch = shape(node), self.tokens.batch
+        return dim - 1 if batch in sizes and sizes.index(batch) == dim - 1 else None
 
     def scalar_outside(self, node: fx.Node) -> fx.Node:
         if is_scalar(node) and expr(value(node)) == self.tokens.length:
