@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.functions import Min
 
 from regate_patch import ops
@@ -108,8 +109,18 @@ class _Checker:
             return
         if _reads_form_only(node) or (node.users and all(map(_reads_form_only, node.users))):
             return
+        if self.lists_found(node):
+            return
         if any(is_tensor(s) and value(s).is_floating_point() and self.tokens.on(s) for s in node.all_input_nodes):
             refuse(node, "it reduces over tokens")
+
+    def lists_found(self, node: fx.Node) -> bool:
+        """Is it `x[index]` of as many tokens as the span itself finds, such as those that go to one expert?
+
+        By number they are what is computed; of several rows, [B*S, D], no token axis would be lost.
+        """
+        keys = nodes_in(node.args[1]) if is_call(node, operator.getitem) else ()
+        return any(key in self.inside for key in keys) and bool(free_unbacked_symbols(value(node)))
 
     def check_sum(self, node: fx.Node) -> None:
         """Only attention hides the filling of short rows: no other product may sum over positions."""

@@ -57,6 +57,28 @@ def test_tokens_that_mix_outside_attention(odd: Callable[[Tensor], Tensor]) -> N
     assert "test_refusals.py" in str(error.value)  # the model's source line
 
 
+def _experts(x: Tensor) -> Tensor:
+    """Each of two experts on the tokens that it finds to be its own."""
+    flat = x.flatten(0, 1)
+    output = torch.zeros_like(flat)
+    for own, scale in ((flat[:, 0] > 0, 2.0), (flat[:, 0] <= 0, -1.0)):
+        (token,) = torch.where(own)
+        output = output.index_add(0, token, scale * flat[token])
+    return output.view(x.shape)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_tokens_that_the_decoder_finds_itself(rows: int) -> None:
+    """In a batch of one row the list of all rows' tokens has a token axis, and what is picked from it has none."""
+    decoder = _With(_experts)
+    x, index = torch.randn(rows, 6, 8), torch.tensor([[0, 2, 3], [1, 3, 5]])[:rows]
+    chosen = index[..., None].expand(-1, -1, 8)
+    expected = decoder(x.gather(1, chosen))
+    regate_patch.patch(decoder, backend="eager")
+    with regate_patch.active(index):
+        torch.testing.assert_close(decoder(x).gather(1, chosen), expected)
+
+
 def test_fixed_length() -> None:
     decoder = _With(lambda x: x + torch.zeros(6, 8))
     regate_patch.patch(decoder, backend="eager")
