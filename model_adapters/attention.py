@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import nn
 
+from model_adapters.conventional import way_to
+
 _IMPLEMENTATION = "_attn_implementation_internal"  # of transformers' configs, behind `_attn_implementation`
 
 
@@ -50,7 +52,6 @@ def followable_attention(model: nn.Module, decoder: nn.Module) -> Iterator[None]
 
 def _configs(model: nn.Module, decoder: nn.Module) -> list[Any]:
     """Those that layers of `decoder` read, and the modules around it, which may make their masks."""
-    path: list[str] = next((name.split(".") for name, module in model.named_modules() if module is decoder), [])
-    around = [model.get_submodule(".".join(path[:n])) for n in range(len(path))]
+    around = way_to(model, decoder)[:-1]
     configs = (getattr(module, "config", None) for module in (*around, *decoder.modules()))
     return list({id(config): config for config in configs if getattr(config, _IMPLEMENTATION, None)}.values())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model_adapters import conventional, visual
 from model_adapters.attention import followable_attention
+from model_adapters.recording import followable_recording
 
 Batch = Mapping[str, Any]
 
@@ -110,5 +111,5 @@ class ModelAdapter:
     @contextmanager
     def followable(self, model: nn.Module, decoder: nn.Module) -> Iterator[None]:
         """Inside, the decoder of `model`, or this copy of it, runs code of the same function that can be followed."""
-        with self.capturable(model), followable_attention(model, decoder):
+        with self.capturable(model), followable_attention(model, decoder), followable_recording():
             yield

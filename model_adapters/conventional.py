@@ -105,6 +105,12 @@ def decoder(model: nn.Module) -> nn.Module:
     )
 
 
+def way_to(model: nn.Module, inner: nn.Module) -> list[nn.Module]:
+    """The modules that hold `inner`, the outermost first, and itself at the end; none where `model` does not."""
+    names = next((name.split(".") if name else [] for name, part in model.named_modules() if part is inner), None)
+    return [] if names is None else [model.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
+
+
 def embeddings(model: nn.Module) -> nn.Module:
     """`get_input_embeddings()`."""
     return language_model(model).get_input_embeddings()

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from model_adapters.recording import install_recording
+
 _NAME = "load_balancing_loss_func"
 _FLAG = "output_router_logits"
 
@@ -32,9 +34,7 @@ def is_balanced(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 @contextlib.contextmanager
 def balanced_over(model: nn.Module, decoder: nn.Module, active: Callable[[], Tensor]) -> Iterator[None]:
     """While the model runs, its router loss counts the positions `active()`, bool [B, S], asked after the decoder."""
-    recording = sys.modules.get("transformers.utils.output_capturing")
-    if recording is not None:  # hooks that the decoder would otherwise install behind a lock, which nobody can capture
-        recording.maybe_install_capturing_hooks(decoder)
+    install_recording(model, decoder)
     module = sys.modules[type(model).__module__]
     original = getattr(module, _NAME)
 
