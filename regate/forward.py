@@ -24,6 +24,7 @@ import regate_patch
 from model_adapters import Batch, Layout
 from model_adapters.attention import stand_in
 from model_adapters.base import labels_alone
+from model_adapters.recording import install_recording
 from regate.errors import ConfigError, LogitsError
 from regate.labels import IGNORED, predicted, predictors
 from regate.memory.sharing import highest
@@ -64,7 +65,7 @@ class Forward:
         self._unproven = False  # does its loss come about in a way that was not proven?
         self._reader = reads.inner_reader(self._call, self._target, self._decoder)
         if self._reader is not None:
-            reads.capturing(self._decoder)
+            install_recording(self._target, self._decoder)
         self._kept = samples.candidates if full else parts.scorer.keep(samples)  # [N, L]
         kept = samples.segments.pack(self._kept)
         if due:
@@ -164,7 +165,8 @@ class Forward:
 
     def _reading_of(self, proven: proof.Proven) -> tuple[Read, bool]:
         """What this forward computes, and whether its head runs at kept labels alone."""
-        if (why := reads.logits_reader(self._head) or reads.output_reader(self.parts.between)) is not None:
+        why = reads.logits_reader(self._head) or reads.output_reader(self.parts.between, self._decoder)
+        if (why := why or reads.asked_for(self._call, self._target)) is not None:
             self.parts.note(f"{reads.GIVEN_UP[Read.ALL]}: {why}")
             return Read.ALL, False
         if (why := self._reader or self.parts.put_elsewhere) is not None:
@@ -324,15 +326,17 @@ class Forward:
         self._scope.close()
 
     def _handed_out(self, output: Any) -> Any:
-        decision = self.decision
+        decision, rows = self.decision, len(self.decision.labels)
         if self._reading is not None:
-            return with_logits(output, self._withheld)
+            short = (rows, self._reading.index.shape[1], self.parts.vocabulary)
+            return with_logits(output, self._withheld, shape=short)
         if decision.full:
             return output
         candidates = predicted(decision.labels)
         output = rescale(output, candidates, decision.share)
         left_out = to_device(predictors(candidates & ~decision.kept), self._device)
-        return with_logits(output, lambda logits: watched(logits, left_out, _complain_of_logits))
+        whole = (rows, decision.labels.shape[1], self.parts.vocabulary)
+        return with_logits(output, lambda logits: watched(logits, left_out, _complain_of_logits), shape=whole)
 
     def _withheld(self, logits: Tensor) -> Tensor:
         return WithheldLogits((*self.decision.labels.shape, logits.shape[-1]), logits.dtype, logits.device)

@@ -67,12 +67,34 @@ def rescale(output: Any, candidates: Tensor, share: float) -> Any:
     return output
 
 
-def with_logits(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The output with other logits in place of those it has, if it has some."""
-    logits = get(output, "logits")
-    if not isinstance(logits, Tensor):
-        return output
+def with_logits(output: Any, change: Callable[[Tensor], Tensor], *, shape: tuple[int, int, int]) -> Any:
+    """The output with other logits in place of those it has, of this shape [B, S, V], wherever it has some.
+
+    Outputs within outputs have logits, too (BLIP-2's `language_model_outputs`); in tuples the shape tells them.
+    """
     if isinstance(output, dict):
-        return type(output)(**{**output, "logits": change(logits)})
-    output.logits = change(logits)
+        entries: dict[str, Any] = {}
+        for name, entry in output.items():
+            if name == "logits" and _are_rows(entry, shape[:2]):
+                entries[name] = change(entry)
+            elif isinstance(entry, dict):
+                entries[name] = with_logits(entry, change, shape=shape)
+            else:
+                entries[name] = entry
+        same = all(entries[name] is entry for name, entry in output.items())
+        return output if same else type(output)(**entries)
+    if type(output) is tuple:
+        return tuple(
+            change(entry)
+            if _are_rows(entry, shape[:2]) and entry.shape[2] == shape[2]
+            else with_logits(entry, change, shape=shape)
+            for entry in output
+        )
+    if _are_rows(getattr(output, "logits", None), shape[:2]):
+        output.logits = change(output.logits)
     return output
+
+
+def _are_rows(x: Any, shape: tuple[int, ...]) -> bool:
+    """Is it a tensor [B, S, ...]?"""
+    return isinstance(x, Tensor) and x.dim() == 3 and x.shape[:2] == shape

@@ -7,7 +7,6 @@ that makes them right is then computed, too.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
@@ -15,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from model_adapters.conventional import way_to
 
 
 class Read(IntEnum):
@@ -47,42 +48,45 @@ _ASKED = ("output_hidden_states", "output_attentions")
 _PLUMBING = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "regate", "regate_patch")
 
 
-def inner_reader(call: Mapping[str, Any], model: nn.Module, decoder: nn.Module) -> str | None:
-    """Who reads values inside the decoder, or its output by a hook; None if nobody does."""
+def asked_for(call: Mapping[str, Any], model: nn.Module) -> str | None:
+    """Is the caller handed the decoder's values, some of which modules around the decoder may make of its output?"""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in _ASKED:
         asked = call.get(name)
         if asked or (asked is None and (getattr(config, name, False) or getattr(text, name, False))):
             return f"{name}=True hands the decoder's values to the caller"
-    return _hooked(decoder, inside=True)
+    return None
+
+
+def inner_reader(call: Mapping[str, Any], model: nn.Module, decoder: nn.Module) -> str | None:
+    """Who reads values inside the decoder, or its output by a hook; None if nobody does."""
+    return asked_for(call, model) or _hooked(decoder, inside=True)
 
 
 def between(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
     """The modules through which a model calls its decoder."""
-    path = next((name for name, part in model.named_modules() if part is decoder), "").split(".")[:-1]
-    return [model.get_submodule(".".join(path[: i + 1])) for i in range(len(path))]
+    return way_to(model, decoder)[1:-1]
 
 
-def output_reader(parts: Iterable[nn.Module]) -> str | None:
-    """Who sees, by a hook or a wrapped forward, what these modules hand on of the decoder's output; None if nobody."""
+def output_reader(parts: Iterable[nn.Module], decoder: nn.Module) -> str | None:
+    """Who sees, by a hook or a wrapped forward, what these modules hand on of the decoder's output; None if nobody.
+
+    Or, by a hook, what the decoder hands out: such a hook may run after ours.
+    """
     for part in parts:
         for hook in (*part._forward_hooks.values(), *filter(None, [vars(part).get("forward")])):
             if _origin(hook).partition(".")[0] not in _PLUMBING:
                 return f"{_origin(hook)} hangs on {type(part).__name__}, which hands on the decoder's output"
+    for hook in decoder._forward_hooks.values():
+        if _origin(hook).partition(".")[0] not in _PLUMBING:
+            return f"a forward hook ({_origin(hook)}) hangs on {type(decoder).__name__}"
     return None
 
 
 def logits_reader(head: nn.Module) -> str | None:
     """Who reads by a hook what the head is given or gives; None if nobody does."""
     return _hooked(head, inside=False)
-
-
-def capturing(decoder: nn.Module) -> None:
-    """Let transformers install the hooks by which it collects hidden states, which it does behind a lock otherwise."""
-    recording = sys.modules.get("transformers.utils.output_capturing")
-    if recording is not None:
-        recording.maybe_install_capturing_hooks(decoder)
 
 
 def operations(loss: Tensor, decoded: Any) -> frozenset[tuple[str, int]]:

@@ -15,7 +15,7 @@ import regate
 from regate.errors import LabelsError, LogitsError
 from regate_patch import reference
 from tests import oracle
-from tests.zoo import CORE
+from tests.zoo import CORE, members
 
 FULL = regate.Config(warmup=1000)
 SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
@@ -112,6 +112,35 @@ def test_full_steps_are_the_unpatched_model(
     assert gate.report()["labels_seen"] > 0
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("where", "says"), [("model", "LlavaModel"), ("model.language_model", "LlamaModel"), ("lm_head", "Linear")]
+)
+def test_hooks_see_the_whole_output(where: str, says: str, late: bool) -> None:
+    """Whichever module on the output's way they hang on, and whether they were there before the gate's own."""
+    model, batch = _made("right")
+    model.seen = []
+
+    def hang() -> Any:
+        part = model.get_submodule(where)
+        return part.register_forward_hook(lambda module, args, output: model.seen.append(output))
+
+    def objective(model: Any, output: Any) -> Tensor:
+        seen = model.seen.pop()
+        return output.loss + (seen if isinstance(seen, Tensor) else seen[0])[:, -1].pow(2).sum()
+
+    hook = hang()
+    expected = _step(model, batch, objective)
+    if late:
+        hook.remove()
+    gate = regate.apply(model, FULL, teacher=None)
+    if late:
+        hang()
+    for _ in range(2):
+        _assert_same(_step(model, batch, objective), expected)
+    assert f"hangs on {says}" in str(gate.report())
+
+
 def test_a_loss_that_reads_everything_is_right_on_padding_that_comes_later() -> None:
     """The first batch has none, and cannot show that padding is read."""
     model, batch = _made("none")
@@ -166,6 +195,24 @@ def test_logits_that_were_not_made_say_so() -> None:
             read()
     with pytest.raises(LogitsError, match="do not exist"):
         F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+
+def test_logits_within_an_output_say_so_too() -> None:
+    model, batch = members()["blip-2"].build(), members()["blip-2"].batch("right")
+    regate.apply(model, FULL, teacher=None)
+    inner = model(**batch).language_model_outputs.logits
+    assert inner.shape == (*batch["labels"].shape, 100)
+    with pytest.raises(LogitsError, match=r"regate\.Config\(logits='all'\)"):
+        inner.float().mean()
+
+
+def test_logits_in_a_tuple_are_watched() -> None:
+    model, batch = _made("right")
+    gate = regate.apply(model, SPARSE, teacher=None)
+    loss, logits, *_ = model(**batch, return_dict=False)
+    assert gate.last is not None
+    with pytest.raises(LogitsError, match=r"gate\.last\.labels_left"):
+        (loss + logits.pow(2).mean()).backward()
 
 
 def test_a_loss_outside_must_take_the_labels_that_are_kept() -> None:
