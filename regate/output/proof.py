@@ -35,6 +35,7 @@ from regate_patch import PatchError, to_device
 FEW = 64  # labels of each row that a proof looks at: enough to tell, and few enough to fit wherever training does
 _PARAMETERS = 3  # of the decoder, whose gradients are compared
 _ELSEWHERE = "another rank's batch asks for it"
+_NO_NUMBERS = "the model's own loss or gradients are not finite on the first batch, so that nothing can be compared"
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def prove(subject: Subject) -> Proven:
         own = _run(s, None)  # what it raises now is the model's own
     if not s.all(own is not None) or own is None:
         return replace(NOTHING, notes=(_note(Read.ALL, "the model returns no loss"),))
+    if not s.all(_is_finite(own)):
+        return replace(NOTHING, notes=(_note(Read.ALL, _NO_NUMBERS),))
     implied, why = _implied(s, (own.by_hidden != 0).any(-1).cpu())
     if (anywhere := Read(s.highest(implied))) > implied:
         implied, why = anywhere, _ELSEWHERE
@@ -156,9 +159,7 @@ def prove(subject: Subject) -> Proven:
         if s.all(same):
             notes = () if eager is None else (f"logits at kept labels are computed all at once: {eager}",)
             return Proven(s.at_least, short=True, lazy=lazily and eager is None, notes=notes)
-        long = (
-            _ELSEWHERE if same else f"the model's loss on the short sequence is {short.loss}, on the whole {own.loss}"
-        )
+        long = _ELSEWHERE if same else _other_numbers(short, own, "on the short sequence", "on the whole")
     why, other = why or long, False
     for level in (Read.LIVE, Read.VALID):
         if level < max(implied, s.at_least):
@@ -169,13 +170,21 @@ def prove(subject: Subject) -> Proven:
             asked = s.short or level > Read.LIVE  # else nobody wanted more to be left out
             return Proven(level, short=False, lazy=False, notes=(_note(level, why),) if why and asked else ())
         other = found is not None and not same
-        why = why or problem or f"its loss without such positions would be {found and found.loss}, and is {own.loss}"
+        without = "without positions after the last label" if level == Read.LIVE else "without padding"
+        why = why or problem or (None if found is None else _other_numbers(found, own, without, "with them"))
     return replace(NOTHING, notes=(_note(Read.ALL, str(why)),), other=bool(s.highest(int(other))))
 
 
 def _note(read: Read, why: str) -> str:
     more = "" if read == Read.LIVE else f", and {GIVEN_UP[read]}"
     return f"the vocabulary projection runs at every position{more}: {why}"
+
+
+def _other_numbers(run: _Run, own: _Run, here: str, there: str) -> str:
+    """What of the run is not the model's."""
+    if _close(run.loss, own.loss, _tolerance(own)):
+        return f"gradients {here} are others than {there}"
+    return f"the model's loss {here} is {run.loss}, {there} {own.loss}"
 
 
 def _implied(s: Subject, read: Tensor) -> tuple[Read, str | None]:
@@ -260,11 +269,19 @@ def _behind(s: Subject, loss: Tensor, hidden: Tensor, by_hidden: Tensor, entered
     if not s.backward or not hidden.requires_grad or not wanted:
         return []
     try:
-        return list(torch.autograd.grad([loss, hidden], wanted, [torch.ones_like(loss), by_hidden], allow_unused=True))
+        found = torch.autograd.grad([loss, hidden], wanted, [torch.ones_like(loss), by_hidden], allow_unused=True)
+        return [_off_padding(s, x) if wanted[0] is entered and i == 0 else x for i, x in enumerate(found)]
     except RuntimeError as error:
         if "use_reentrant" in str(error):  # such checkpoints only serve a backward pass that fills every `.grad`
             return []
         raise
+
+
+def _off_padding(s: Subject, gradient: Tensor | None) -> Tensor | None:
+    """By the decoder's input [B, S, D]: padding learns nothing, and may have no number there (a root's, of zeros)."""
+    if gradient is None or gradient.shape[:2] != s.valid.shape:
+        return gradient
+    return gradient.masked_fill(~to_device(s.valid, gradient.device)[..., None], 0.0)
 
 
 def loss_of(output: Any) -> Tensor | None:
@@ -277,11 +294,20 @@ def loss_of(output: Any) -> Tensor | None:
 
 def _same(a: _Run, b: _Run) -> bool:
     """Equal up to half of the digits that the decoder's dtype has, and float32's for the loss."""
-    tolerance = max(torch.finfo(_computed_in(b.by_hidden)).eps ** 0.5, 1e-6)
+    tolerance = _tolerance(b)
     pairs: list[tuple[Tensor | None, Tensor | None]] = [(a.loss, b.loss), (a.by_hidden, b.by_hidden)]
     for some, others in ((a.by_head, b.by_head), (a.behind, b.behind)):  # where both runs have them
         pairs += zip(some, others, strict=True) if some and others else []
     return all(_close(x, y, tolerance) for x, y in pairs)
+
+
+def _tolerance(run: _Run) -> float:
+    return max(torch.finfo(_computed_in(run.by_hidden)).eps ** 0.5, 1e-6)
+
+
+def _is_finite(run: _Run) -> bool:
+    found = [run.loss, run.by_hidden, *run.by_head, *run.behind]
+    return all(bool(x.isfinite().all()) for x in found if x is not None)
 
 
 def _close(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:

@@ -14,7 +14,8 @@ from model_adapters import conventional
 from regate.output.head import Reading
 from regate.output.withheld import WithheldLogits
 from tests import oracle
-from tests.zoo import CORE
+from tests.zoo import CORE, members
+from tests.zoo.common import PAD
 
 FULL = regate.Config(warmup=1000)
 
@@ -96,6 +97,19 @@ def test_a_loss_that_needs_every_position_gets_it() -> None:
         torch.testing.assert_close(output.loss, expected)
         assert output.logits is not None
     assert "vocabulary projection runs at every position: the model's loss on the short sequence" in str(gate.report())
+
+
+@pytest.mark.parametrize(("padding", "says"), [("right", None), ("left", "are not finite on the first batch")])
+def test_padding_whose_gradient_is_no_number(padding: Any, says: str | None) -> None:
+    """Gemma 3n takes roots of embeddings' squares, and those of padding may be zero. Behind the text nobody sees what
+    comes of it; in front of it the model's own gradients are lost."""
+    specimen = members()["gemma3n"]
+    model, batch = specimen.build(), specimen.batch(padding)
+    model.get_input_embeddings().weight.data[PAD] = 0.0
+    gate = regate.apply(model, FULL, teacher=None)
+    model(**batch, use_cache=False).loss.backward()
+    assert ("vocabulary projection runs at every position" in str(gate.report())) == (says is not None)
+    assert says is None or says in str(gate.report())
 
 
 def test_difficulties_are_the_same() -> None:
