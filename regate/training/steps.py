@@ -1,12 +1,19 @@
 """Counting optimizer steps, which is what the schedule counts: all micro-batches of one step share its decision.
 
-An update of the model's parameters is a step, whoever makes it. Optimizers of torch say so by themselves. Until one is
-seen that holds parameters of this model, they may be updated by hand, inside the backward pass (LOMO) or through copies
-(mixed precision): then a digest of trainable parameters, taken at each gated forward, says whether one was made.
+An update of the model's parameters is a step, whoever makes it. Optimizers of torch say so by themselves. Others do
+not: parameters may be updated by hand, inside the backward pass (LOMO) or through copies (mixed precision). So some
+values of trainable parameters are kept at each gated forward, and at the next they tell whether an update was made that
+no optimizer said. Beside an optimizer that has said one, a single such change may be a part of its step
+(sharpness-aware minimisation moves parameters there and back): it counts once a second one follows and the optimizer is
+still silent.
+
+Values that are loaded (`load_state_dict`) are no update, nor is the step by which
+`torch.distributed.checkpoint.state_dict` makes an optimizer's states.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from regate.training.hooks import call_weakly
+from regate.training.hooks import Hook, call_weakly
 from regate.training.sharding import local
 
-_PARAMETERS, _VALUES = 8, 2**16  # how many enter a digest, and how much of each
+_PARAMETERS, _VALUES = 8, 2**16  # how many are kept, and how many values of each
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,27 +51,39 @@ class Steps:
         self._optimizer_known = False  # was one seen that holds parameters of the module?
         self._ever_gated = False
         self._ungated = {"without labels": 0, "in eval mode": 0}  # forwards since the last gated one
-        self._digest: tuple[list[tuple[int, torch.dtype]], Tensor] | None = None  # at the last forward
-        self._hook = register_optimizer_step_post_hook(call_weakly(self._after_optimizer))
+        self._values: Kept | None = None  # at the last forward; None once an optimizer has changed them
+        self._moved_before = False  # they had changed when others were loaded
+        self._unsaid = 0  # changes in a row that no optimizer said
+        self._hooks = [
+            register_optimizer_step_post_hook(call_weakly(self._after_optimizer)),
+            module.register_load_state_dict_pre_hook(Hook(self._before_loading)),
+            module.register_load_state_dict_post_hook(Hook(self._after_loading)),
+        ]
 
     @property
     def made(self) -> int:
         """Steps that are complete."""
-        return self.step + bool(self._stepped or self._moved())
+        return self.step + (1 if self._stepped else self._said_by_values(self._moved()))
 
     def restart(self, step: int) -> None:
         """Go on at `step`, whatever was before."""
-        self.step = step
+        self.step, self._unsaid = step, 0
         self._stepped.clear()
-        self._digest = None
+        self._forget()
 
     def gated_forward(self) -> None:
         """A forward with labels: the first after an optimizer step begins the next one."""
-        if self._moved():
-            self._on_step()
-        self.step = self.made
+        if self._stepped:
+            self.step += 1
+            self._unsaid = 0
+        elif moved := self._moved():
+            if more := self._said_by_values(moved):
+                self._on_step()
+            self.step += more
+            self._unsaid += 1
         self._stepped.clear()
-        self._digest = None if self._optimizer_known else digest(self._module)
+        self._forget()
+        self._values = some_values(self._module)
         self._ever_gated = True
         self._ungated = dict.fromkeys(self._ungated, 0)
 
@@ -77,27 +96,52 @@ class Steps:
         self._not_gated("in eval mode")
 
     def remove(self) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def _not_gated(self, why: str) -> None:
+        if self._optimizer_known:  # it says its updates
+            self._ungated[why] += 1
+            return
         if any(self._ungated.values()) and self._moved():  # updated by what such forwards gave
             self._on_missed(self._cause(), not self._ever_gated)
         self._ungated[why] += 1
+        self._forget()
+        self._values = some_values(self._module)
+
+    def _said_by_values(self, moved: bool) -> int:
+        """The steps that a change since the last forward tells of, where no optimizer said one."""
+        if not moved:
+            return 0
         if not self._optimizer_known:
-            self._digest = digest(self._module)
+            return 1
+        return {0: 0, 1: 2}.get(self._unsaid, 1)
 
     def _moved(self) -> bool:
-        """Have parameters other values than at the last forward, and no optimizer of theirs is known?"""
-        if self._optimizer_known or self._digest is None:
-            return False
-        now = digest(self._module)
-        return now[0] == self._digest[0] and not torch.equal(now[1], self._digest[1])  # other parameters say nothing
+        """Have parameters other values than at the last forward, and no optimizer of theirs said so?"""
+        if self._values is None or self._moved_before:
+            return self._moved_before
+        before, now = self._values, some_values(self._module)
+        return now[0] == before[0] and not torch.equal(now[1], before[1])  # other parameters say nothing
+
+    def _forget(self) -> None:
+        self._values, self._moved_before = None, False
+
+    def _before_loading(self, *args: Any) -> None:
+        self._moved_before = self._moved()
+
+    def _after_loading(self, *args: Any) -> None:
+        if self._values is not None:
+            self._values = some_values(self._module)
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         own = {id(p) for p in self._module.parameters()}
         if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             return  # another model's, or of copies of our parameters: these tell by themselves
-        self._optimizer_known, self._digest = True, None
+        if _makes_states():
+            return
+        self._optimizer_known = True
+        self._forget()
         before = self._stepped if self._ever_gated else self._early
         again = id(optimizer) in before  # a second time, and no gated forward between
         if not self._ever_gated:  # the first does not count: states are made by it
@@ -132,19 +176,32 @@ class Steps:
         )
 
 
+def _makes_states() -> bool:
+    """Was the optimizer stepped, by zero, to make its states? `torch.distributed.checkpoint.state_dict` does so."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back
+    return frame.f_code.co_name == "_init_optim_state"
+
+
+Kept = tuple[list[tuple[int, torch.dtype, int]], Tensor]
+
+
 @torch.no_grad()
-def digest(module: nn.Module) -> tuple[list[tuple[int, torch.dtype]], Tensor]:
-    """Some trainable parameters, and a number for the values of each, [n] on the CPU; one wait for the device."""
+def some_values(module: nn.Module) -> Kept:
+    """Which parameters, and a copy of some of their values as integers [N]; nothing is waited for.
+
+    They are of trainable parameters that this rank holds a part of.
+    """
     learning = [p for p in module.parameters() if p.requires_grad and local(p).numel()]
     stride = (
         max(len(learning) // _PARAMETERS, 1) | 1
     )  # odd: adapters' parameters come in pairs, and one may stand still
     some = learning[::stride][-_PARAMETERS:]
-    numbers = []
+    found: list[Tensor] = []
     for parameter in some:
         values = local(parameter).detach().flatten()
         values = values[:: max(len(values) // _VALUES, 1)].contiguous()
-        as_integers = values.view(_INTEGERS[values.element_size()]).long()
-        numbers.append((as_integers * torch.arange(1, len(values) + 1, device=values.device)).sum())
-    found = torch.stack([n.to(numbers[0].device) for n in numbers]).cpu() if numbers else torch.zeros(0)
-    return [(id(p), p.dtype) for p in some], found
+        found.append(values.view(_INTEGERS[values.element_size()]).to(found[0].device if found else values.device))
+    names = [(id(p), p.dtype, len(values)) for p, values in zip(some, found, strict=True)]
+    return names, torch.cat(found) if found else torch.zeros(0, dtype=torch.uint8)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import regate
 from regate.errors import NotGatedError
-from regate.training.steps import digest
+from regate.training.steps import some_values
 from tests.zoo import CORE
 
 TWO = regate.Config(warmup=2, cycle=100, full_steps=0)
@@ -140,16 +141,99 @@ def test_updates_before_the_first_forward_do_not_count() -> None:
     assert gate.step == 0
 
 
-def test_a_digest_sees_any_value(model: Any) -> None:
+def test_some_values_see_any_change(model: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         module = nn.Linear(64, 64).to(dtype)
-        (_, before), (_, again) = digest(module), digest(module)
+        (_, before), (_, again) = some_values(module), some_values(module)
         assert torch.equal(before, again)
         with torch.no_grad():
             module.weight[5, 7] = torch.nextafter(module.weight[5, 7], torch.tensor(9.0, dtype=dtype))
-        assert not torch.equal(before, digest(module)[1])
-    assert len(digest(model)[1]) <= 8
-    assert digest(nn.ReLU())[1].numel() == 0
+        assert not torch.equal(before, some_values(module)[1])
+    assert len(some_values(model)[0]) <= 8
+    assert len(some_values(nn.Linear(2**10, 2**10))[1]) <= 2**16 + 2**10
+    assert some_values(nn.ReLU())[1].numel() == 0
+
+
+# -- beside an optimizer of torch's ---------------------------------------------------------------------
+
+
+def test_updates_by_hand_after_an_optimizer_stepped() -> None:
+    """The first of them may be a part of the optimizer's next step; with the second both are counted."""
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer, by_hand, steps = torch.optim.SGD(model.parameters(), lr=1e-3), _by_data(model), []
+    for update in 2 * [lambda: (optimizer.step(), optimizer.zero_grad())] + 4 * [by_hand]:
+        model(**BATCH).loss.backward()
+        steps.append(gate.step)
+        update()
+    model(**BATCH)
+    assert [*steps, gate.step] == [0, 1, 2, 2, 4, 5, 6]
+
+
+def test_parameters_moved_there_and_back_within_a_step() -> None:
+    """Sharpness-aware minimisation: gradients where the loss is steepest nearby, applied where the parameters were."""
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer, steps = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    model(**BATCH).loss.backward()
+    optimizer.step()
+    for _ in range(3):
+        model(**BATCH).loss.backward()
+        steps.append(gate.step)
+        before = [p.detach().clone() for p in model.parameters()]
+        _by_hand(model)()
+        model(**BATCH).loss.backward()
+        steps.append(gate.step)
+        for p, x in zip(model.parameters(), before, strict=True):
+            p.data.copy_(x)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert steps == [1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["before the first step", "after an optimizer stepped"])
+def test_values_that_are_loaded_are_no_update(known: bool) -> None:
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    other = {name: x.clone() + 1 for name, x in model.state_dict().items()}
+    if known:
+        model(**BATCH).loss.backward()
+        optimizer.step()
+    for _ in range(3):
+        model(**BATCH)
+        model.load_state_dict(other)
+        nn.ModuleList([model]).load_state_dict({f"0.{name}": x - 1 for name, x in other.items()})
+        optimizer.load_state_dict(optimizer.state_dict())
+        model(**BATCH)
+        assert gate.step == known
+
+
+def test_an_update_before_values_are_loaded_counts() -> None:
+    """As of weights that are averaged, put in for evaluation."""
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    averaged = {name: x.clone() for name, x in model.state_dict().items()}
+    model(**BATCH).loss.backward()
+    _by_hand(model)()
+    trained = {name: x.clone() for name, x in model.state_dict().items()}
+    model.load_state_dict(averaged)
+    model.load_state_dict(trained)
+    model(**BATCH)
+    assert gate.step == 1
+
+
+def test_making_an_optimizers_states_is_no_step() -> None:
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for step in range(3):
+        model(**BATCH).loss.backward()
+        assert gate.step == step
+        optimizer.step()
+        optimizer.zero_grad()
+        get_optimizer_state_dict(model, optimizer)  # of an optimizer without states it makes some at every call
+    assert gate.report()["steps_missed"] == 0
 
 
 # -- without gating -------------------------------------------------------------------------------------
