@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 
 class _HideInactiveKeys(TorchFunctionMode):
-    """Scaled dot-product attention and softmax that cannot see inactive keys of length S."""
+    """Scaled dot-product attention and softmax that cannot see inactive keys of length S; and a sparse attention that
+    chooses among the others."""
 
     def __init__(self, active: Tensor) -> None:
         super().__init__()
@@ -31,6 +32,11 @@ class _HideInactiveKeys(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             return self.attend(*args, **kwargs)
+        if func in (torch.topk, Tensor.topk) and args[0].dim() >= 3:
+            scores, *rest = args
+            if scores.shape[0] == len(self.active) and scores.shape[-2:] == 2 * self.active.shape[1:]:
+                keys = self.active.reshape(len(self.active), *(1,) * (scores.dim() - 2), -1)
+                args = (scores.masked_fill(~keys, float("-inf")), *rest)
         if func in (F.softmax, torch.softmax, Tensor.softmax):
             scores, *rest = args
             if scores.dim() == 4 and scores.shape[0] == len(self.active):

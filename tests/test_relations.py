@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -79,7 +79,14 @@ def _loss(batch: dict[str, Any], output: Any) -> Tensor:
 
 
 def _and_hidden(batch: dict[str, Any], output: Any) -> Tensor:
-    return output.loss + output.hidden_states[-1][:, -1].pow(2).mean() + output.hidden_states[1].pow(2).mean()
+    """Of each layer's output the mean, each with a weight of its own, and what stands at the end."""
+    holder = output if "hidden_states" in output else output.language_model_outputs  # BLIP-2 hands out its parts
+    states = holder.hidden_states
+    return (
+        output.loss
+        + sum((i + 1) * x.pow(2).mean() for i, x in enumerate(states)) / len(states)
+        + states[-1][..., -1, :].pow(2).mean()
+    )
 
 
 def _and_logits(batch: dict[str, Any], output: Any) -> Tensor:
@@ -198,7 +205,10 @@ def test_keep_1_is_dense(name: str, way: str, reader: str, record_property: Reco
 
     def check(case: Drawn) -> None:
         batch = case.batch(name, plain)
-        _assert_same(_step(model, batch, reader), _step(plain, batch, reader), _tolerance(name))
+        expected = _step(plain, batch, reader)
+        # Gemma 3n takes roots at zero on padding in front: the model's own gradients are no numbers then
+        assume(all(bool(gradient.isfinite().all()) for gradient in expected[1].values()))
+        _assert_same(_step(model, batch, reader), expected, _tolerance(name))
 
     _explore("keep=1 is dense", record_property, check)
 
@@ -215,7 +225,7 @@ def test_sparse_is_the_masked_reference(name: str, way: str, record_property: Re
         batch = case.batch(name, plain)
         got = _step(model, batch, "loss")
         assert gate.last is not None
-        masked = batch | {"labels": gate.last.labels_left}
+        masked = batch | gate.adapter.with_labels(plain, batch, gate.last.labels_left)
         with reference.masked(layers, gate.last.active):
             expected = _step(plain, masked, "loss")
         _assert_same(got, expected, _tolerance(name))
