@@ -27,6 +27,7 @@ def on_cpu(folder: Path) -> list[list[str]]:
         ["steps", "--rows", "8", "--only", "96/60/100", "96/60/400", "--out", f"{folder}/steps-cpu-8-rows.json"],
         ["compilation", "--out", f"{folder}/compilation-cpu.json"],
         ["teacher", "--out", f"{folder}/teacher-cpu.json"],
+        ["peak", "--rows", "8", "--out", f"{folder}/peak-cpu.json"],
     ]
 
 
@@ -38,7 +39,7 @@ def on_gpu(folder: Path) -> list[list[str]]:
             name = "".join([model, *options]).replace("--", "-")
             both = ["--backends", "eager", "inductor", "--dtype", "bfloat16"]
             commands.append(["steps", "--model", model, *options, *both, "--out", f"{folder}/steps-{name}.json"])
-    for module in ("compilation", "teacher"):
+    for module in ("compilation", "teacher", "peak"):
         out = f"{folder}/{module}-qwen2.5-3b.json"
         commands.append([module, "--model", "qwen2.5-3b", "--dtype", "bfloat16", "--out", out])
     return commands

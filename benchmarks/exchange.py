@@ -28,7 +28,9 @@ import torch.multiprocessing as multiprocessing
 
 from benchmarks.machine import described, write
 from regate.memory.sharing import Exchange
-from regate.memory.store import TABLES, Store
+from regate.memory.store import Store, Table
+
+LOSSES: tuple[Table, ...] = ("reference", "difficulty")  # the tables with a number per label
 
 
 def records(rank: int, step: int, rows: int, labels: int) -> dict[bytes, np.ndarray]:
@@ -48,10 +50,10 @@ def run(rank: int, ranks: int, port: int, folder: str, args: argparse.Namespace)
         exchange = Exchange(store)
         for step in range(args.steps):
             new = records(rank, step, args.rows, args.labels)
-            for table in TABLES:
+            for table in LOSSES:
                 store.put(table, new)
             start, busy_before = time.perf_counter(), time.thread_time()
-            for table in TABLES:
+            for table in LOSSES:
                 exchange.add(table, new)
             exchange.tick()
             spent.append(time.perf_counter() - start)
@@ -59,8 +61,8 @@ def run(rank: int, ranks: int, port: int, folder: str, args: argparse.Namespace)
             time.sleep(args.step_seconds)
             dist.barrier()  # as the reduction of gradients does
         exchange.finish()
-        counts = [store.count(table) for table in TABLES]
-    assert counts == [ranks * args.steps * args.rows] * len(TABLES), counts
+        counts = [store.count(table) for table in LOSSES]
+    assert counts == [ranks * args.steps * args.rows] * len(LOSSES), counts
     if rank == 0:
         found = {"spent": spent, "busy": busy, "sent": exchange.bytes_sent, "every": exchange.every}
         Path(folder, "found.json").write_text(json.dumps(found))

@@ -147,6 +147,17 @@ def teacher(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def peak(result: dict[str, Any]) -> str:
+    """What autograd keeps in the largest step of a cycle, over the dense one; in brackets, what a step allocates."""
+    arms = [arm for arm in next(iter(result["workloads"].values()))["arms"] if arm != "dense"]
+    lines = [_row(["V/P/A", *arms]), _row(["---"] * (1 + len(arms)))]
+    for name, found in result["workloads"].items():
+        cells = [found["arms"].get(arm) for arm in arms]
+        shown = [f"{x['of_dense_saved']:.2f} ({x['of_dense_allocated']:.2f})" if x else "" for x in cells]
+        lines.append(_row([name, *shown]))
+    return "\n".join(lines)
+
+
 def write_all(folder: Path) -> str:
     """Tables of every result in a folder, by the name of what they show; beside them the pictures and `tables.md`."""
     found: dict[str, str] = {}
@@ -158,8 +169,8 @@ def write_all(folder: Path) -> str:
                 draw(result, backend, folder / f"{path.stem}-{backend}.png")
                 found[f"{path.stem} {backend}"] = table(result, backend)
                 found[f"estimate {path.stem} {backend}"] = predictions(result, backend)
-        elif kind in ("compilation", "teacher"):
-            found[path.stem] = {"compilation": compilation, "teacher": teacher}[kind](result)
+        elif (make := {"compilation": compilation, "teacher": teacher, "peak": peak}.get(kind)) is not None:
+            found[path.stem] = make(result)
     text = "\n\n".join(f"<!-- {name} -->\n{lines}\n<!-- end -->" for name, lines in found.items()) + "\n"
     (folder / "tables.md").write_text(text)
     return text

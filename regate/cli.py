@@ -12,11 +12,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from transformers import AutoConfig, PretrainedConfig
 
 from regate import run
-from regate.config import Config
+from regate.config import Config, Logits, Schedule
 from regate.errors import ConfigError, RegateError
 from regate.insight.estimate import build_on_meta, costs_of, estimate, inspect
 
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in _NUMBERS:
         default = getattr(Config(), name)
         estimating.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    estimating.add_argument("--logits", choices=["all", "kept"], default=Config().logits)
+    estimating.add_argument("--schedule", choices=get_args(Schedule), default=Config().schedule)
+    estimating.add_argument("--rows", type=int, help="of one forward on one device, for the peak of memory")
+    estimating.add_argument("--logits", choices=get_args(Logits), default=Config().logits)
     args = parser.parse_args(options)
     if args.command == "run":
         return run.from_options(args, script)
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _estimate(model: PretrainedConfig, args: argparse.Namespace) -> str:
-    config = Config(**{name: getattr(args, name) for name in (*_NUMBERS, "logits")})
+    config = Config(**{name: getattr(args, name) for name in (*_NUMBERS, "schedule", "logits")})
     if args.counts:
         samples = [tuple(json.loads(line)) for line in args.counts.read_text().splitlines() if line.strip()]
         copies = 1
@@ -71,8 +74,9 @@ def _estimate(model: PretrainedConfig, args: argparse.Namespace) -> str:
     steps = round(args.epochs * len(samples) * copies / args.batch_size)
     throughput = None if args.tflops is None else args.tflops * 1e12
     found = estimate(
-        model, samples, config, epochs=args.epochs, steps=steps, copies=copies, flops_per_second=throughput
-    )
+        model, samples, config, epochs=args.epochs, steps=steps, copies=copies, rows=args.rows,
+        flops_per_second=throughput,
+    )  # fmt: skip
     return str(found)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from regate.errors import ConfigError
 
+Schedule = Literal["cycled", "interleaved"]
 Selection = Literal["score", "random"]
 Alignment = Literal["predictor", "both"]
 Logits = Literal["kept", "all"]
@@ -24,6 +25,10 @@ class Config:
         warmup: full steps before the first cycle.
         final_full_steps: full steps at the end of training; needs `total_steps`.
         total_steps: optimizer steps of the whole run, or None.
+        schedule: "cycled" as these say. "interleaved" keeps every label of the same share of samples,
+            `full_steps / cycle`, in each step instead, each sample in its turn (`regate.scoring.turns`): steps cost the
+            same, and of n rows at a time `ceil(n * full_steps / cycle)` are full, not all, which lowers the peak of
+            memory. Steps of warm-up and the last ones are full with either.
         ema_decay: beta of the difficulty's moving average, `m <- beta*m + (1-beta)*loss`.
         student_weight, reference_weight: a label's score is `student_weight*m + reference_weight*ref`. Of either sign:
             -1 and 1 score what the visual input already explains, `ref - m`.
@@ -51,6 +56,7 @@ class Config:
     warmup: int = 100
     final_full_steps: int = 0
     total_steps: int | None = None
+    schedule: Schedule = "cycled"
     ema_decay: float = 0.9
     student_weight: float = 1.0
     reference_weight: float = 0.5
@@ -65,6 +71,7 @@ class Config:
     def __post_init__(self) -> None:
         self._require("cycle", self.cycle >= 1, "at least 1")
         self._require("full_steps", 0 <= self.full_steps <= self.cycle, f"in [0, cycle={self.cycle}]")
+        self._require("schedule", self.schedule in get_args(Schedule), f"one of {get_args(Schedule)}")
         self._require("keep", 0 < self.keep <= 1, "in (0, 1]")
         self._require("warmup", self.warmup >= 0, "at least 0")
         self._require("final_full_steps", self.final_full_steps >= 0, "at least 0")
@@ -90,8 +97,8 @@ class Config:
     def paper(cls, **changes: Any) -> Config:
         """The paper's settings, whatever the defaults become."""
         settings: dict[str, Any] = {
-            "cycle": 128, "full_steps": 16, "keep": 0.5, "warmup": 100, "final_full_steps": 0, "ema_decay": 0.9,
-            "student_weight": 1.0, "reference_weight": 0.5, "selection": "score", "explore": 0.0,
+            "cycle": 128, "full_steps": 16, "schedule": "cycled", "keep": 0.5, "warmup": 100, "final_full_steps": 0,
+            "ema_decay": 0.9, "student_weight": 1.0, "reference_weight": 0.5, "selection": "score", "explore": 0.0,
             "alignment": "predictor", "visual_keep": 1.0,
         }  # fmt: skip
         return cls(**(settings | changes))
@@ -104,8 +111,14 @@ class Config:
 
     def is_full(self, step: int) -> bool:
         """Does optimizer step `step` (from 0) keep every label?"""
+        return self.full_share(step) == 1
+
+    def full_share(self, step: int) -> float:
+        """Of the samples of optimizer step `step` (from 0), the share that keeps every label."""
         if step < self.warmup:
-            return True
+            return 1.0
         if self.total_steps is not None and step >= self.total_steps - self.final_full_steps:
-            return True
-        return (step - self.warmup) % self.cycle < self.full_steps
+            return 1.0
+        if self.schedule == "interleaved":
+            return self.full_steps / self.cycle
+        return float((step - self.warmup) % self.cycle < self.full_steps)

@@ -1,7 +1,7 @@
 """One training forward of a gated model, from its call to the losses that are learnt from.
 
-begin      read the batch; full or sparse? score labels, keep the best; how much of the decoder's output is read?
-           The only wait for the device
+begin      read the batch; full or sparse, and whose turn to be full? score labels, keep the best; how much of the
+           decoder's output is read? The only wait for the device
 arguments  the model's call with the other labels masked; opens what holds while the model runs
 positions  the engine asks what the decoder computes
 decoded    the decoder's output goes on to the head at predictors of kept labels alone
@@ -42,6 +42,11 @@ from regate.training import supervision
 from regate.training.hooks import followable_dora
 from regate_patch import is_sharded, to_device
 
+IN_ROWS = (
+    "full turns save no memory here: attention of this decoder says something else than causal order, so rows are not "
+    "laid end to end but filled up to the longest, and one full row makes all of them as long. One row per forward, or "
+    "several samples packed in it, is not filled; else schedule='cycled' costs less"
+)
 _WAYS = 8  # in which a model may compute its loss, each of them proven
 
 
@@ -52,8 +57,18 @@ class Forward:
         decision: what is kept and computed.
     """
 
-    def __init__(self, parts: Parts, batch: Batch, layout: Layout, samples: Samples, *, full: bool, due: bool) -> None:
-        self.parts, self.layout, self._samples, self._batch = parts, layout, samples, batch
+    def __init__(
+        self,
+        parts: Parts,
+        batch: Batch,
+        layout: Layout,
+        samples: Samples,
+        whole: Tensor | None,  # bool [N], those of a sparse step that are in their full turn
+        *,
+        full: bool,
+        due: bool,
+    ) -> None:
+        self.parts, self.layout, self._samples, self._batch, self._whole = parts, layout, samples, batch, whole
         self._target, self._decoder, self._head = parts.target, parts.decoder, parts.head
         self._call: dict[str, Any] = {k: v for k, v in (layout.call or batch).items() if k != "sample_ids"}
         self._device: torch.device = batch["labels"].device
@@ -67,12 +82,18 @@ class Forward:
         if self._reader is not None:
             install_recording(self._target, self._decoder)
         self._kept = samples.candidates if full else parts.scorer.keep(samples)  # [N, L]
+        if whole is not None:
+            self._kept |= samples.candidates & whole[:, None]
         kept = samples.segments.pack(self._kept)
         if due:
             found = self._prove()
             parts.proven = found if parts.proven is None else parts.proven.weakened(found)
         self.read, self.short = self._reading_of(parts.proven or proof.NOTHING)
-        self.decision = Decision.of(layout, kept, parts.config, full=full, beyond=self._beyond(full))
+        at_whole, beyond = None, torch.tensor(self._beyond(full))
+        if whole is not None:
+            at_whole = samples.segments.pack(whole[:, None].expand_as(self._kept))
+            beyond = torch.where(at_whole, self._beyond(True), beyond)
+        self.decision = Decision.of(layout, kept, parts.config, full=full, beyond=beyond, whole=at_whole)
         self._reading = Reading.of(layout.labels, kept) if self.short else None
         self._places = Places.of(layout.labels, kept) if self._reading is None else self._reading.places
 
@@ -86,13 +107,14 @@ class Forward:
         start, taught = time.perf_counter(), parts.counters.teacher_seconds
         layout, samples = parts.read(batch)
         labelled, full = bool(samples.candidates.any()), parts.config.is_full(step)
-        parts.scorer.prepare(samples, full=full)
+        whole = None if full else parts.turns.of(samples)
+        parts.scorer.prepare(samples, full=full, whole=whole)
         due = parts.ready_to_prove(labelled)
         if not labelled:
             return None
         parts.scorer.collect()
         parts.check_strays()
-        forward = cls(parts, batch, layout, samples, full=full, due=due)
+        forward = cls(parts, batch, layout, samples, whole, full=full, due=due)
         parts.counters.gate_seconds += time.perf_counter() - start - (parts.counters.teacher_seconds - taught)
         return forward
 
@@ -103,6 +125,8 @@ class Forward:
         parts, labels, valid = self.parts, self.layout.labels, self.layout.valid
         candidates = predicted(labels)
         few = candidates & (candidates.cumsum(1) <= proof.FEW)
+        if len(few) > 1:  # as many in each row would hide that a loss is a mean of rows' means
+            few[0] &= few[0].cumsum(0) <= (few[0].sum() + 1) // 2
         some = replace(self.layout, labels=torch.where(few, labels, IGNORED))
         sharded, projection = is_sharded(self._target), getattr(self._head, "projection", self._head)
         if parts.lazy is None or parts.lazy.head is not projection:
@@ -290,7 +314,8 @@ class Forward:
         if len(parts.ways) > _WAYS:
             parts.note(f"{reads.GIVEN_UP[Read.ALL]}: the model computes its loss in ever new ways")
             parts.proven, due = proof.NOTHING, False
-        return Forward(parts, self._batch, self.layout, self._samples, full=self.decision.full, due=due)
+        full = self.decision.full
+        return Forward(parts, self._batch, self.layout, self._samples, self._whole, full=full, due=due)
 
     def finish(self, output: Any) -> Any:
         """Learn from what the model returned; what the caller gets.
@@ -317,9 +342,23 @@ class Forward:
         )
         parts.scorer.write()
         parts.scorer.observe(self._samples, self._kept, losses)
+        if self._whole is not None:
+            self._end_turns(self._whole)
         output = self._handed_out(output)
         parts.counters.gate_seconds += time.perf_counter() - start
         return output
+
+    def _end_turns(self, whole: Tensor) -> None:
+        """Of the samples of a sparse step, those in `whole`, bool [N], had their full turn."""
+        parts = self.parts
+        parts.turns.took(self._samples, whole)
+        parts.turns.write()
+        labelled = self._samples.candidates.any(1)
+        numbers = {"samples_sparse": int((labelled & ~whole).sum()), "samples_whole": int(whole.sum())}
+        parts.counters.add(numbers)
+        filled = not all(rewritten.end_to_end for rewritten in parts.handle.statistics.last)
+        if filled and len(self.layout.labels) > 1 and bool(whole.any()):
+            parts.note(IN_ROWS)
 
     def close(self) -> None:
         """End what `arguments` began."""

@@ -29,6 +29,7 @@ from regate.parts import Parts
 from regate.scoring.ahead import teach_all
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples, Scorer
+from regate.scoring.turns import Turns
 from regate.teaching import teacher as teachers
 from regate.training.calls import OuterCall
 from regate.training.counters import Counters, Stopwatch
@@ -93,6 +94,7 @@ class Gate:
             teacher=self._teacher,
             lazily=teacher != "precomputed" and (self._teacher is None or self._teacher.lasts),
         )
+        self.turns = Turns(config, self.exchange)
         self._backend, self._automatic = backend, teacher == "auto"
         self.first = self._teacher is not None and (teacher == "first" or (self._automatic and not self.scorer.lazily))
         if self.first and self._automatic:
@@ -106,6 +108,7 @@ class Gate:
             config,
             handle,
             self.scorer,
+            self.turns,
             self.counters,
             note=call_weakly(self.note),
         )
@@ -283,8 +286,12 @@ class Gate:
         samples = self._parts.read(batch)[1]
         if full:
             return samples.segments.pack(samples.candidates)
-        self.scorer.prepare(samples, full=False)
-        return samples.segments.pack(self.scorer.keep(samples))
+        whole = self.turns.of(samples)
+        self.scorer.prepare(samples, full=False, whole=whole)
+        kept = self.scorer.keep(samples)
+        if whole is not None:
+            kept |= samples.candidates & whole[:, None]
+        return samples.segments.pack(kept)
 
     def flush(self) -> None:
         """Write the difficulties of earlier forwards to the store; the forward after the next one would, too."""
@@ -312,6 +319,7 @@ class Gate:
         Reference losses, too, where they cannot be made again and the store goes with the process.
         """
         self.flush()
+        turns = {"ahead": self.turns.ahead, "owed": checkpoint.pack(self.store.items("owed"))}
         irreplaceable = not self.scorer.lazily and self.store.temporary
         return {
             "step": self._steps.made,
@@ -319,6 +327,7 @@ class Gate:
             "prior": self.scorer.prior.state_dict(),
             "references": 0 if self.scorer.lazily else self.store.count("reference"),
             "difficulty": checkpoint.pack(self.store.items("difficulty")),
+            **(turns if self.turns.interleaved else {}),
             **({"reference": checkpoint.pack(self.store.items("reference"))} if irreplaceable else {}),
         }
 
@@ -337,12 +346,16 @@ class Gate:
                 "model cannot make them again. Give regate.apply the store of the run (store=...)"
             )
         self.scorer.forget()
+        self.turns.forget()
         self._steps.restart(state["step"])
         self.counters.load(state["counters"])
         self._counted_step = self.step - 1
         self.scorer.prior.load_state_dict(state["prior"])
         self.store.clear("difficulty")
         self.store.put("difficulty", dict(checkpoint.unpack(state["difficulty"])))
+        self.turns.ahead = state.get("ahead", 0)
+        self.store.clear("owed")
+        self.store.put("owed", dict(checkpoint.unpack(state["owed"])) if "owed" in state else {})
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `state_dict` into a checkpoint's folder, atomically. With several ranks, every rank must call it.

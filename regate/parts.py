@@ -20,6 +20,7 @@ from regate.output import proof, reads
 from regate.output.logits import LazyHead
 from regate.scoring import keys
 from regate.scoring.scorer import Samples, Scorer
+from regate.scoring.turns import Turns
 from regate.training import batches
 from regate.training.calls import OuterCall
 from regate.training.counters import Counters
@@ -52,6 +53,7 @@ class Parts:
     config: Config
     handle: regate_patch.Handle
     scorer: Scorer
+    turns: Turns
     counters: Counters
     note: Callable[[str], None]
     proven: proof.Proven | None = None

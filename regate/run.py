@@ -80,10 +80,12 @@ class Settings:
 
     def __str__(self) -> str:
         config = self.config
-        told = {"keep", "warmup", "cycle", "full_steps"}
+        told = {"keep", "warmup", "cycle", "full_steps", "schedule"}
         others = {name: getattr(config, name) for name in _FIELDS if name not in told}
         others = {name: value for name, value in others.items() if value != _FIELDS[name]} | self.options
         schedule = f"warm-up {config.warmup}, cycles of {config.cycle} steps with {config.full_steps} full"
+        if config.schedule == "interleaved":
+            schedule = f"warm-up {config.warmup}, then {config.full_steps} of {config.cycle} samples full in each step"
         return ", ".join([f"keep {config.keep}", schedule, *(f"{name} {value}" for name, value in others.items())])
 
 

@@ -59,6 +59,9 @@ ARMS = {
     "both": Arm("the default, kept tokens computed with their predictors", {"alignment": "both"}),
     "full2": Arm("the default, 2 full steps in a cycle of 32", {"full_steps": 2}),
     "full8": Arm("the default, 8 full steps in a cycle of 32", {"full_steps": 8}),
+    "interleaved": Arm(
+        "the default, as many full samples in every step instead of full steps", {"schedule": "interleaved"}
+    ),
     "lastfull": Arm("the default, the last 40 steps full", {"final_full_steps": 40}),
     "visual75": Arm("the default, 75% of the visual tokens on sparse steps", {"visual_keep": 0.75}),
     "visual50": Arm("the default, 50% of the visual tokens on sparse steps", {"visual_keep": 0.5}),

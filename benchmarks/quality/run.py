@@ -103,8 +103,11 @@ class Run:
         self.answer_tokens += int(last.kept.sum())
         self.positions += sum(last.computed)
         if not last.full:
-            grounded = batch["grounded"]
-            self.choices.append((step, int(last.kept.sum()), int(grounded.sum()), int((last.kept & grounded).sum())))
+            kept, grounded = (
+                last.kept & ~last.whole,
+                batch["grounded"] & ~last.whole,
+            )  # of what there was to choose from
+            self.choices.append((step, int(kept.sum()), int(grounded.sum()), int((kept & grounded).sum())))
 
     def _look(self, step: int) -> None:
         scores = evaluate(self.model, self.task.validation.first(self.settings.few))

@@ -69,8 +69,9 @@ class Estimate:
         break_even_epochs: after how many epochs the teacher's cost is regained; infinite if never.
         dense_flops: of one dense epoch, forward and backward.
         hours_dense, hours: of the whole run, dense and gated, at the throughput given; None without.
-        sparse_activations: positions a sparse step keeps for the backward pass, over those of a dense one. Peak memory
-            is set by full steps.
+        sparse_activations: positions that a sparse step, or a sparse row beside full ones, keeps for the backward pass,
+            over those of a dense one.
+        peak_activations: the same of the largest step after warm-up, whose steps are full.
         logits_bytes_dense, logits_bytes_full: float32 logits of the longest sample that exist at once, in a dense
             and in a full step.
     """
@@ -87,6 +88,7 @@ class Estimate:
     hours_dense: float | None
     hours: float | None
     sparse_activations: float
+    peak_activations: float
     logits_bytes_dense: int
     logits_bytes_full: int
 
@@ -113,9 +115,10 @@ class Estimate:
                 f"FLOPs      {self.dense_flops:.3g} for one dense epoch of the language model",
                 *time,
                 f"teacher    {self.teacher:.1%} of a dense epoch, once; regained after: {pays}",
-                f"memory     sparse steps keep {self.sparse_activations:.0%} of the positions' activations; full steps "
-                f"set the peak, with {self.logits_bytes_full / 1e6:,.0f} MB of logits per sample "
-                f"where dense has {self.logits_bytes_dense / 1e6:,.0f} MB",
+                f"memory     {self.sparse_activations:.0%} of the positions' activations are kept where labels are "
+                f"left out, {self.peak_activations:.0%} in the largest step after warm-up; "
+                f"{self.logits_bytes_full / 1e6:,.0f} MB of logits per sample where dense has "
+                f"{self.logits_bytes_dense / 1e6:,.0f} MB",
                 f"verdict    {self.verdict}",
             ]
         )
@@ -129,6 +132,7 @@ def estimate(
     epochs: float = 1,
     steps: int | None = None,
     copies: int = 1,
+    rows: int | None = None,
     flops_per_second: float | None = None,
 ) -> Estimate:
     """What `config` gains on `samples` with this model.
@@ -140,6 +144,8 @@ def estimate(
         epochs: of the run; the teacher is paid once.
         steps: optimizer steps of the run, of which the schedule says which are full; None is one per sample.
         copies: how many samples of the data each of `samples` stands for.
+        rows: of one forward on one device, for `peak_activations`; None is many. Where rows are filled up to the
+            longest (`gate.report()` says so), one full row among several makes it that of a full step.
         flops_per_second: that dense training sustains, all devices together, for `hours`.
 
     Raises:
@@ -164,10 +170,12 @@ def estimate(
     if config.reference_weight == 0 or config.selection == "random":
         teacher = 0.0
     steps = max(round(epochs * len(counted) * copies) if steps is None else steps, 1)
-    full_share = sum(map(config.is_full, range(steps))) / steps
+    full_share = sum(map(config.full_share, range(steps))) / steps
+    whole = _most_full(config, rows)
     epoch = full_share * full + (1 - full_share) * sparse
     longest = max(counted, key=lambda s: s.total)
     positions = sum(s.total for s in counted)
+    sparse_activations = sum(computed) / positions
     run = epochs * dense / (epochs * epoch + teacher)
     hours = None if flops_per_second is None else epochs * copies * dense / flops_per_second / 3600
     return Estimate(
@@ -182,11 +190,20 @@ def estimate(
         dense_flops=copies * dense,
         hours_dense=hours,
         hours=None if hours is None else hours / run,
-        sparse_activations=sum(computed) / positions,
+        sparse_activations=sparse_activations,
+        peak_activations=whole + (1 - whole) * sparse_activations,
         logits_bytes_dense=4 * longest.total * costs.vocabulary,
         logits_bytes_full=4
         * (longest.total * costs.vocabulary if everywhere else min(longest.answer * costs.vocabulary, CHUNK)),
     )
+
+
+def _most_full(config: Config, rows: int | None) -> float:
+    """The share of full rows in the largest step after warm-up."""
+    if config.schedule == "cycled" or config.final_full_steps:
+        return float(config.full_steps + config.final_full_steps > 0)
+    share = config.full_steps / config.cycle
+    return share if rows is None else ceil(rows * share - 1e-6) / rows
 
 
 def costs_of(model: nn.Module, found: regate_patch.Statistics) -> Costs:

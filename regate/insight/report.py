@@ -39,6 +39,12 @@ class Report(Mapping[str, Number]):
             f"gating     {n['gate_seconds']:.1f} s on the host",
             f"FLOPs      {n['speedup_possible']:.2f}x fewer in decoder and head than the same steps dense",
         ]
+        if n["samples_whole"]:
+            of_sparse = n["samples_whole"] + n["samples_sparse"]
+            lines.append(
+                f"turns      {n['samples_whole']:,} of {of_sparse:,} samples of sparse steps kept every label"
+                f"{_share(n['samples_whole'], of_sparse)}"
+            )
         if n["samples_found_again"]:
             lines.append(f"memory     {n['samples_found_again']:.0%} of the latest samples had been seen before")
         if n["speedup_measured"]:

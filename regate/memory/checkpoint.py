@@ -21,7 +21,7 @@ from regate.errors import CheckpointError
 from regate.memory.store import half
 
 NAME = "regate.pt"
-OF_ALL_RANKS = ("difficulty", "reference")  # entries of rank 0's state alone
+OF_ALL_RANKS = ("difficulty", "reference", "owed")  # entries of rank 0's state alone
 
 
 def rank() -> int:

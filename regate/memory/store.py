@@ -8,6 +8,7 @@ a local disk, not on a network share that several nodes write.
 Records (16-byte keys, values are little-endian float16 arrays, [n_labels]):
     reference    the teacher's losses. Written once; a key that exists is never overwritten.
     difficulty   the student's moving averages. Rewritten as training goes.
+    owed         one number, the full turns that a sample is owed (`regate.scoring.turns`). Rewritten, too.
     meta         format version; the fingerprint of the teacher that made the references.
 """
 
@@ -29,8 +30,8 @@ import numpy as np
 
 from regate.errors import StoreCorruptError, StoreError, StoreFullError, StoreMismatchError
 
-Table = Literal["reference", "difficulty"]
-TABLES: tuple[Table, ...] = ("reference", "difficulty")
+Table = Literal["reference", "difficulty", "owed"]
+TABLES: tuple[Table, ...] = ("reference", "difficulty", "owed")
 FORMAT = b"regate-store-1"
 _HALF = np.dtype("<f2")
 _HALF_MAX = float(np.finfo(np.float16).max)
@@ -110,7 +111,7 @@ class Store:
         """Store records in one transaction: all of them, or, if it fails or is killed, none.
 
         Args:
-            table: "reference" keeps what it has under a key, "difficulty" replaces it.
+            table: "reference" keeps what it has under a key, the others replace it.
             records: key to finite losses [n_labels]; stored as float16, saturating at its largest value.
 
         Raises:
@@ -125,7 +126,7 @@ class Store:
             encoded.append((key, half(losses).tobytes()))
         with self._transaction(write=True) as (txn, files):
             for key, value in encoded:
-                txn.put(key, value, db=files.tables[table], overwrite=table == "difficulty")
+                txn.put(key, value, db=files.tables[table], overwrite=table != "reference")
 
     def items(self, table: Table) -> Iterator[tuple[bytes, np.ndarray]]:
         """Every (key, float32 losses [n_labels]) of a table, as it was when the iteration began."""
@@ -173,7 +174,7 @@ class Store:
     # -- life -------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
-        """Records per table ("reference", "difficulty") and "bytes" on disk."""
+        """Records per table ("reference", "difficulty", "owed") and "bytes" on disk."""
         counts: dict[str, int] = {name: self.count(name) for name in TABLES}
         return {**counts, "bytes": (self.path / "data.mdb").stat().st_blocks * 512}
 
@@ -227,7 +228,7 @@ class _Files:
         # No fsync per commit. A killed process loses nothing by that: what it committed is in the page cache,
         # and a commit it did not finish left the pages of the one before alone. Losing power is another
         # matter: the file is then sure to be whole only as of a `flush` that nothing was written after.
-        self.env = lmdb.open(str(path), map_size=max_bytes, max_dbs=3, max_readers=1024, sync=False, readahead=False)
+        self.env = lmdb.open(str(path), map_size=max_bytes, max_dbs=4, max_readers=1024, sync=False, readahead=False)
         try:
             self.env.reader_check()  # a reader killed while reading would keep old pages from being reused
             self._check_length(path)
@@ -253,7 +254,9 @@ class _Files:
             version = bytes(txn.get(b"format", b"", db=self.meta))
             if version != FORMAT:
                 raise StoreCorruptError(_corrupt(path, f"its format is {version!r}, not {FORMAT!r}"))
-            self.tables = {name: self.env.open_db(name.encode(), txn=txn, create=new) for name in TABLES}
+            # Files of before there was "owed" get it; the two others are there, or something is wrong.
+            make = {name: new or name == "owed" for name in TABLES}
+            self.tables = {name: self.env.open_db(name.encode(), txn=txn, create=make[name]) for name in TABLES}
 
     def begin(self, *, write: bool) -> lmdb.Transaction:
         try:

@@ -1,7 +1,9 @@
 """The vocabulary projection where it is needed: hidden states that predict no kept label never reach it.
 
 The decoder's output is shortened to the positions that predict kept labels, and the labels with it, so that position t
-still predicts label t + 1: the model's own head and loss then run on a short sequence, whatever they are.
+still predicts label t + 1: the model's own head and loss then run on a short sequence, whatever they are. Labels are
+dealt out to as many rows as there are, in order and equally many to each, or rows that keep few would be filled up to
+those that keep many.
 
     decoder output   h0 h1 h2 h3 h4 h5        shortened   h2 h4 h4
     labels           -  -  -  y3 -  y5        shortened   -  y3 y5
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regate.labels import IGNORED
@@ -28,7 +31,7 @@ class Reading:
     """Which positions of the decoder's output the head reads; on the CPU.
 
     Attributes:
-        index: int64 [B, N + 1], the predictors of kept labels, at the end of each row filled with any position.
+        index: int64 [B, N + 1], `row * S + position` of the predictors of kept labels, filled at the end with any.
         labels: int64 [B, N + 1], aligned with them as labels are with positions; -100 first and on the filling.
     """
 
@@ -38,14 +41,14 @@ class Reading:
     @classmethod
     def of(cls, labels: Tensor, kept: Tensor) -> Reading:
         """From labels [B, S] and those kept, bool [B, S]."""
-        count = kept.sum(1, keepdim=True)
-        n = int(count.max())
-        places = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)[:, :n]  # kept ones first, in order
-        real = torch.arange(n, device=labels.device) < count
-        short = labels.new_full((len(labels), n + 1), IGNORED)
-        short[:, 1:] = torch.where(real, labels.gather(1, places), IGNORED)
-        predictors = (places - 1).clamp(min=0)
-        return cls(torch.cat([predictors, predictors[:, -1:]], dim=1), short)
+        rows, length = labels.shape
+        row, column = kept.nonzero(as_tuple=True)
+        n = -(-len(row) // rows)
+        missing = (0, rows * n - len(row))
+        short = labels.new_full((rows, n + 1), IGNORED)
+        short[:, 1:] = F.pad(labels[row, column], missing, value=IGNORED).view(rows, n)
+        index = F.pad(row * length + column - 1, missing).view(rows, n)
+        return cls(torch.cat([index, index[:, -1:]], dim=1), short)
 
     @property
     def places(self) -> Places:
@@ -60,8 +63,7 @@ class Reading:
     def shorten(self, output: Any) -> Any:
         """The decoder's output with hidden states [B, S, D] at `index` alone."""
         hidden = hidden_states(output)
-        index = to_device(self.index, hidden.device)
-        return with_hidden_states(output, hidden[torch.arange(len(index), device=hidden.device)[:, None], index])
+        return with_hidden_states(output, hidden.flatten(0, 1)[to_device(self.index, hidden.device)])
 
 
 def hidden_states(output: Any) -> Tensor:

@@ -24,10 +24,11 @@ class Decision:
     """What the gate decided in one forward; tensors are [B, S], on the CPU.
 
     Attributes:
-        full: every label kept?
+        full: every label kept, by the schedule? A step with full turns of some samples is none.
         labels: int64, as the batch brought them.
         valid: bool, False on padding.
         kept: bool, labels that enter the loss.
+        whole: bool, positions of samples that keep every label and every visual token.
         active: bool, positions that the decoder computes; on the decoder's device once `thin` has chosen them.
         spare: bool, visual ones that may still be left out (`Config.visual_keep`), as soon as there are embeddings to
             choose by; None where there are none, or no longer.
@@ -40,6 +41,7 @@ class Decision:
     labels: Tensor
     valid: Tensor
     kept: Tensor
+    whole: Tensor
     active: Tensor
     spare: Tensor | None
     computed: list[int]
@@ -49,19 +51,32 @@ class Decision:
     positions_seen: int
 
     @classmethod
-    def of(cls, layout: Layout, kept: Tensor, config: Config, *, full: bool, beyond: bool) -> Decision:
-        """From a batch's layout and the labels kept, both on the CPU; `beyond` as in `active_positions`."""
+    def of(
+        cls,
+        layout: Layout,
+        kept: Tensor,
+        config: Config,
+        *,
+        full: bool,
+        beyond: bool | Tensor,
+        whole: Tensor | None = None,
+    ) -> Decision:
+        """From a batch's layout and the labels kept, both on the CPU; `beyond` as in `active_positions`.
+
+        `whole` as above; if not given, all positions of a full step, and none of another.
+        """
         spare = None
+        whole = torch.full_like(layout.valid, full) if whole is None else whole
         active = active_positions(layout.labels, kept, layout.valid, alignment=config.alignment, beyond=beyond)
         computed = active.sum(1)
         if config.visual_keep < 1 and not full:
-            spare = layout.visual & active & ~predictors(kept)
+            spare = layout.visual & active & ~predictors(kept) & ~whole
             n = spare.sum(1)
             computed -= n - count_left(n, config.visual_keep)
             spare = spare if bool(spare.any()) else None
         seen, labels_kept = int((layout.labels[:, 1:] != IGNORED).sum()), int(kept.sum())
         return cls(
-            full, layout.labels, layout.valid, kept, active, spare, computed.tolist(), kept.sum(1).tolist(),
+            full, layout.labels, layout.valid, kept, whole, active, spare, computed.tolist(), kept.sum(1).tolist(),
             seen, labels_kept, int(layout.valid.sum()),
         )  # fmt: skip
 

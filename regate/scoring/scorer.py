@@ -97,8 +97,10 @@ class Scorer:
         """Of reference losses and difficulties."""
         return self.exchange.store
 
-    def prepare(self, samples: Samples, *, full: bool) -> None:
+    def prepare(self, samples: Samples, *, full: bool, whole: Tensor | None = None) -> None:
         """See that the samples of a training forward have reference losses; one without labels is a forward, too.
+
+        Of a sparse step those in `whole`, bool [N], need none now, for they keep every label.
 
         Raises:
             StoreError: they are missing, and must have been computed before training.
@@ -107,7 +109,7 @@ class Scorer:
             return
         if self.lazily:
             if not full:
-                self.teach(samples, running=True)
+                self.teach(samples, running=True, whole=whole)
         elif missing := self.store.missing("reference", samples.text):
             raise StoreError(
                 f"{len(missing)} of {len(samples.text)} samples have no reference loss, and no teacher is kept beside "
@@ -135,7 +137,7 @@ class Scorer:
             score = score + config.reference_weight * ref
         return score
 
-    def teach(self, samples: Samples, *, running: bool = False, steps: int = 0) -> None:
+    def teach(self, samples: Samples, *, running: bool = False, steps: int = 0, whole: Tensor | None = None) -> None:
         """Compute and store the reference losses of those samples that have none.
 
         Where the model is split over ranks, every rank must call it at the same time.
@@ -144,6 +146,7 @@ class Scorer:
             samples: of a batch.
             running: is the model's forward running, with its parameters as whole as they become?
             steps: optimizer steps that the model has made.
+            whole: those that are left out, bool [N].
 
         Raises:
             GateNotAppliedError: there is no teacher.
@@ -154,7 +157,9 @@ class Scorer:
             raise GateNotAppliedError(
                 "this gate has no teacher (teacher=None, reference_weight=0, selection='random' or keep=1)"
             )
-        missing = self.store.missing("reference", samples.text)
+        left_out = [False] * len(samples.text) if whole is None else whole.tolist()
+        wanted = [key for key, left in zip(samples.text, left_out, strict=True) if not left]
+        missing = self.store.missing("reference", wanted)
         if not teacher.anyone(bool(missing)):
             return
         if steps > 0 and not teacher.lasts:

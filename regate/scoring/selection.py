@@ -48,7 +48,7 @@ def _highest(scores: Tensor, candidates: Tensor, k: Tensor) -> Tensor:
 
 
 def active_positions(
-    labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: Alignment = "predictor", beyond: bool = False
+    labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: Alignment = "predictor", beyond: bool | Tensor = False
 ) -> Tensor:
     """The positions that a decoder must compute for the kept labels.
 
@@ -57,7 +57,7 @@ def active_positions(
         kept: [B, S] bool, the labels kept.
         valid: [B, S] bool, False on padding.
         alignment: see `Config.alignment`.
-        beyond: also what follows the last predictor of a kept label: somebody reads it.
+        beyond: also what follows the last predictor of a kept label: somebody reads it. Or where so, bool [B, S].
 
     Returns:
         [B, S] bool. True where a position holds no answer token (image, instruction, template), where the label
@@ -69,6 +69,4 @@ def active_positions(
     active = ~answer | predicts_kept | (answer & ~predicts)
     if alignment == "both":
         active |= kept
-    if not beyond:
-        active &= predicts_kept.flip(1).cummax(1).values.flip(1)
-    return active & valid
+    return active & valid & (predicts_kept.flip(1).cummax(1).values.flip(1) | beyond)

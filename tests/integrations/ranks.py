@@ -63,6 +63,7 @@ CELLS = [
 ]
 CELLS += [Cell("fsdp2", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")]
 CELLS.append(Cell("fsdp2", "lora", False, batches="unlabelled first"))
+CELLS += [Cell(wrap, "full", False, batches="full rows") for wrap in ("ddp", "fsdp2")]
 if importlib.util.find_spec("deepspeed"):  # which compiles a kernel for a minute before it runs on a CPU
     CELLS += [
         Cell("zero2", "full", False),
@@ -173,6 +174,8 @@ def train(cell: Cell, rank: int | None, folder: Path | None = None) -> dict[str,
     parts = cell.weights == "never whole"
     model = build(cell, folder if parts and rank is not None else None)
     config = CONFIG if cell.batches == "alike" else replace(CONFIG, logits="kept")
+    if cell.batches == "full rows":  # one in each batch after the first step
+        config = replace(config, cycle=2, full_steps=1, schedule="interleaved")
     if cell.batches.startswith("unlabelled"):  # what to expect of unseen samples, one process would know from both
         config = replace(config, student_weight=0.0)
     gate = regate.apply(model, config, backend=cell.backend, teacher="precomputed" if parts else "auto")
@@ -206,6 +209,7 @@ def train(cell: Cell, rank: int | None, folder: Path | None = None) -> dict[str,
         "kept": kept,
         "weights": trained(model, cell.wrap if rank is not None else "one process"),
         "difficulty": {k: torch.from_numpy(v) for k, v in gate.store.items("difficulty")},
+        "owed": {k: float(v[0]) for k, v in gate.store.items("owed")},
         "report": dict(gate.report()),
         "sent": gate.exchange.bytes_sent,
     }

@@ -67,6 +67,17 @@ def test_difficulties_reach_the_other_rank(cell: Cell, ranks: list[dict[str, Any
     assert ranks[0][str(cell)]["sent"] > 0
 
 
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_turns_of_the_other_ranks_samples_are_known(wrap: str, ranks: list[dict[str, Any]]) -> None:
+    """In two steps after warm-up each batch had two full turns for its two samples: nothing is owed that was not."""
+    cell = next(cell for cell in CELLS if (cell.wrap, cell.batches) == (wrap, "full rows"))
+    first, second = (rank[str(cell)]["owed"] for rank in ranks)
+    assert len(first) == 4
+    assert first == second == train(cell, None)["owed"]
+    for rank in ranks:
+        assert (rank[str(cell)]["report"]["samples_whole"], rank[str(cell)]["report"]["samples_sparse"]) == (2, 2)
+
+
 def test_a_gate_after_zero3s_engine_is_refused(ranks: list[dict[str, Any]]) -> None:
     pytest.importorskip("deepspeed")
     for rank in ranks:

@@ -13,7 +13,7 @@ import regate
         ("keep", 0.0), ("keep", 1.5), ("keep", -1), ("cycle", 0), ("full_steps", 129), ("full_steps", -1),
         ("warmup", -1), ("ema_decay", 1.0), ("student_weight", float("nan")),
         ("reference_weight", float("inf")), ("explore", -0.1), ("explore", 1.1), ("visual_keep", 0.0),
-        ("selection", "best"), ("alignment", "token"), ("final_full_steps", 5),
+        ("selection", "best"), ("alignment", "token"), ("schedule", "cycle"), ("final_full_steps", 5),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named(field: str, value: Any) -> None:
@@ -26,6 +26,15 @@ def test_schedule() -> None:
     config = regate.Config(warmup=2, cycle=4, full_steps=1, final_full_steps=1, total_steps=12)
     full = [config.is_full(step) for step in range(12)]
     assert full == [True, True, True, False, False, False, True, False, False, False, True, True]
+
+
+def test_interleaved_steps_are_full_before_and_after_alone() -> None:
+    settings: dict[str, Any] = {"warmup": 2, "final_full_steps": 1, "total_steps": 12, "schedule": "interleaved"}
+    config = regate.Config(cycle=4, full_steps=1, **settings)
+    assert [config.full_share(step) for step in range(12)] == [1.0, 1.0, *[0.25] * 9, 1.0]
+    assert [step for step in range(12) if config.is_full(step)] == [0, 1, 11]
+    always = regate.Config(cycle=4, full_steps=4, **settings)
+    assert all(always.is_full(step) for step in range(12))
 
 
 def test_defaults_are_the_papers() -> None:

@@ -58,6 +58,24 @@ def test_verdicts() -> None:
     assert 0 < mixed.break_even_epochs < 1
 
 
+def test_interleaved_costs_as_much_and_peaks_lower() -> None:
+    settings: dict[str, Any] = {"warmup": 0, "cycle": 128, "full_steps": 16}
+    sample = (96, 60, 400)
+    cycled = regate.estimate(LLAMA, [sample], regate.Config(**settings), steps=128, rows=8)
+    config = regate.Config(schedule="interleaved", **settings)
+    peaks = {rows: regate.estimate(LLAMA, [sample], config, steps=128, rows=rows) for rows in (None, 8, 4, 1)}
+    assert all(found.schedule == pytest.approx(cycled.schedule) for found in peaks.values())
+    sparse = (96 + 60 + 200) / 556
+    assert cycled.peak_activations == peaks[1].peak_activations == 1
+    assert peaks[None].peak_activations == peaks[8].peak_activations == pytest.approx(1 / 8 + 7 / 8 * sparse)
+    assert peaks[4].peak_activations == pytest.approx(1 / 4 + 3 / 4 * sparse)
+    assert "69% in the largest step after warm-up" in str(peaks[8])
+    always = regate.Config(schedule="interleaved", final_full_steps=1, total_steps=128, **settings)
+    assert regate.estimate(LLAMA, [sample], always, steps=128, rows=8).peak_activations == 1
+    never = regate.Config(warmup=0, full_steps=0)
+    assert regate.estimate(LLAMA, [sample], never, steps=128).peak_activations == pytest.approx(sparse)
+
+
 def test_hours() -> None:
     found = regate.estimate(LLAMA, [(576, 60, 300)], epochs=2, copies=1000, flops_per_second=1e12)
     alone = regate.estimate(LLAMA, [(576, 60, 300)], epochs=2, steps=2000)
@@ -94,7 +112,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: An
     config.save_pretrained(tmp_path)
     assert cli.main(["estimate", "--model", str(tmp_path), "--tokens", "1352/60/110", "0/100/900"]) == 0
     assert "verdict" in capsys.readouterr().out
-    thinned = ["--visual-keep", "0.5", "--tflops", "400"]
+    thinned = ["--visual-keep", "0.5", "--tflops", "400", "--schedule", "interleaved", "--rows", "8"]
     assert cli.main(["estimate", "--model", str(tmp_path), "--tokens", "1352/60/110", *thinned]) == 0
     assert "hours dense" in capsys.readouterr().out
     counts = tmp_path / "counts.jsonl"

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from regate.errors import StoreCorruptError, StoreError, StoreFullError, StoreMismatchError
-from regate.memory.store import TABLES, Store, Table
+from regate.memory.store import FORMAT, TABLES, Store, Table
 
 ROOT = Path(__file__).parents[3]
 # Another process needs the store alone, not the seconds that importing torch and transformers takes.
@@ -106,6 +106,16 @@ def test_reference_is_written_once_and_difficulty_each_time(store: Store, table:
     first, second = store.get(table, [key(0), key(1)])
     assert same(first, old if table == "reference" else new)
     assert same(second, other)
+
+
+def test_files_of_before_turns_were_owed(tmp_path: Path) -> None:
+    with lmdb.open(str(tmp_path), max_dbs=3) as env, env.begin(write=True) as txn:
+        env_tables = {name: env.open_db(name, txn=txn) for name in (b"meta", b"reference", b"difficulty")}
+        txn.put(b"format", FORMAT, db=env_tables[b"meta"])
+        txn.put(key(0), np.array([1.5], "<f2").tobytes(), db=env_tables[b"reference"])
+    with Store(tmp_path) as store:
+        store.put("owed", {key(0): np.array([-3.0], np.float32)})
+        assert [float(store.get(table, [key(0)])[0][0]) for table in ("reference", "owed")] == [1.5, -3.0]
 
 
 def test_large_losses_saturate(store: Store) -> None:

@@ -129,10 +129,28 @@ def test_difficulties_are_the_same() -> None:
 
 def test_reading() -> None:
     labels = torch.tensor([[-100, 5, 6, 7], [-100, -100, 8, 9]])
-    kept = torch.tensor([[False, True, False, True], [False, False, True, False]])
+    kept = torch.tensor([[False, True, True, True], [False, False, True, False]])
     reading = Reading.of(labels, kept)
-    assert reading.labels.tolist() == [[-100, 5, 7], [-100, 8, -100]]
-    assert reading.index[:, :1].tolist() == [[0], [1]]
-    assert reading.index[0].tolist() == [0, 2, 2]
+    assert reading.labels.tolist() == [[-100, 5, 6], [-100, 7, 8]]
+    assert reading.index[:, :2].tolist() == [[0, 1], [2, 5]]
     hidden: Tensor = torch.arange(8.0).reshape(2, 4, 1)
-    assert reading.shorten((hidden, "cache"))[0][0, :, 0].tolist() == [0.0, 2.0, 2.0]
+    assert reading.shorten((hidden, "cache"))[0][:, :2, 0].tolist() == [[0.0, 1.0], [2.0, 5.0]]
+    one_less = Reading.of(labels, kept & (labels != 8))
+    assert one_less.labels.tolist() == [[-100, 5, 6], [-100, 7, -100]]
+    assert one_less.index.shape == (2, 3)
+    assert one_less.places.label.tolist() == [5, 6, 7]
+
+
+def test_a_mean_of_rows_means_is_not_dealt_out() -> None:
+    """Its rows are no longer those that it averages: the head then runs at every position."""
+    model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right"))
+
+    def by_row(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+        losses = [nn.functional.cross_entropy(x[:-1], y[1:]) for x, y in zip(logits, labels, strict=True)]
+        return torch.stack(losses).mean()
+
+    model.loss_function = by_row
+    expected = model(**batch).loss
+    gate = regate.apply(model, FULL, teacher=None)
+    torch.testing.assert_close(model(**batch).loss, expected)
+    assert "vocabulary projection runs at every position" in str(gate.report())

@@ -1,0 +1,309 @@
+"""Full turns beside sparse samples: who has them and how often, and that such a step is exact."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import regate
+from model_adapters import Layout
+from regate.memory.sharing import Exchange
+from regate.memory.store import Store
+from regate.scoring.scorer import Samples
+from regate.scoring.turns import Turns
+from regate.training.segments import Segments
+from regate_patch import reference
+from tests import oracle
+from tests.packing import packed, rows_of
+from tests.zoo import CORE
+
+HALF = regate.Config(warmup=0, cycle=2, full_steps=1, schedule="interleaved")
+
+
+def samples(numbers: list[int], *, unlabelled: frozenset[int] = frozenset()) -> Samples:
+    """A batch of samples, known by number."""
+    names = [number.to_bytes(16, "big") for number in numbers]
+    labels = torch.tensor([[-100, -100 if number in unlabelled else 7] for number in numbers])
+    valid = torch.ones_like(labels, dtype=torch.bool)
+    layout = Layout(labels.clamp(min=0), labels, valid, ~valid)
+    return Samples(names, names, layout, {}, Segments((len(numbers), 2)))
+
+
+class Run:
+    """Forwards of some epochs, and who had a full turn in them."""
+
+    def __init__(self, full_steps: int, cycle: int, *, seed: int = 0) -> None:
+        config = regate.Config(cycle=cycle, full_steps=full_steps, schedule="interleaved", seed=seed)
+        self.share = Fraction(full_steps, cycle)
+        self.rule = Turns(config, Exchange(Store()))
+        self.visits: Counter[int] = Counter()
+        self.turns: Counter[int] = Counter()
+        self.of_forwards: list[tuple[int, int]] = []  # rows, full ones
+
+    def forward(self, numbers: list[int]) -> None:
+        batch = samples(numbers)
+        whole = self.rule.of(batch)
+        assert whole is not None
+        self.rule.took(batch, whole)
+        self.rule.write()
+        self.visits.update(numbers)
+        self.turns.update(number for number, had in zip(numbers, whole.tolist(), strict=True) if had)
+        self.of_forwards.append((len(numbers), int(whole.sum())))
+
+    def epochs(self, number: int, *, samples: int, rows: int, shuffled: bool, seed: int) -> None:
+        order, draw = list(range(samples)), random.Random(seed)
+        for _ in range(number):
+            if shuffled:
+                draw.shuffle(order)
+            for start in range(0, samples, rows):
+                self.forward(order[start : start + rows])
+
+    def assert_even(self) -> None:
+        owed = Fraction(0)
+        for rows, whole in self.of_forwards:
+            assert whole in (math.floor(rows * self.share), math.ceil(rows * self.share))
+            owed += rows * self.share - whole
+            assert abs(owed) < 2
+        for number, visits in self.visits.items():
+            assert abs(self.turns[number] - visits * self.share) < 3
+        stored = dict(self.rule.exchange.store.items("owed"))
+        assert len(stored) == len(self.visits)
+        assert all(abs(float(turns[0])) < 4 for turns in stored.values())  # whatever the share's denominator
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    cycle=st.sampled_from([2, 7, 8, 128]),
+    full=st.integers(1, 127),
+    number=st.integers(1, 40),
+    rows=st.integers(1, 12),
+    shuffled=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_turns_are_even_over_steps_and_over_samples(
+    cycle: int, full: int, number: int, rows: int, shuffled: bool, seed: int
+) -> None:
+    run = Run(full % cycle, cycle, seed=seed)
+    run.epochs(12, samples=number, rows=rows, shuffled=shuffled, seed=seed)
+    run.assert_even()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 64])
+def test_an_epoch_that_divides_the_cycle(rows: int) -> None:
+    """Steps that meet the same samples at the same place of each cycle must not give them all turns, or none."""
+    run = Run(16, 128)
+    run.epochs(16, samples=64, rows=rows, shuffled=False, seed=0)
+    run.assert_even()
+    assert all(1 <= run.turns[number] <= 3 for number in range(64))
+    assert sum(run.turns.values()) == pytest.approx(128, abs=2)
+
+
+def test_samples_that_come_once_leave_turns_to_those_that_come_again() -> None:
+    """Half of each batch is a stream, half a small set that is seen over and over."""
+    run = Run(1, 8)
+    for step in range(400):
+        again = [(4 * step + i) % 20 for i in range(4)]
+        run.forward([*again, *range(1000 + 4 * step, 1004 + 4 * step)])
+    run.assert_even()
+    assert sum(run.turns[number] for number in range(20)) == pytest.approx(200, abs=20)
+
+
+def test_the_order_of_a_batch_does_not_matter() -> None:
+    run = Run(3, 8)
+    run.epochs(3, samples=30, rows=6, shuffled=True, seed=0)
+    numbers = list(range(11))
+
+    def chosen() -> list[int]:
+        whole = run.rule.of(samples(numbers))
+        assert whole is not None
+        return sorted(number for number, had in zip(numbers, whole.tolist(), strict=True) if had)
+
+    expected = chosen()
+    assert len(expected) in (4, 5)
+    for seed in range(5):
+        random.Random(seed).shuffle(numbers)
+        assert chosen() == expected
+
+
+def test_a_forward_that_failed_took_no_turn() -> None:
+    run = Run(1, 2)
+    run.epochs(2, samples=8, rows=4, shuffled=True, seed=0)
+    first, second = (run.rule.of(samples([0, 1, 2, 3])) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, second)
+
+
+def test_samples_without_labels_have_no_turn() -> None:
+    rule = Turns(HALF, Exchange(Store()))
+    for numbers, expected in (([1, 2, 3, 4], 1), ([1, 2], 0)):
+        whole = rule.of(samples(numbers, unlabelled=frozenset({1, 2})))
+        assert whole is not None
+        assert not whole[:2].any()
+        assert int(whole.sum()) == expected
+
+
+# -- on models --------------------------------------------------------------------------------------------
+
+
+def _step(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+ORACLES: list[tuple[str, dict[str, Any]]] = [
+    ("llava", {}),
+    ("llava", {"visual_keep": 0.5}),
+    ("llava", {"alignment": "both", "explore": 0.5}),
+    ("qwen2_5_vl", {"visual_keep": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), ORACLES)
+def test_a_step_with_full_rows_is_the_oracles(name: str, changes: dict[str, Any]) -> None:
+    """Against the per-layer masked reference with masked labels; full rows keep all, the others their share."""
+    torch._dynamo.reset()
+    model, batch = CORE[name].build().double(), oracle.double(CORE[name].batch("right", rows=4))
+    plain = copy.deepcopy(model)
+    gate = regate.apply(model, replace(HALF, logits="all", **changes))
+    image, labels = gate.adapter.layout(model, batch).visual, batch["labels"][:, 1:] != -100
+    had = []
+    for _ in range(2):
+        loss, grads = _step(model, batch)
+        last = gate.last
+        assert last is not None
+        assert not last.full
+        whole = last.whole.all(1)
+        had += whole.nonzero().flatten().tolist()
+        assert last.kept[whole].sum() == labels[whole].sum()
+        assert (last.kept[~whole].sum(1) == torch.ceil(labels[~whole].sum(1) / 2)).all()
+        seen = (image & last.active).sum(1) / image.sum(1)
+        assert (seen[whole] == 1).all()
+        assert (seen[~whole] < 0.7).all() == ("visual_keep" in changes)
+        masked = {**batch, "labels": torch.where(last.kept, batch["labels"], -100)}
+        with reference.masked(plain.model.language_model.layers, last.active):
+            expected, expected_grads = _step(plain, masked)
+        torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
+        for n, grad in expected_grads.items():
+            torch.testing.assert_close(grads[n], grad, atol=1e-10, rtol=0)
+    assert sorted(had) == [0, 1, 2, 3]
+    report = gate.report()
+    assert (report["samples_whole"], report["samples_sparse"]) == (4, 4)
+    assert (report["steps_sparse"], report["recompiles"]) == (1, 0)
+    assert "4 of 8 samples of sparse steps kept every label (50%)" in str(report)
+    assert "laid end to end" not in str(report)
+
+
+def test_with_logits_at_kept_labels_alone() -> None:
+    """The same loss and gradients, and losses of all labels of full rows are learnt from."""
+    found = []
+    for logits in ("all", "kept"):
+        torch._dynamo.reset()
+        model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right", rows=4))
+        gate = regate.apply(model, replace(HALF, logits=logits), teacher=None)
+        found.append((*_step(model, batch), gate))
+    (loss, grads, gate), (short, gradients, other) = found
+    torch.testing.assert_close(short, loss, atol=1e-6, rtol=0)  # transformers' losses are float32
+    for n, grad in grads.items():
+        torch.testing.assert_close(gradients[n], grad, atol=1e-6, rtol=1e-5)
+    assert gate.last is not None
+    for one in (gate, other):
+        one.flush()
+        unseen = [bool((losses == -1).any()) for _, losses in one.store.items("difficulty")]
+        assert sorted(unseen) == [False, False, True, True]
+
+
+def test_packed_samples_have_the_turns_of_rows_of_their_own() -> None:
+    found = []
+    for pack in (False, True):
+        torch._dynamo.reset()
+        model = CORE["llava"].build().double()
+        gate = regate.apply(model, replace(HALF, visual_keep=0.5), teacher=None)
+        steps = []
+        for step in range(4):
+            batch = rows_of("llava", 4, step % 2)
+            loss, _ = _step(model, packed(model, batch) if pack else batch)
+            last = gate.last
+            assert last is not None
+            steps.append((float(loss), last.labels_left[last.kept].tolist(), int((last.whole & last.valid).sum())))
+        found.append(steps)
+    for (loss, kept, whole), (its_loss, its_kept, its_whole) in zip(*found, strict=True):
+        assert loss == pytest.approx(its_loss, abs=2e-6)
+        assert kept == its_kept
+        assert whole == its_whole > 0
+
+
+def test_micro_batches_of_one_row_share_a_steps_turns() -> None:
+    torch._dynamo.reset()
+    model = CORE["llava"].build()
+    config = regate.Config(warmup=1, cycle=4, full_steps=1, schedule="interleaved", final_full_steps=1, total_steps=6)
+    gate = regate.apply(model, config, teacher=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    whole = []
+    for _ in range(6):
+        rows = []
+        for micro in range(8):
+            model(**CORE["llava"].batch("none", rows=1, seed=micro)).loss.backward()
+            assert gate.last is not None
+            assert gate.last.whole.all() == gate.last.whole.any()
+            rows.append(bool(gate.last.whole.any()))
+        whole.append(sum(rows))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert whole[0] == whole[5] == 8
+    assert all(1 <= n <= 3 for n in whole[1:5])
+    assert sum(whole[1:5]) == pytest.approx(8, abs=1)
+    assert gate.report()["steps_full"] == 2
+
+
+def test_rows_that_are_filled_up_are_told() -> None:
+    """Gemma 3's images see themselves both ways: its rows cannot be laid end to end."""
+    torch._dynamo.reset()
+    model = CORE["gemma3"].build()
+    gate = regate.apply(model, HALF, teacher=None)
+    model(**CORE["gemma3"].batch("right", rows=2)).loss.backward()
+    assert "one full row makes all of them as long" in str(gate.report())
+
+
+def test_stopping_and_resuming(tmp_path: Path) -> None:
+    """What is owed and how far ahead the process is come back, for another choice would be another run."""
+
+    def run(gate: regate.Gate, steps: range) -> list[list[bool]]:
+        optimizer = torch.optim.SGD(gate.model.parameters(), lr=0.1)
+        found = []
+        for step in steps:
+            gate.model(**CORE["llava"].batch("right", rows=3, seed=step % 3)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert gate.last is not None
+            found.append(gate.last.whole.any(1).tolist())
+        return found
+
+    config = regate.Config(warmup=1, cycle=4, full_steps=1, schedule="interleaved")
+    torch._dynamo.reset()
+    whole = run(regate.apply(CORE["llava"].build(), config, teacher=None), range(12))
+    gate = regate.apply(CORE["llava"].build(), config, teacher=None)
+    first = run(gate, range(6))
+    gate.save(tmp_path)
+    other = regate.apply(CORE["llava"].build(), config, teacher=None)
+    other.load(tmp_path)
+    assert other.turns.ahead == gate.turns.ahead != 0
+    assert other.store.count("owed") == 9
+    assert first + run(other, range(6, 12)) == whole
+    cycled = regate.apply(CORE["llava"].build(), regate.Config(), teacher=None)
+    cycled.load_state_dict(regate.apply(CORE["llava"].build(), regate.Config(), teacher=None).state_dict())
+    assert cycled.store.count("owed") == 0
