@@ -136,13 +136,13 @@ class GatedForward:
                 padding_elided=self.padding_elided,
                 any_length=any_length,
                 samples=samples,
-                disable=self.disable | ({"end_to_end"} if rows else set()),
+                disable=self.disable | ({"end_to_end"} if rows else set()) | self._of_no_use(),
                 observe=self.observe,
             )
             if rewritten is None:
                 return None
             self.statistics.graphs.append(rewritten)
-            return rewritten, self._inner(rewritten.module)
+            return rewritten, self._inner(rewritten.module, rewritten.layers)
 
         def best(chosen: Active) -> tuple[Rewrite, Callable[..., Any]] | None:
             wanted = {"samples": chosen.samples is not None, "rows": chosen.empty}  # no product takes no rows at all
@@ -172,12 +172,17 @@ class GatedForward:
             raise NotElidedError("a rewritten graph ran outside `active(...)`")
         return chosen
 
-    def _inner(self, gm: fx.GraphModule) -> Callable[..., Any]:
+    def _of_no_use(self) -> set[str]:
+        """Passes that save nothing where nothing is compiled."""
+        return {"layers"} if self._backend() == "eager" else set()
+
+    def _inner(self, gm: fx.GraphModule, parts: Collection[str] = ()) -> Callable[..., Any]:
         """The graph as it runs."""
         backend = self._backend()
         if backend == "eager":
             run_linear_by(gm, self.linear)
-        return _inner(gm, backend)
+            return gm.forward
+        return any_size(_in_parts(gm, parts, backend) if parts else _compiled(gm, backend))
 
     def _indices(self, chosen: Active, rewritten: Rewrite) -> tuple[torch.Tensor | int, ...]:
         if rewritten.tail and rewritten not in self.whole:
@@ -232,18 +237,38 @@ def class_forward(module: nn.Module) -> types.MethodType:
     return types.MethodType(type(module).forward, module)
 
 
-def _inner(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
-    if backend == "eager":
-        return gm.forward
+class _Part(nn.Module):
+    """A part of a graph, compiled."""
 
+    def __init__(self, gm: fx.GraphModule, backend: Backend) -> None:
+        super().__init__()
+        self.run = _compiled(gm, backend)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(*inputs)
+
+
+def _in_parts(gm: fx.GraphModule, parts: Collection[str], backend: Backend) -> Callable[..., Any]:
+    """A graph that calls parts of it, each compiled when it is first called, however often it is called."""
+    run = fx.GraphModule(gm, gm.graph)
+    for name in parts:
+        setattr(run, name, _Part(getattr(gm, name), backend))
+    return run.forward
+
+
+def _compiled(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
         return gm(*inputs)
 
-    compiled = torch.compile(run, backend=backend, dynamic=True, fullgraph=True)
+    return torch.compile(run, backend=backend, dynamic=True, fullgraph=True)
+
+
+def any_size(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile it, when it is compiled, for all sizes at once."""
 
     def run_any_size(*inputs: Any) -> Any:
         with torch._dynamo.config.patch(specialize_int=False):  # here the ints are B and S
-            return compiled(*inputs)
+            return run(*inputs)
 
     return run_any_size
 
