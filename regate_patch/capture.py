@@ -23,6 +23,7 @@ import torch.fx.experimental._config as shape_config
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from regate_patch.compiling import Backend, compiled
 from regate_patch.context import Active, active, current
 from regate_patch.errors import (
     ActiveIndexError,
@@ -36,7 +37,6 @@ from regate_patch.sharding import is_sharded, run_linear_by, uncaptured, usual_l
 from regate_patch.statistics import Statistics
 
 log = logging.getLogger("regate_patch")
-Backend = str | Callable[..., Any]
 OnUnsupported = Literal["raise", "warn"]
 
 _DYNAMO: dict[str, Any] = {
@@ -182,7 +182,7 @@ class GatedForward:
         if backend == "eager":
             run_linear_by(gm, self.linear)
             return gm.forward
-        return any_size(_in_parts(gm, parts, backend) if parts else _compiled(gm, backend))
+        return compiled(gm, parts, backend)
 
     def _indices(self, chosen: Active, rewritten: Rewrite) -> tuple[torch.Tensor | int, ...]:
         if rewritten.tail and rewritten not in self.whole:
@@ -235,42 +235,6 @@ class GatedForward:
 def class_forward(module: nn.Module) -> types.MethodType:
     """The forward that a module has by its class, whatever stands in for it."""
     return types.MethodType(type(module).forward, module)
-
-
-class _Part(nn.Module):
-    """A part of a graph, compiled."""
-
-    def __init__(self, gm: fx.GraphModule, backend: Backend) -> None:
-        super().__init__()
-        self.run = _compiled(gm, backend)
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.run(*inputs)
-
-
-def _in_parts(gm: fx.GraphModule, parts: Collection[str], backend: Backend) -> Callable[..., Any]:
-    """A graph that calls parts of it, each compiled when it is first called, however often it is called."""
-    run = fx.GraphModule(gm, gm.graph)
-    for name in parts:
-        setattr(run, name, _Part(getattr(gm, name), backend))
-    return run.forward
-
-
-def _compiled(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
-    def run(*inputs: Any) -> Any:
-        return gm(*inputs)
-
-    return torch.compile(run, backend=backend, dynamic=True, fullgraph=True)
-
-
-def any_size(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile it, when it is compiled, for all sizes at once."""
-
-    def run_any_size(*inputs: Any) -> Any:
-        with torch._dynamo.config.patch(specialize_int=False):  # here the ints are B and S
-            return run(*inputs)
-
-    return run_any_size
 
 
 @torch.compiler.disable

@@ -10,7 +10,7 @@ Terms
 Pseudo-code
     cut the graph, in the order in which it runs, before each attention block
     move what all layers read (gathered masks, cosines, sizes) in front of the first
-    if no two slices are of one kind: leave the graph as it was
+    if no two slices are of one kind: leave the graph in one piece
     join slices that stand alone to their neighbours
     for each slice: a call of its kind's function, with what it reads as arguments
 
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -35,7 +36,7 @@ from regate_patch import ops
 from regate_patch.analysis.blocks import Span
 from regate_patch.analysis.graph import erase_dead, expr, is_call, is_scalar, is_tensor, shape, value, writes_in_place
 from regate_patch.analysis.tokens import Tokens
-from regate_patch.passes.mutations import VIEWS
+from regate_patch.passes.mutations import viewed
 
 _GRAD = torch._C._set_grad_enabled
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
@@ -97,15 +98,25 @@ def outline_layers(gm: fx.GraphModule, span: Span, tokens: Tokens) -> tuple[str,
 def _settle_numbers(graph: fx.Graph) -> None:
     """Sizes that capture has found to be numbers, written as numbers: the first layer asks for them, others know."""
     for node in graph.nodes:
-        if node.op != "placeholder" and is_scalar(node) and (e := expr(value(node))).is_Integer:
-            node.replace_all_uses_with(int(e))
+        if node.op != "placeholder" and is_scalar(node):
+            e = expr(value(node))
+            if isinstance(e, sympy.Integer):
+                node.replace_all_uses_with(int(e))
     erase_dead(graph)
 
 
 def _first(graph: fx.Graph, span: Span) -> fx.Node:
-    """The first node of the first layer."""
+    """The first node of the first layer: a value, or what must be entered before it is computed."""
     inside = set(span.nodes)
-    return next(node for node in graph.nodes if node in inside and is_tensor(node))
+    entered, open_ = None, _Open()
+    for node in graph.nodes:
+        was_open = bool(open_)
+        open_.step(node)
+        if open_ and not was_open:
+            entered = node
+        if node in inside and is_tensor(node):
+            return entered if open_ and entered is not None else node
+    raise AssertionError("a span without values")
 
 
 def _hoist(graph: fx.Graph, span: Span, tokens: Tokens) -> None:
@@ -126,9 +137,10 @@ def _hoist(graph: fx.Graph, span: Span, tokens: Tokens) -> None:
             node.meta.pop("checkpoint", None)  # an index, which it costs nothing to keep
         if not later or node.op in ("placeholder", "output"):
             continue
-        shared = is_tensor(node) and node not in inside and tokens.mentioned_by(node)
-        movable = (shared or _is_size(node)) and not open_ and not writes_in_place(node)
-        if movable and not is_call(node, ops.write, ops.after) and not later & set(node.all_input_nodes):
+        writes = writes_in_place(node) or is_call(node, ops.write, ops.after)
+        shared = is_tensor(node) and node not in inside and tokens.mentioned_by(node) and not open_ and not writes
+        put_in = not writes and getattr(node.target, "__module__", "") == ops.__name__ and node not in inside
+        if (shared or put_in or _is_size(node)) and not later & set(node.all_input_nodes):
             first.prepend(node)
             node.meta.pop("checkpoint", None)
         else:
@@ -181,19 +193,23 @@ def _held_together(nodes: list[fx.Node], position: dict[fx.Node, int]) -> list[b
         ties[i] += bool(open_)
         open_.step(node)
         held = [regions.setdefault(node.meta["checkpoint"], i)] if "checkpoint" in node.meta else []
-        if writes_in_place(node) or is_call(node, ops.write, ops.after):
-            held += [_maker(source, position) for source in node.args[:2] if is_tensor(source)]
+        if is_call(node, ops.after):
+            held += [_maker(source, position) for source in node.args]
+        elif writes_in_place(node) or is_call(node, ops.write):
+            held.append(_maker(node.args[0], position))
         for since in held:
             for between in range(since + 1, i + 1):
                 ties[between] += 1
     return [count > 0 for count in ties]
 
 
-def _maker(node: fx.Node, position: dict[fx.Node, int]) -> int:
-    """Where the memory of this value was made: views do not make any. What is made outside was so at the very start."""
-    while node in position and (is_call(node, *VIEWS, operator.getitem, ops.write, ops.after) or writes_in_place(node)):
-        node = node.args[0]
-    return position.get(node, 0)
+def _maker(node: Any, position: dict[fx.Node, int]) -> int:
+    """Where the memory of this value was made; what is handed in is held to have been made at the very start."""
+    while True:
+        source = node.args[0] if writes_in_place(node) else viewed(node)
+        if source is None:
+            return position.get(node, 0)
+        node = source
 
 
 # -- kinds --------------------------------------------------------------------------------------------
@@ -203,39 +219,35 @@ def _kind(gm: fx.GraphModule, part: Slice) -> Hashable:
     """Equal for slices that one function can serve."""
     names: dict[fx.Node, Hashable] = {node: ("input", i) for i, node in enumerate(part.inputs)}
     names |= {node: ("node", i) for i, node in enumerate(part.nodes)}
+    forms = tuple(_form(node) for node in part.inputs)
+    return _lines(gm, part.nodes, names), forms, tuple(names[node] for node in part.outputs)
+
+
+def _lines(gm: fx.GraphModule, nodes: Iterable[fx.Node], names: dict[fx.Node, Hashable]) -> tuple[Hashable, ...]:
     regions: dict[Any, int] = {}
     lines = []
-    for node in part.nodes:
+    for node in nodes:
         region = node.meta.get("checkpoint")
         again = None if region is None else (regions.setdefault(region, len(regions)), _frozen(region.options, names))
-        target = _attribute(gm, str(node.target)) if node.op == "get_attr" else node.target
-        lines.append((node.op, target, _frozen(node.args, names), _frozen(node.kwargs, names), again))
-    forms = tuple(_form(node) for node in part.inputs)
-    return tuple(lines), forms, tuple(names[node] for node in part.outputs)
+        lines.append((node.op, _target(gm, node), _frozen(node.args, names), _frozen(node.kwargs, names), again))
+    return tuple(lines)
 
 
-def _attribute(gm: fx.GraphModule, path: str) -> Hashable:
-    """A function of the graph's own by what it does, everything else by what it is."""
-    found: Any = operator.attrgetter(path)(gm)
-    if not isinstance(found, fx.GraphModule) or any(True for _ in found.parameters()) or any(found.buffers()):
+def _target(gm: fx.GraphModule, node: fx.Node) -> Hashable:
+    """What is called; a graph that belongs to this one by what it does, anything else that does by what it is."""
+    if node.op not in ("get_attr", "call_module"):
+        return None if node.op == "placeholder" else node.target
+    found: Any = operator.attrgetter(str(node.target))(gm)
+    if not isinstance(found, fx.GraphModule) or any(True for _ in (*found.parameters(), *found.buffers())):
         return id(found)
-    nodes = list(found.graph.nodes)
-    names: dict[fx.Node, Hashable] = {node: i for i, node in enumerate(nodes)}
-    return tuple(
-        (
-            node.op,
-            None if node.op == "placeholder" else _attribute(found, node.target) if node.op == "get_attr" else node.target,
-            _frozen(node.args, names),
-            _frozen(node.kwargs, names),
-        )
-        for node in nodes
-    )
+    inner = list(found.graph.nodes)
+    return _lines(found, inner, {each: i for i, each in enumerate(inner)})
 
 
 def _form(node: fx.Node) -> Hashable:
-    x = value(node)
+    x: Any = value(node)
     if not isinstance(x, torch.Tensor):
-        return type(x)
+        return (type(x),)
     return type(x), x.dtype, x.device, shape(node), x.requires_grad
 
 
@@ -283,8 +295,3 @@ def _call(graph: fx.Graph, name: str, part: Slice) -> None:
                 user.replace_input_with(node, last)
     for node in reversed(part.nodes):
         graph.erase_node(node)
-
-
-def each_module(gm: fx.GraphModule, names: Iterable[str]) -> list[fx.GraphModule]:
-    """The graph, and the functions that it calls."""
-    return [gm, *(getattr(gm, name) for name in names)]

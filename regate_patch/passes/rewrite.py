@@ -32,7 +32,7 @@ from regate_patch.passes.causal import use_causal_kernels
 from regate_patch.passes.checkpointing import inline, outline
 from regate_patch.passes.end_to_end import EndToEnd, NotEndToEndError, Within, can_be_laid
 from regate_patch.passes.insert import insert
-from regate_patch.passes.layers import each_module, outline_layers
+from regate_patch.passes.layers import outline_layers
 from regate_patch.passes.mutations import name_mutations
 from regate_patch.passes.tail import find_tail
 
@@ -128,8 +128,8 @@ def _layers(state: State) -> None:
 
 
 def _outline(state: State) -> None:
-    for each in each_module(state.gm, state.layers):
-        outline(each).recompile()
+    for part in (state.gm, *(getattr(state.gm, name) for name in state.layers)):
+        outline(part).recompile()
 
 
 @dataclass(frozen=True)
