@@ -23,6 +23,7 @@ import torch.fx.experimental._config as shape_config
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from regate_patch.compiling import Backend, compiled
 from regate_patch.context import Active, active, current
 from regate_patch.errors import (
     ActiveIndexError,
@@ -36,7 +37,6 @@ from regate_patch.sharding import is_sharded, run_linear_by, uncaptured, usual_l
 from regate_patch.statistics import Statistics
 
 log = logging.getLogger("regate_patch")
-Backend = str | Callable[..., Any]
 OnUnsupported = Literal["raise", "warn"]
 
 _DYNAMO: dict[str, Any] = {
@@ -136,13 +136,13 @@ class GatedForward:
                 padding_elided=self.padding_elided,
                 any_length=any_length,
                 samples=samples,
-                disable=self.disable | ({"end_to_end"} if rows else set()),
+                disable=self.disable | ({"end_to_end"} if rows else set()) | self._of_no_use(),
                 observe=self.observe,
             )
             if rewritten is None:
                 return None
             self.statistics.graphs.append(rewritten)
-            return rewritten, self._inner(rewritten.module)
+            return rewritten, self._inner(rewritten.module, rewritten.layers)
 
         def best(chosen: Active) -> tuple[Rewrite, Callable[..., Any]] | None:
             wanted = {"samples": chosen.samples is not None, "rows": chosen.empty}  # no product takes no rows at all
@@ -172,12 +172,17 @@ class GatedForward:
             raise NotElidedError("a rewritten graph ran outside `active(...)`")
         return chosen
 
-    def _inner(self, gm: fx.GraphModule) -> Callable[..., Any]:
+    def _of_no_use(self) -> set[str]:
+        """Passes that save nothing where nothing is compiled."""
+        return {"layers"} if self._backend() == "eager" else set()
+
+    def _inner(self, gm: fx.GraphModule, parts: Collection[str] = ()) -> Callable[..., Any]:
         """The graph as it runs."""
         backend = self._backend()
         if backend == "eager":
             run_linear_by(gm, self.linear)
-        return _inner(gm, backend)
+            return gm.forward
+        return compiled(gm, parts, backend)
 
     def _indices(self, chosen: Active, rewritten: Rewrite) -> tuple[torch.Tensor | int, ...]:
         if rewritten.tail and rewritten not in self.whole:
@@ -230,22 +235,6 @@ class GatedForward:
 def class_forward(module: nn.Module) -> types.MethodType:
     """The forward that a module has by its class, whatever stands in for it."""
     return types.MethodType(type(module).forward, module)
-
-
-def _inner(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
-    if backend == "eager":
-        return gm.forward
-
-    def run(*inputs: Any) -> Any:
-        return gm(*inputs)
-
-    compiled = torch.compile(run, backend=backend, dynamic=True, fullgraph=True)
-
-    def run_any_size(*inputs: Any) -> Any:
-        with torch._dynamo.config.patch(specialize_int=False):  # here the ints are B and S
-            return compiled(*inputs)
-
-    return run_any_size
 
 
 @torch.compiler.disable

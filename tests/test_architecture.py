@@ -26,7 +26,17 @@ ROOMS = {
         "scoring",
         "insight",
     ],
-    "regate_patch": ["errors", "transfer", "sharding", "ops", "attention", "context", "analysis", "passes"],
+    "regate_patch": [
+        "errors",
+        "transfer",
+        "compiling",
+        "sharding",
+        "ops",
+        "attention",
+        "context",
+        "analysis",
+        "passes",
+    ],
 }
 MOST = 8  # files in a room
 

@@ -74,12 +74,16 @@ def _copy_tag(source: fx.Node, target: fx.Node) -> None:
 def _root(node: fx.Node, target: fx.Node | None, base: dict[fx.Node, fx.Node]) -> fx.Node:
     if target is not None:
         return base[target]
+    source = viewed(node)
+    return node if source is None else base[source]
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
+    """Of what this is a view, by its name; None if it is none."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if node.op in ("call_method", "call_function") and name in VIEWS:
-        source = node.args[0] if node.args else None
-        if isinstance(source, fx.Node):
-            return base[source]
-    return node
+    if node.op in ("call_method", "call_function") and name in VIEWS and node.args:
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    return None
 
 
 def _is_read_later(alias: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:

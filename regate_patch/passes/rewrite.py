@@ -32,6 +32,7 @@ from regate_patch.passes.causal import use_causal_kernels
 from regate_patch.passes.checkpointing import inline, outline
 from regate_patch.passes.end_to_end import EndToEnd, NotEndToEndError, Within, can_be_laid
 from regate_patch.passes.insert import insert
+from regate_patch.passes.layers import outline_layers
 from regate_patch.passes.mutations import name_mutations
 from regate_patch.passes.tail import find_tail
 
@@ -53,6 +54,7 @@ class State:
         flops: its `flops_linear, flops_quadratic, flops_tail`.
         end_to_end: lay rows end to end, if nothing needs rows of its own; then, whether they are.
         put_in: its `gathers, scatters`.
+        layers: see `Rewrite`.
     """
 
     gm: fx.GraphModule
@@ -70,6 +72,7 @@ class State:
     flops: tuple[int, int, int] = (0, 0, 0)
     end_to_end: bool = False
     put_in: tuple[int, int] = (0, 0)
+    layers: tuple[str, ...] = ()
 
 
 def _flatten(state: State) -> None:
@@ -120,9 +123,13 @@ def _insert(state: State) -> None:
     state.put_in = count(state.gm)
 
 
+def _layers(state: State) -> None:
+    state.layers = outline_layers(state.gm, state.span, state.tokens)
+
+
 def _outline(state: State) -> None:
-    state.gm = outline(state.gm)
-    state.gm.recompile()
+    for part in (state.gm, *(getattr(state.gm, name) for name in state.layers)):
+        outline(part).recompile()
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,7 @@ PASSES = (
     Pass("end_to_end", _end_to_end, "saves", "rows are laid end to end, where all attention is in causal order"),
     Pass("measure", _measure, "needed", "what a position costs in FLOPs, for reports"),
     Pass("insert", _insert, "needed", "one gather in front of the span, one scatter behind it, side inputs gathered"),
+    Pass("layers", _layers, "saves", "equal layers become calls of one function, which is compiled once"),
     Pass("outline", _outline, "needed", "checkpoints are put back around what was inside them"),
 )
 OPTIONAL = tuple(p.name for p in PASSES if p.promise == "saves")
@@ -194,6 +202,8 @@ class Rewrite:
         apart: is that what keeps samples of one row apart (see `Active.samples`)?
         handed_out: values per token that the graph gives to whoever called it: what the decoder returns, and what its
             code or a wrapped part of it puts elsewhere.
+        layers: names of the submodules that the graph is made of, to be compiled each on its own (see
+            `regate_patch.passes.layers`); none where it is one piece.
     """
 
     module: fx.GraphModule
@@ -211,6 +221,7 @@ class Rewrite:
     end_to_end: bool = False
     apart: bool = False
     handed_out: int = 0
+    layers: tuple[str, ...] = ()
 
 
 Observer = Callable[[str, fx.GraphModule], None]
@@ -280,6 +291,7 @@ def _summary(state: State) -> Rewrite:
         end_to_end=state.end_to_end,
         apart=state.apart,
         handed_out=span.handed_out,
+        layers=state.layers,
     )
 
 

@@ -17,11 +17,11 @@ from tests.zoo import CORE
 def test_the_list() -> None:
     names = [p.name for p in PASSES]
     assert len(set(names)) == len(names)
-    assert set(OPTIONAL) == {"causal", "tail", "end_to_end"}
-    assert names.index("check") < names.index("insert") < names.index("outline")
+    assert set(OPTIONAL) == {"causal", "tail", "end_to_end", "layers"}
+    assert names.index("check") < names.index("insert") < names.index("layers") < names.index("outline")
 
 
-@pytest.mark.parametrize("off", OPTIONAL)
+@pytest.mark.parametrize("off", [name for name in OPTIONAL if name != "layers"])  # which has tests of its own
 @pytest.mark.parametrize("name", CORE)
 def test_without_one_of_them(name: str, off: str) -> None:
     """Exact, and the pass really did not run."""
@@ -32,7 +32,7 @@ def test_without_one_of_them(name: str, off: str) -> None:
     options: dict[str, Any] = {"padding_elided": True, "observe": lambda name, gm: ran.append(name)}
     got = oracle.engine(model, batch, active, disable=(off,), **options)
     assert ran[0] == "captured"
-    assert ran[1:] == [p.name for p in PASSES if p.name != off]
+    assert ran[1:] == [p.name for p in PASSES if p.name not in (off, "layers")]  # nothing is compiled
     tolerance = 1e-10 if name not in ("gemma3", "qwen3_vl_moe") else 1e-6  # float32 norms and routers
     oracle.assert_same(got, oracle.masked(model, batch, active), tolerance=tolerance)
 

@@ -1,0 +1,64 @@
+"""Run a graph through a compiler: in one piece, or in parts that are compiled each on its own.
+
+A part that is called often is compiled once. One artefact serves all sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import fx, nn
+
+Backend = str | Callable[..., Any]
+_NUMBERS = itertools.count()
+
+
+def compiled(gm: fx.GraphModule, parts: Collection[str], backend: Backend) -> Callable[..., Any]:
+    """The graph, compiled when it first runs.
+
+    Args:
+        gm: takes tensors and sizes.
+        parts: names of its submodules, if they are all that it calls; then each is compiled when it is first called,
+            and what stands between the calls runs as it is.
+        backend: as `torch.compile` takes it.
+    """
+    run = _in_parts(gm, parts, backend) if parts else _alone(gm, backend)
+
+    def run_any_size(*inputs: Any) -> Any:
+        with torch._dynamo.config.patch(specialize_int=False):  # here the ints are B and S
+            return run(*inputs)
+
+    return run_any_size
+
+
+def _in_parts(gm: fx.GraphModule, parts: Collection[str], backend: Backend) -> Callable[..., Any]:
+    run = fx.GraphModule(gm, gm.graph)
+    for name in parts:
+        setattr(run, name, _Part(_alone(getattr(gm, name), backend)))
+    return run.forward
+
+
+class _Part(nn.Module):
+    """A function where a graph calls a module."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(*inputs)
+
+
+def _alone(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
+    def run(*inputs: Any) -> Any:
+        return gm(*inputs)
+
+    # Dynamo keeps what it compiled with the code object, counts it, and looks through all of it at each call.
+    code = run.__code__.replace(co_name=f"run_{next(_NUMBERS)}")
+    own = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
+    return torch.compile(own, backend=backend, dynamic=True, fullgraph=True)
