@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model_adapters import conventional, visual
 from model_adapters.attention import followable_attention
+from model_adapters.flash import followable_calls
 from model_adapters.recording import followable_recording
 
 Batch = Mapping[str, Any]
@@ -83,6 +84,7 @@ class ModelAdapter:
             for the teacher.
         capturable: a context in which the decoder computes the same function by code that can be captured as one graph,
             for the few models whose own code cannot.
+        in_step: does the model's forward talk to other ranks, so that all must run it equally often?
         padding: how the teacher sees visual positions.
         visual_inputs: names of the batch's entries that hold pixels or sound, for telling samples of equal text apart:
             tensors, or lists of them of any nesting.
@@ -103,6 +105,7 @@ class ModelAdapter:
     position_ids: Callable[[nn.Module, Batch], Tensor | None] = conventional.position_ids
     run_decoder: Callable[[nn.Module, nn.Module, Tensor, Tensor, Tensor | None], Tensor] = conventional.run_decoder
     capturable: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
+    in_step: bool = False
     padding: Padding = Padding()
     visual_inputs: tuple[str, ...] = visual.INPUTS
     visual_axis: int = 0
@@ -111,5 +114,10 @@ class ModelAdapter:
     @contextmanager
     def followable(self, model: nn.Module, decoder: nn.Module) -> Iterator[None]:
         """Inside, the decoder of `model`, or this copy of it, runs code of the same function that can be followed."""
-        with self.capturable(model), followable_attention(model, decoder), followable_recording():
+        with (
+            self.capturable(model),
+            followable_attention(model, decoder),
+            followable_calls(decoder),
+            followable_recording(),
+        ):
             yield

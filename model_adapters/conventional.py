@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model_adapters.embedded import read_off
 from model_adapters.errors import AdapterError
+from model_adapters.flash import is_boundaries
 
 _HIDDEN = -1e3  # a mask that is added to scores is below where it hides a key
 
@@ -185,7 +186,7 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         table = embeddings(model)
         input_ids = read_off(embeds, labels, table, rows_of(table))
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not is_boundaries(mask, input_ids.shape):
         valid = mask.bool()
     elif (square := square_mask(batch, input_ids.shape[1])) is not None:
         valid = sees(square, 0).expand(input_ids.shape)

@@ -2,6 +2,9 @@
 
 Ids are expanded already, 256 `<IMG_CONTEXT>` a tile. `loss_weight` (one over the square root of the answer's length)
 weighs every label, and the sum is divided by the weights' sum: elided labels must weigh nothing.
+
+Packed rows (`use_packed_ds`) are told by boundaries, `cu_seqlens` [1, n + 1] or the same in the place of the attention
+mask, to attention that was patched to call flash attention's functions by itself: see `flash.py`.
 """
 
 from __future__ import annotations
@@ -27,12 +30,6 @@ def _layout(model: nn.Module, batch: Batch) -> Layout:
             "InternVLChatModel.img_context_token_id is not set, so visual positions cannot be told from text; set it "
             "to the tokenizer's id of <IMG_CONTEXT> before training"
         )
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and (mask.dim() == 1 or mask.shape[-1] != batch["input_ids"].shape[-1]):
-        raise AdapterError(
-            f"attention_mask has shape {list(mask.shape)} for input_ids {list(batch['input_ids'].shape)}: these are "
-            "the borders of packed rows (cu_seqlens), which are not supported; train with use_packed_ds=False"
-        )
     fields: dict[str, Any] = dict(conventional.layout(model, batch))
     fields["visual"] = (batch["input_ids"] == context) & fields["valid"]
     return Layout(**fields)
@@ -42,8 +39,10 @@ def _with_labels(model: nn.Module, call: Batch, labels: Tensor) -> dict[str, Any
     weights = call.get("loss_weight")
     if weights is None:
         return {"labels": labels}
-    kept = torch.where(labels == -100, 0.0, torch.as_tensor(weights, device=labels.device))
-    return {"labels": labels, "loss_weight": kept if isinstance(weights, Tensor) else kept.tolist()}
+    if isinstance(weights, Tensor):
+        return {"labels": labels, "loss_weight": weights.to(labels.device).masked_fill(labels == -100, 0.0)}
+    kept = torch.tensor(weights, dtype=torch.float64).masked_fill(labels.cpu() == -100, 0.0)  # as Python's numbers are
+    return {"labels": labels, "loss_weight": kept.tolist()}
 
 
 INTERNVL_CHAT = ModelAdapter(
@@ -55,4 +54,5 @@ INTERNVL_CHAT = ModelAdapter(
     layout=_layout,
     with_labels=_with_labels,
     position_ids=lambda model, batch: batch.get("position_ids"),
+    in_step=True,  # the weights' sum is averaged over ranks
 )

@@ -24,6 +24,7 @@ import regate_patch
 from model_adapters import Batch, Layout
 from model_adapters.attention import stand_in
 from model_adapters.base import labels_alone
+from model_adapters.flash import called_by
 from model_adapters.recording import install_recording
 from regate.errors import ConfigError, LogitsError
 from regate.labels import IGNORED, predicted, predictors
@@ -160,7 +161,7 @@ class Forward:
                     short=shortens and parts.config.logits == "kept",
                     at_least=Read.ALL if parts.config.logits == "all" else Read.VALID if self._balanced else Read.KEPT,
                     backward=not sharded,
-                    highest=highest if sharded else int,
+                    highest=highest if parts.in_step else int,
                 )
             )
         self._active = None
@@ -169,6 +170,12 @@ class Forward:
                 f"the attention kernels of {type(self._decoder).__name__} compute something else than its "
                 f"'{usual}' attention: they know causal order, windows and padding, and leave out what else its masks "
                 f"say, such as image tokens that see one another. Train it with attn_implementation='{usual}'"
+            )
+        if proven.other and (calls := called_by(self._decoder)):
+            raise regate_patch.UnsupportedGraphError(
+                f"{type(self._decoder).__name__} calls {', '.join(sorted({name for _, name in calls}))} by itself, and "
+                "computes something else where it is given no padding mask but no padding either: its code takes more "
+                "from the mask than what is padding. Build it with SDPA or eager attention"
             )
         for note in proven.notes:
             parts.note(note)
@@ -295,12 +302,7 @@ class Forward:
             parts.put_elsewhere = reads.PUT_ELSEWHERE.format(n=elsewhere)
             return True
         loss = proof.loss_of(output)
-        if (
-            loss is None
-            or self._decoded is None
-            or is_sharded(self._target)
-            or not (self.short or self.read < Read.ALL)
-        ):
+        if loss is None or self._decoded is None or parts.in_step or not (self.short or self.read < Read.ALL):
             return False
         way = (self.read, self.short, reads.operations(loss, (hidden_states(self._decoded), self._decoded)))
         self._unproven = bool(parts.ways) and way not in parts.ways

@@ -13,8 +13,10 @@ import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter
 from model_adapters.attention import stand_in
 from model_adapters.conventional import text_config
+from model_adapters.flash import called_by
 from regate.config import Config
 from regate.errors import HiddenStatesError, UnknownArchitectureError
+from regate.memory.checkpoint import ranks
 from regate.memory.sharing import any_rank
 from regate.output import proof, reads
 from regate.output.logits import LazyHead
@@ -97,9 +99,14 @@ class Parts:
         size = getattr(text_config(self.target), "vocab_size", None)
         return size or max(shape[0] for p in self.head.parameters() if len(shape := whole_shape(p)) == 2)
 
+    @property
+    def in_step(self) -> bool:
+        """Must ranks run the model's forward equally often?"""
+        return is_sharded(self.target) or (self.adapter.in_step and ranks() > 1)
+
     def ready_to_prove(self, ready: bool) -> bool:
-        """Is the proof due in this forward? Of a split model it runs on all ranks at once: when all have labels."""
-        if self.proven is not None or not is_sharded(self.target):
+        """Is the proof due in this forward? In step it runs on all ranks at once: when all have labels."""
+        if self.proven is not None or not self.in_step:
             return ready and self.proven is None
         return not any_rank(not ready)
 
@@ -120,7 +127,7 @@ class Parts:
                 layout = self.adapter.layout(self.model, batch)
         except AdapterError as error:
             raise UnknownArchitectureError(str(error)) from error
-        if stand_in(self.decoder) is not None:
+        if stand_in(self.decoder) is not None and not called_by(self.decoder):
             check_boundaries(batch)
         layout, segments = batches.on_host(batch, layout, vocabulary=self.vocabulary)
         alone = segments.unpack_layout(layout)

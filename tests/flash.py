@@ -87,6 +87,14 @@ def flash_attn_func(
     return flash_attn_varlen_func(q, k, v, starts, starts, length, length, **settings).unflatten(0, (rows, length))
 
 
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:  # fmt: skip
+    starts = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(*qkv.unbind(1), *starts, softmax_scale=softmax_scale, causal=causal)
+
+
 @contextlib.contextmanager
 def installed() -> Iterator[list[str]]:
     """Inside, transformers finds these where it would import the packages; gives the calls that reach them."""

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 import regate_patch
 from model_adapters import Batch, Layout, ModelAdapter, find_adapter
 from model_adapters.conventional import text_config
+from model_adapters.flash import takes_one_row
 from regate.config import Config
 from regate.errors import NonFiniteLossError, StoreMismatchError
 from regate.labels import IGNORED, predicted, predictors
 from regate.memory.sharing import any_rank
 from regate.output.loss import Places, label_losses
 from regate.teaching.quantize import to_4bit, unpacked
+from regate.teaching.rows import end_to_end
 from regate.teaching.weights import answering, halve_on_cuda, is_tight, some_values, split_root, uses_peft
 from regate.training.hooks import run_inside
 from regate.training.sharding import refuse_sharded
@@ -189,11 +191,17 @@ class Teacher:
         seen = valid if padding.attend else valid & ~visual
         needed = wanted.flip(1).cummax(1).values.flip(1).roll(-1, 1)  # up to the last predictor
         needed[:, -1] = False
+        computed, read = seen & needed, predictors(wanted)
+        if takes_one_row(self.decoder, batch):
+            ids, mask, positions, active = end_to_end(ids, positions, computed, read)
+            positions = positions.to(device)
+        else:
+            mask, active = seen.long(), regate_patch.Active.from_mask(computed).reading(read)
         with self._switched(), unpacked(self.decoder):
-            computed = regate_patch.Active.from_mask(seen & needed).reading(predictors(wanted)).to(device)
-            with regate_patch.active(computed), self.adapter.followable(self.model, self.decoder):
-                text, mask = ids.to(device), seen.long().to(device)
+            with regate_patch.active(active.to(device)), self.adapter.followable(self.model, self.decoder):
+                text, mask = ids.to(device), mask.to(device)
                 hidden = self.adapter.run_decoder(self.decoder, self.embeddings, text, mask, positions)
+            hidden = hidden.view(*labels.shape, -1)
             answered = wanted & (labels < self._vocabulary())
             losses = torch.full((int(wanted.sum()),), math.log(self._vocabulary()))
             losses[answered[wanted]] = label_losses(hidden, Places.of(labels, answered), head=self.head).cpu()

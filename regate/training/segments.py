@@ -8,7 +8,8 @@ samples stand (`pack`). Rows that hold one sample each are their own segments, a
 Signs of a sample's beginning, any of which may be in the call:
     position_ids    that fall back, or, without a padding mask, do not go on by one; of several ids per token (M-RoPE),
                     the lowest, for within one sample it never falls; of four, the first, which is the text's
-    cu_seq_lens_q, cu_seqlens    where samples begin among all positions, as flash attention's kernels are told
+    cu_seq_lens_q, cu_seqlens    where samples begin among all positions, as flash attention's kernels are told; of one
+                    row also in the place of the attention mask (InternVL)
     seq_idx and the like         a number per position, the same within a sample
     attention_mask               with numbers above 1, the same within a sample (LLaMA-Factory); or [B, 1, S, S], under
                                  which a sample's first position does not see the one before it
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor
 
 from model_adapters import Batch, Layout, conventional
+from model_adapters.flash import BOUNDARIES, boundaries
 from regate.errors import PackedRowsError
 from regate.labels import IGNORED
 
-_BOUNDARIES = ("cu_seq_lens_q", "cu_seqlens")
 _NUMBERS = ("seq_idx", "segment_ids", "sequence_ids", "document_ids")
 _TEXT_FIRST = 4  # rows of position ids whose first is the text's (transformers' Qwen-VL family)
 
@@ -38,9 +39,12 @@ def starts(batch: Batch, layout: Layout) -> Tensor | None:
         PackedRowsError: boundaries that do not fit the batch.
     """
     shape = layout.valid.shape
-    signs = [_from_boundaries(name, batch[name], shape) for name in _BOUNDARIES if isinstance(batch.get(name), Tensor)]
+    told = boundaries(batch, (shape[0], shape[1]))
+    signs = [] if told is None else [_from_boundaries(*told, shape)]
     for name in (*_NUMBERS, "attention_mask"):
         numbers = batch.get(name)
+        if told is not None and told[1] is numbers:
+            continue
         if isinstance(numbers, Tensor) and numbers.shape == shape and not numbers.is_floating_point():
             if numbers.dtype != torch.bool:
                 signs.append(numbers.diff() != 0)
@@ -56,12 +60,12 @@ def starts(batch: Batch, layout: Layout) -> Tensor | None:
 
 
 def check_boundaries(batch: Batch) -> None:
-    """For a decoder whose attention cannot be told `_BOUNDARIES`, while the gate runs it: do position ids tell them?
+    """For a decoder whose attention cannot be told boundaries, while the gate runs it: do position ids tell them?
 
     Raises:
         PackedRowsError: they do not.
     """
-    name = next((name for name in _BOUNDARIES if isinstance(batch.get(name), Tensor)), None)
+    name = next((name for name in BOUNDARIES if isinstance(batch.get(name), Tensor)), None)
     if name is not None and batch.get("attention_mask") is None and batch.get("position_ids") is None:
         raise PackedRowsError(
             f"the call says by `{name}` where packed samples begin, but not by position ids that begin again: pass "
@@ -69,14 +73,15 @@ def check_boundaries(batch: Batch) -> None:
         )
 
 
-def _from_boundaries(name: str, boundaries: Tensor, shape: torch.Size) -> Tensor:
-    if boundaries.dim() != 1 or boundaries.is_floating_point():
+def _from_boundaries(name: str, first: Tensor, shape: torch.Size) -> Tensor:
+    of_one_row = first.dim() == 2 and len(first) == shape[0] == 1
+    if not (first.dim() == 1 or of_one_row) or first.is_floating_point():
         raise PackedRowsError(
-            f"`{name}` {list(boundaries.shape)} {boundaries.dtype} should be the first positions of samples, "
-            "[n + 1] of integers from 0 to the number of positions"
+            f"`{name}` {list(first.shape)} {first.dtype} should be the first positions of samples, [n + 1] (or, of one "
+            "row, [1, n + 1]) of integers from 0 to the number of positions"
         )
-    marks = torch.zeros(shape.numel() + 1, dtype=torch.bool, device=boundaries.device)
-    marks[boundaries.long().clamp(max=shape.numel())] = True
+    marks = torch.zeros(shape.numel() + 1, dtype=torch.bool, device=first.device)
+    marks[first.flatten().long().clamp(max=shape.numel())] = True
     return marks[:-1].view(shape)[:, 1:]
 
 

@@ -203,12 +203,15 @@ class VideoChat2_it_hd_mistral(VideoChat2_it_mistral):
 
 
 class InternVLChatModel(nn.Module):
-    """Ids expanded already; the loss outside, weighted; no `get_decoder` of its own."""
+    """Ids expanded already; the loss outside, weighted; no `get_decoder` of its own.
 
-    def __init__(self) -> None:
+    Boundaries of packed rows come as `cu_seqlens`, for each attention, or in the place of the attention mask.
+    """
+
+    def __init__(self, language_model: Any = None) -> None:
         super().__init__()
         self.config = SimpleNamespace(model_type="internvl_chat")
-        self.language_model = Qwen2ForCausalLM(Qwen2Config(**TEXT))
+        self.language_model: Any = language_model or Qwen2ForCausalLM(Qwen2Config(**TEXT))
         self.mlp1 = nn.Linear(FEATURES, 32)
         self.img_context_token_id: int | None = None
 
@@ -226,6 +229,7 @@ class InternVLChatModel(nn.Module):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         statistics: Any = None,
+        cu_seqlens: Tensor | None = None,
         loss_weight: list[list[float]] | None = None,
         loss_reduction_all_gather: bool = False,
     ) -> Any:
@@ -234,6 +238,8 @@ class InternVLChatModel(nn.Module):
         if image_flags is not None:
             features = features[image_flags.squeeze(-1) == 1]
         embeds[input_ids == self.img_context_token_id] = features.flatten(0, 1)
+        for layer in self.language_model.model.layers:
+            next(iter(layer.children())).cu_seqlens = cu_seqlens
         outputs = self.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
         )

@@ -139,6 +139,9 @@ IMAGE = torch.tensor([[[0, 1, 1, 1, 1, 2]], [[0, 1, 1, 2, 2, 3]], [[0, 1, 2, 1, 
         ({"position_ids": IMAGE}, []),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 4, 6])}, [3, 4]),
         ({"cu_seqlens": torch.tensor([0, 3, 4, 6], dtype=torch.int32)}, [3, 4]),
+        ({"cu_seqlens": torch.tensor([[0, 3, 4, 6]], dtype=torch.int32)}, [3, 4]),
+        ({"attention_mask": torch.tensor([[0, 3, 4, 6]], dtype=torch.int32)}, [3, 4]),
+        ({"attention_mask": torch.tensor([[0, 1, 2, 3, 4, 6]], dtype=torch.int32)}, [1, 2, 3, 4]),
         ({"seq_idx": torch.tensor([[0, 0, 0, 1, 2, 2]])}, [3, 4]),
         ({"attention_mask": torch.tensor([[1, 1, 1, 2, 3, 3]])}, [3, 4]),
         ({"attention_mask": torch.ones(1, 6, dtype=torch.int64)}, []),
@@ -191,8 +194,8 @@ def test_an_image_at_a_samples_beginning_is_one_sample() -> None:
 
 
 def test_boundaries_that_are_none() -> None:
-    with pytest.raises(PackedRowsError, match=r"`cu_seqlens` \[1, 4\]"):
-        starts({"cu_seqlens": torch.tensor([[0, 3, 4, 6]])}, _layout(1, 6))
+    with pytest.raises(PackedRowsError, match=r"`cu_seqlens` \[2, 2\]"):
+        starts({"cu_seqlens": torch.tensor([[0, 3], [4, 6]])}, _layout(1, 6))
 
 
 @pytest.mark.parametrize("seed", range(20))
