@@ -31,7 +31,7 @@ from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples, Scorer
 from regate.scoring.turns import Turns
 from regate.teaching import teacher as teachers
-from regate.training.calls import OuterCall
+from regate.training.calls import OuterCall, inner_call
 from regate.training.counters import Counters, Stopwatch
 from regate.training.hooks import Hook, call_weakly
 from regate.training.sharding import forget_layers, gather_by_layer, refuse_opaque
@@ -248,7 +248,8 @@ class Gate:
         Resumable: what is in the store is not computed again, and each batch is stored as it is done.
 
         Args:
-            dataloader: yields the keyword arguments of the model's forward; tensors are moved to its device.
+            dataloader: yields the keyword arguments of the model's forward; tensors, also in lists, are moved to its
+                device. An own wrapper that embeds its batch for a language model inside runs up to that one's call.
             progress: show a progress bar.
             split: every rank calls this with a part of its own of the samples, and in the end has those of all. A model
                 that FSDP2 has split needs it, and then it goes without saying.
@@ -257,13 +258,15 @@ class Gate:
             GateNotAppliedError: the gate has no teacher.
             StoreError: reference losses are missing, and the model that would give them was trained meanwhile.
             ConfigError: this rank has no batch, but others have.
+            UnsupportedShardingError: see `inner_call`.
         """
         device = next(self._parts.target.parameters()).device
         refuse_opaque(self._parts.target, self._parts.decoder)
 
         def read(batch: Batch) -> Samples:
-            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            return self._parts.read(batch | {"sample_ids": ()})[1]  # by text alone: images need not be told apart
+            batch = {k: _moved(v, device) for k, v in batch.items() if k != "sample_ids"}
+            call = inner_call(self.model, self._parts.target, batch)
+            return self._parts.read({**call, "sample_ids": ()})[1]  # by text alone: images need not be told apart
 
         split = split or (self._teacher is not None and self._teacher.together)
         teach_all(self.scorer, dataloader, read, steps=self._steps.made, progress=progress, split=split)
@@ -390,3 +393,9 @@ class Gate:
         forget_layers(self._parts.decoder)
         if self._teacher is not None:
             self._teacher.close()
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    if isinstance(x, (list, tuple)) and any(isinstance(entry, Tensor) for entry in x):
+        return [_moved(entry, device) for entry in x]
+    return x.to(device) if isinstance(x, Tensor) else x

@@ -5,10 +5,15 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from model_adapters import Batch
 from model_adapters.conventional import unwrap
+from regate.errors import UnsupportedShardingError
 from regate.training.hooks import Hook
+from regate_patch import is_sharded
 
 
 class OuterCall:
@@ -47,3 +52,56 @@ class OuterCall:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+class _Reached(Exception):
+    """Ends a forward where the inner module is called."""
+
+
+def inner_call(model: nn.Module, target: nn.Module, batch: Batch) -> Batch:
+    """The arguments with which `target`, somewhere inside, is called where `model` is called with this batch.
+
+    The forward of `model` runs up to there, without gradients. A batch that is none of its calls is given back: it is
+    the target's own.
+
+    Raises:
+        UnsupportedShardingError: the model is split over ranks, which then must end each forward that they begin.
+    """
+    outer = unwrap(model)
+    if outer is target or not _fits(outer, batch):
+        return batch
+    if is_sharded(model):
+        raise UnsupportedShardingError(
+            f"what {type(outer).__name__} gives its language model is only known from its own forward, which cannot be "
+            "left half-way where FSDP2 or DeepSpeed ZeRO-3 has split it: call gate.precompute before the model is "
+            "split, or with the arguments of the language model's call, or keep a copy (teacher='copy' or '4bit')"
+        )
+    seen: dict[str, Any] = {}
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.update(inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs)
+        raise _Reached
+
+    running = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]  # whose statistics are state
+    hook = target.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for module in running:
+            module.eval()
+        with torch.no_grad():
+            model(**batch)
+    except _Reached:
+        return seen
+    finally:
+        hook.remove()
+        for module in running:
+            module.train()
+    return batch
+
+
+def _fits(module: nn.Module, batch: Batch) -> bool:
+    """Can the module be called with it?"""
+    try:
+        inspect.signature(module.forward).bind(**batch)
+    except TypeError:
+        return False
+    return True

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 import regate
 from model_adapters import find_adapter
-from regate.errors import StoreError, StoreMismatchError
+from regate.errors import StoreError, StoreMismatchError, UnsupportedShardingError
 from regate.memory.sharing import in_step
 from regate.teaching import teacher as teachers
 from regate.teaching.weights import is_tight
+from regate.training import calls
 from tests import oracle
+from tests.model_adapters import test_paper_systems, test_wrappers
 from tests.zoo import CORE
 
 CONFIG = regate.Config(warmup=1, cycle=4, full_steps=1)
@@ -203,6 +205,59 @@ def test_no_teacher_where_every_label_is_kept() -> None:
     assert not gate.first
     with pytest.raises(regate.RegateError, match="keep=1"):
         gate.precompute(BATCHES, progress=False)
+
+
+WRAPPERS = ("videochat2", "videochat2 in high definition", "videochat2 with LoRA", "own")
+
+
+def _wrapper(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model that embeds its batch by itself for a language model inside; and a batch."""
+    torch.manual_seed(0)
+    if name == "own":
+        return test_wrappers.MyVLM().double().train(), test_wrappers._batch()
+    system = test_paper_systems.SYSTEMS[name]
+    return system.make().double().train(), system.batch()
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_around_a_language_model(name: str) -> None:
+    """Their batches are none of its calls: references and trained weights of a run with a copy."""
+    found = []
+    for choice in ("copy", "first"):
+        torch._dynamo.reset()
+        model, batch = _wrapper(name)
+        gate = regate.apply(model, regate.Config(warmup=0, cycle=1, full_steps=0), teacher=choice)
+        if choice == "first":
+            hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+            gate.precompute([batch | {"sample_ids": [1, 2]}], progress=False)
+            assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+            assert all(m.training for m in model.modules())
+            assert not any(p.grad is not None for p in model.parameters())
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            output = model(**batch)
+            (output["loss"] if isinstance(output, dict) else output.loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert gate.report()["steps_sparse"] == 2
+        assert gate.report()["teacher_samples"] == 2
+        found.append((references(gate), {n: p.detach() for n, p in model.named_parameters()}))
+    (expected, copied), (got, first) = found
+    assert got == expected
+    assert all(torch.equal(first[name], weight) for name, weight in copied.items())
+
+
+def test_wrappers_keep_their_statistics_and_are_refused_when_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = _wrapper("own")
+    norm = nn.BatchNorm1d(test_wrappers.TOKENS).double()
+    model.encoder = nn.Sequential(model.encoder, norm)  # type: ignore[arg-type]
+    gate = regate.apply(model, CONFIG, teacher="first")
+    gate.precompute([batch], progress=False)
+    assert int(norm.num_batches_tracked) == 0
+    assert norm.training
+    monkeypatch.setattr(calls, "is_sharded", lambda model: True)
+    with pytest.raises(UnsupportedShardingError, match="MyVLM gives its language model"):
+        gate.precompute([batch], progress=False)
 
 
 def test_a_process_alone_is_in_step() -> None:
