@@ -81,10 +81,10 @@ def is_boundaries(mask: Any, shape: tuple[int, ...]) -> bool:
     """Do boundaries of samples [n + 1] or [1, n + 1] stand in the place of the mask?"""
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.int32, torch.int64) or mask.dim() > 2:
         return False
-    if mask.dim() == 2 and (len(mask), *shape[:1]) != (1, 1):
+    if mask.dim() == 2 and (mask.dtype != torch.int32 or (len(mask), *shape[:1]) != (1, 1)):
         return False
-    if mask.dim() == 2 and tuple(mask.shape) == tuple(shape):  # as many as positions: a mask, or samples of one token
-        return mask.dtype == torch.int32 and len(mask) == 1 and mask[0, [0, -1]].tolist() == [0, shape[1]]
+    if tuple(mask.shape) == tuple(shape):  # as many as positions: a mask, or samples of one token each but one
+        return mask[0, [0, -1]].tolist() == [0, shape[1]]  # type: ignore[no-any-return]
     return True
 
 
