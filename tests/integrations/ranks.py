@@ -44,9 +44,11 @@ class Cell:
     checkpointing: bool
     backend: str = "eager"
     batches: str = "alike"
+    teacher: str = "auto"
 
     def __str__(self) -> str:
-        return f"{self.wrap}-{self.weights}{'-checkpointing' * self.checkpointing}-{self.backend}-{self.batches}"
+        way = f"{self.wrap}-{self.weights}{'-checkpointing' * self.checkpointing}-{self.backend}-{self.batches}"
+        return way if self.teacher == "auto" else f"{way}-{self.teacher}"
 
     @property
     def deepspeed(self) -> bool:
@@ -75,6 +77,7 @@ if importlib.util.find_spec("deepspeed"):  # which compiles a kernel for a minut
         Cell("zero3", "full", False, "inductor"),
         *[Cell("zero3", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")],
         Cell("zero3", "lora", False, batches="unlabelled first"),
+        *[Cell("zero3", weights, False, teacher="first") for weights in ("full", "never whole")],
     ]
 
 
@@ -178,15 +181,20 @@ def train(cell: Cell, rank: int | None, folder: Path | None = None) -> dict[str,
         config = replace(config, cycle=2, full_steps=1, schedule="interleaved")
     if cell.batches.startswith("unlabelled"):  # what to expect of unseen samples, one process would know from both
         config = replace(config, student_weight=0.0)
-    gate = regate.apply(model, config, backend=cell.backend, teacher="precomputed" if parts else "auto")
+    ahead, teacher = parts or cell.teacher == "first", "precomputed" if parts else cell.teacher
+    if cell.teacher == "first":  # held to a copy that one process keeps
+        teacher = "copy" if rank is None else "first"
+    gate = regate.apply(model, config, backend=cell.backend, teacher=teacher)  # type: ignore[arg-type]
     gate.exchange.every = 1
     sharded = not cell.deepspeed and rank is not None
     called: Any = wrapped(model, cell.wrap) if sharded else model
     optimizer: Any = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     if cell.deepspeed and rank is not None:
         called = optimizer = zero(model, optimizer, int(cell.wrap[-1]))
-    if parts:
-        gate.precompute([batch_of(cell, rank, 0) for rank in range(2)], progress=False)
+    if ahead:
+        own = range(2) if rank is None or cell.teacher != "first" else [rank]
+        gate.precompute([batch_of(cell, micro, 0) for micro in own], progress=False)
+    references = {key: losses.tolist() for key, losses in gate.store.items("reference")}
     losses, kept = [], []
     for step in range(STEPS):
         for micro in (0, 1) if rank is None else (rank,):
@@ -211,6 +219,7 @@ def train(cell: Cell, rank: int | None, folder: Path | None = None) -> dict[str,
         "difficulty": {k: torch.from_numpy(v) for k, v in gate.store.items("difficulty")},
         "owed": {k: float(v[0]) for k, v in gate.store.items("owed")},
         "report": dict(gate.report()),
+        "references": references,
         "sent": gate.exchange.bytes_sent,
     }
 

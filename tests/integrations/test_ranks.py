@@ -78,6 +78,17 @@ def test_turns_of_the_other_ranks_samples_are_known(wrap: str, ranks: list[dict[
         assert (rank[str(cell)]["report"]["samples_whole"], rank[str(cell)]["report"]["samples_sparse"]) == (2, 2)
 
 
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.teacher == "first"], ids=str)
+def test_a_model_that_zero3_has_split_teaches_itself(cell: Cell, ranks: list[dict[str, Any]]) -> None:
+    """The references of a copy in one process, on every rank, and each computed once."""
+    alone = train(cell, None)
+    assert len(alone["references"]) == 4
+    for rank in ranks:
+        assert rank[str(cell)]["references"] == alone["references"]
+        assert rank[str(cell)]["report"]["teacher_samples"] == 2
+        assert rank[str(cell)]["report"]["steps_sparse"] == STEPS - 1
+
+
 def test_a_gate_after_zero3s_engine_is_refused(ranks: list[dict[str, Any]]) -> None:
     pytest.importorskip("deepspeed")
     for rank in ranks:
