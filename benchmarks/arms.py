@@ -22,7 +22,7 @@ from regate_patch.context import Active
 Batch = dict[str, Tensor]
 Step = Callable[[Batch, Tensor], None]
 Maker = Callable[[nn.Module, str], dict[str, Step]]
-SPARSE_AFTER_ONE = regate.Config(warmup=1, cycle=1_000_000, full_steps=0)  # step 0 is full, all others sparse
+SPARSE_AFTER_ONE = regate.Config.paper(warmup=1, cycle=1_000_000, full_steps=0)  # step 0 is full, all others sparse
 THINNED = replace(SPARSE_AFTER_ONE, visual_keep=0.5)
 
 

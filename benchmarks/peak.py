@@ -31,7 +31,7 @@ from benchmarks.workloads import WORKLOADS, batch, label
 from regate.insight.estimate import Sample
 
 SHARE = Fraction(regate.Config().full_steps, regate.Config().cycle)
-CYCLED = regate.Config(warmup=0, cycle=SHARE.denominator, full_steps=SHARE.numerator)
+CYCLED = regate.Config.paper(warmup=0, cycle=SHARE.denominator, full_steps=SHARE.numerator)
 INTERLEAVED = replace(CYCLED, schedule="interleaved")
 ARMS: dict[str, regate.Config | None] = {
     "dense": None,

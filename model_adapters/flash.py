@@ -84,7 +84,7 @@ def is_boundaries(mask: Any, shape: tuple[int, ...]) -> bool:
     if mask.dim() == 2 and (mask.dtype != torch.int32 or (len(mask), *shape[:1]) != (1, 1)):
         return False
     if tuple(mask.shape) == tuple(shape):  # as many as positions: a mask, or samples of one token each but one
-        return mask[0, [0, -1]].tolist() == [0, shape[1]]  # type: ignore[no-any-return]
+        return mask[0, [0, -1]].tolist() == [0, shape[1]]
     return True
 
 

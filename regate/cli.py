@@ -17,7 +17,7 @@ from typing import get_args
 from transformers import AutoConfig, PretrainedConfig
 
 from regate import run
-from regate.config import Config, Logits, Schedule
+from regate.config import Alignment, Config, Logits, Schedule
 from regate.errors import ConfigError, RegateError
 from regate.insight.estimate import build_on_meta, costs_of, estimate, inspect
 
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in _NUMBERS:
         default = getattr(Config(), name)
         estimating.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    estimating.add_argument("--alignment", choices=get_args(Alignment), default=Config().alignment)
     estimating.add_argument("--schedule", choices=get_args(Schedule), default=Config().schedule)
     estimating.add_argument("--rows", type=int, help="of one forward on one device, for the peak of memory")
     estimating.add_argument("--logits", choices=get_args(Logits), default=Config().logits)
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _estimate(model: PretrainedConfig, args: argparse.Namespace) -> str:
-    config = Config(**{name: getattr(args, name) for name in (*_NUMBERS, "schedule", "logits")})
+    config = Config(**{name: getattr(args, name) for name in (*_NUMBERS, "alignment", "schedule", "logits")})
     if args.counts:
         samples = [tuple(json.loads(line)) for line in args.counts.read_text().splitlines() if line.strip()]
         copies = 1

@@ -16,7 +16,8 @@ Logits = Literal["kept", "all"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How to gate. Defaults are the paper's (arXiv 2507.21420, section 3 and appendix).
+    """How to gate. Defaults are the paper's (arXiv 2507.21420, section 3 and appendix), but for `alignment`, which
+    follows docs/evidence.md; `Config.paper()` has all of the paper's.
 
     Attributes:
         cycle: optimizer steps in one cycle.
@@ -33,9 +34,9 @@ class Config:
         student_weight, reference_weight: a label's score is `student_weight*m + reference_weight*ref`. Of either sign:
             -1 and 1 score what the visual input already explains, `ref - m`.
         selection: "score" keeps the highest scores, "random" as many at random (a control).
-        alignment: which answer positions a kept label activates: its "predictor", or "both" the predictor and
-            the kept token itself, which costs positions and has ended above dense where "predictor" ended a little
-            below (docs/evidence.md).
+        alignment: which answer positions a kept label activates: "both" its predictor and the kept token itself, or
+            the "predictor" alone, as in the paper. That computes fewer positions and learns worse: words that follow
+            do not see what was kept.
         explore: share of the kept labels that is drawn at random, among those that the score leaves out.
         seed: of what is drawn at random.
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
@@ -62,7 +63,7 @@ class Config:
     reference_weight: float = 0.5
     selection: Selection = "score"
     explore: float = 0.0
-    alignment: Alignment = "predictor"
+    alignment: Alignment = "both"
     seed: int = 0
     visual_keep: float = 1.0
     logits: Logits = "kept"

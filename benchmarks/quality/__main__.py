@@ -22,7 +22,7 @@ from benchmarks.quality.arms import ARMS
 from benchmarks.quality.run import Run
 from benchmarks.quality.tasks.registry import TASKS
 
-HEADLINE = ("dense", "regate", "random", "student", "reweighted", "exact")
+HEADLINE = ("dense", "regate", "paper", "random", "randomboth", "student", "reweighted", "exact")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ class Arm:
 
     Attributes:
         told: in words, for the page.
-        config: changes to `regate.Config`; None trains without a gate.
+        config: changes to `regate.Config.paper()`; None trains without a gate.
         reweighted: grounded words get the share `Settings.grounded_share` of the loss.
         elides: False computes every position and only masks the loss.
     """
@@ -35,36 +35,39 @@ class Arm:
     def settings(self, run: Settings, seed: int) -> regate.Config:
         """Of its gate; only for arms that have one."""
         common = run.schedule | {"seed": seed, "total_steps": run.steps}
-        return regate.Config(**(common | (self.config or {})))
+        return regate.Config.paper(**(common | (self.config or {})))
 
 
 ARMS = {
     "dense": Arm("all tokens, the untouched model", None),
     "exact": Arm("all tokens, with the engine (keep 1)", {"keep": 1.0, "reference_weight": 0.0}),
-    "regate": Arm("the default: m + 0.5 ref, keep 0.5"),
-    "random": Arm("as many labels at random", {"selection": "random"}),
+    "regate": Arm(
+        "the default: m + 0.5 ref, keep 0.5, kept tokens computed with their predictors", {"alignment": "both"}
+    ),
+    "paper": Arm("the paper's: predictors of kept labels alone"),
+    "random": Arm("the paper's, as many labels at random", {"selection": "random"}),
+    "randomboth": Arm("the default, as many labels at random", {"selection": "random", "alignment": "both"}),
     "reweighted": Arm("all tokens, grounded words weighted up as ReGATE does", None, reweighted=True),
     "student": Arm("the student's losses alone, no teacher", {"reference_weight": 0.0}),
     "reference": Arm("reference losses alone", {"student_weight": 0.0, "reference_weight": 1.0}),
     "gain": Arm("ref - m, what the image already explains", {"student_weight": -1.0, "reference_weight": 1.0}),
-    "explore": Arm("the default, a third of the kept labels at random", {"explore": 1 / 3}),
+    "explore": Arm("the paper's, a third of the kept labels at random", {"explore": 1 / 3}),
     "equal": Arm("0.5 m + 0.5 ref", {"student_weight": 0.5}),
-    "keep25": Arm("the default, keep 0.25", {"keep": 0.25}),
-    "keep75": Arm("the default, keep 0.75", {"keep": 0.75}),
+    "keep25": Arm("the paper's, keep 0.25", {"keep": 0.25}),
+    "keep75": Arm("the paper's, keep 0.75", {"keep": 0.75}),
     "inverse": Arm("the least of m + 0.5 ref", {"student_weight": -1.0, "reference_weight": -0.5}),
     "gainlate": Arm(
         "ref - m, from step 160 on, when the image is read",
         {"student_weight": -1.0, "reference_weight": 1.0, "warmup": 160},
     ),
-    "both": Arm("the default, kept tokens computed with their predictors", {"alignment": "both"}),
-    "full2": Arm("the default, 2 full steps in a cycle of 32", {"full_steps": 2}),
-    "full8": Arm("the default, 8 full steps in a cycle of 32", {"full_steps": 8}),
+    "full2": Arm("the paper's, 2 full steps in a cycle of 32", {"full_steps": 2}),
+    "full8": Arm("the paper's, 8 full steps in a cycle of 32", {"full_steps": 8}),
     "interleaved": Arm(
-        "the default, as many full samples in every step instead of full steps", {"schedule": "interleaved"}
+        "the paper's, as many full samples in every step instead of full steps", {"schedule": "interleaved"}
     ),
-    "lastfull": Arm("the default, the last 40 steps full", {"final_full_steps": 40}),
-    "visual75": Arm("the default, 75% of the visual tokens on sparse steps", {"visual_keep": 0.75}),
-    "visual50": Arm("the default, 50% of the visual tokens on sparse steps", {"visual_keep": 0.5}),
-    "visual25": Arm("the default, 25% of the visual tokens on sparse steps", {"visual_keep": 0.25}),
-    "masking": Arm("the default's choice, loss masking alone", elides=False),
+    "lastfull": Arm("the paper's, the last 40 steps full", {"final_full_steps": 40}),
+    "visual75": Arm("the paper's, 75% of the visual tokens on sparse steps", {"visual_keep": 0.75}),
+    "visual50": Arm("the paper's, 50% of the visual tokens on sparse steps", {"visual_keep": 0.5}),
+    "visual25": Arm("the paper's, 25% of the visual tokens on sparse steps", {"visual_keep": 0.25}),
+    "masking": Arm("the paper's choice, loss masking alone", elides=False),
 }

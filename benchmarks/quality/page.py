@@ -25,7 +25,7 @@ MARGIN = 0.01  # what counts as not worse
 
 NOTES = {
     "captions": "Which of two templates an answer follows is not told, so that about half of the whole answers can be "
-    "right. The teacher's seconds of seed 1 (regate) hold 7 s in which its process read the images.",
+    "right. The teacher's seconds of seed 1 (paper) hold 7 s in which its process read the images.",
 }
 
 _TOP = """# Evidence
@@ -196,11 +196,12 @@ def _calibration(runs: list[Record], arms: list[str]) -> str:
 
 
 PAIRS = (
-    ("regate", "random", "at equal budget"),
-    ("regate", "masking", "the same choice with every position computed, so what leaving positions out costs"),
-    ("both", "masking", "the same with the kept tokens' own positions computed, too"),
-    ("both", "regate", "for those positions"),
-    ("regate", "student", "so what the reference adds"),
+    ("regate", "randomboth", "at equal budget"),
+    ("paper", "random", "at equal budget"),
+    ("paper", "masking", "the same choice with every position computed, so what leaving positions out costs"),
+    ("regate", "masking", "the same with the kept tokens' own positions computed, too"),
+    ("regate", "paper", "for those positions"),
+    ("paper", "student", "so what the reference adds"),
 )
 
 

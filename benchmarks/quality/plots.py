@@ -15,8 +15,10 @@ from benchmarks.quality import analysis
 from benchmarks.quality.analysis import Part, Record
 from benchmarks.quality.arms import ARMS
 
-COLOURS = {"dense": "#4a4a4a", "exact": "#8d99ae", "regate": "#0b7a75", "random": "#d1495b", "student": "#6a4c93",
-           "reweighted": "#edae49"}  # fmt: skip
+COLOURS = {
+    "dense": "#4a4a4a", "exact": "#8d99ae", "regate": "#0b7a75", "paper": "#5fb3ae", "random": "#d1495b",
+    "student": "#6a4c93", "reweighted": "#edae49",
+}  # fmt: skip
 _OTHER = "#b08968"
 
 

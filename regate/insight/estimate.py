@@ -162,7 +162,10 @@ def estimate(
     dense = 3 * sum(costs.forward(s.total, s.total) for s in counted)
     everywhere = config.logits == "all"
     full = 3 * sum(costs.forward(s.total, s.total if everywhere else s.answer) for s in counted)
-    computed = [ceil(config.visual_keep * s.visual - 1e-6) + s.prompt + k for s, k in zip(counted, kept, strict=True)]
+    computed = [
+        ceil(config.visual_keep * s.visual - 1e-6) + s.prompt + answer_positions(s.answer, k, config)
+        for s, k in zip(counted, kept, strict=True)
+    ]
     sparse = 3 * sum(
         costs.forward(n, s.total if everywhere else k) for s, n, k in zip(counted, computed, kept, strict=True)
     )
@@ -196,6 +199,16 @@ def estimate(
         logits_bytes_full=4
         * (longest.total * costs.vocabulary if everywhere else min(longest.answer * costs.vocabulary, CHUNK)),
     )
+
+
+def answer_positions(answer: int, kept: int, config: Config) -> int:
+    """How many of an answer's positions a sparse step computes for so many kept labels.
+
+    With alignment="both" kept tokens that follow one another share positions; as many are taken to as would at random.
+    """
+    if config.alignment == "predictor":
+        return kept
+    return min(ceil(kept * (2 - kept / answer) - 1e-6), answer)
 
 
 def _most_full(config: Config, rows: int | None) -> float:

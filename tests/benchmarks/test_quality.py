@@ -77,12 +77,12 @@ def test_runs_of_different_settings_are_not_mixed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_masking_computes_every_position(task: Task, tmp_path: Path) -> None:
     ends = {}
-    for arm in ("regate", "masking"):
+    for arm in ("paper", "masking"):
         run = Run(task, arm, 0, starts=tmp_path)
         ends[arm] = run.record()["curve"][-1]
     valid = sum(int(b["attention_mask"].sum()) for b, _ in zip(_batches(task), range(3), strict=False))
-    assert ends["masking"]["positions"] == valid > ends["regate"]["positions"]
-    assert ends["masking"]["answer_tokens"] == ends["regate"]["answer_tokens"]
+    assert ends["masking"]["positions"] == valid > ends["paper"]["positions"]
+    assert ends["masking"]["answer_tokens"] == ends["paper"]["answer_tokens"]
 
 
 def _batches(task: Task) -> Any:
@@ -228,5 +228,5 @@ def test_every_arm_gives_a_record(name: str, task: Task, tmp_path: Path, monkeyp
 
 def test_arms_without_a_score_have_no_teacher() -> None:
     assert [name for name, arm in arms.ARMS.items() if not arm.taught] == [
-        "dense", "exact", "random", "reweighted", "student",
+        "dense", "exact", "random", "randomboth", "reweighted", "student",
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,28 @@ SIZES: dict[str, Any] = {
 LLAMA = LlamaConfig(**SIZES)
 
 
+@pytest.mark.parametrize("alignment", ["predictor", "both"])
 @pytest.mark.parametrize("w", list(WORKLOADS.values())[::3], ids=label)
-def test_arithmetic(w: Sample) -> None:
+def test_arithmetic(w: Sample, alignment: Any) -> None:
     """Against FLOPs counted by hand: weights twice per position, half of two attention products, the head; and in the
     last layer output projection and MLP only where the head reads."""
     d, layers = 512, 3
     k = -(-w.answer // 2)
+    computed = w.total - w.answer + (k if alignment == "predictor" else ceil(w.answer - (w.answer - k) ** 2 / w.answer))
 
     def flops(n: int, m: int) -> float:
         unread = 2 * max(n - m, 0) * (d * d + 3 * d * 1536)
         return layers * (2 * n * (4 * d * d + 3 * d * 1536) + 2 * d * n * n) - unread + 2 * m * d * 4096
 
-    found = regate.estimate(LLAMA, [w] * 3, regate.Config(logits="kept"))
+    found = regate.estimate(LLAMA, [w] * 3, regate.Config(logits="kept", alignment=alignment))
     dense = flops(w.total, w.total)
-    assert found.sparse == pytest.approx(dense / flops(w.total - w.answer + k, k), rel=1e-6)
+    assert found.sparse == pytest.approx(dense / flops(computed, k), rel=1e-6)
     assert found.full == pytest.approx(dense / flops(w.total, w.answer), rel=1e-6)
     assert found.teacher == pytest.approx(flops(w.prompt + w.answer, w.answer) / (3 * dense), rel=1e-6)
     assert found.schedule == found.full  # three steps are all warm-up
-    everywhere = regate.estimate(LLAMA, [w] * 3, regate.Config(logits="all"))
+    everywhere = regate.estimate(LLAMA, [w] * 3, regate.Config(logits="all", alignment=alignment))
     assert everywhere.full == 1
-    assert everywhere.sparse == pytest.approx(dense / flops(w.total - w.answer + k, w.total), rel=1e-6)
+    assert everywhere.sparse == pytest.approx(dense / flops(computed, w.total), rel=1e-6)
     assert found.dense_flops == pytest.approx(3 * 3 * dense, rel=1e-6)
 
 
@@ -51,7 +54,7 @@ def test_verdicts() -> None:
     poor = regate.estimate(deep, [(1352, 60, 20)], regate.Config(keep=0.9), **schedule)
     assert poor.verdict.startswith("not worth it here")
     assert "answers are 1%" in str(poor)
-    whole = regate.Config(warmup=0, cycle=100, full_steps=25)
+    whole = regate.Config.paper(warmup=0, cycle=100, full_steps=25)
     mixed = regate.estimate(LLAMA, [(0, 100, 900)], whole, steps=100)
     assert mixed.schedule == pytest.approx(1 / (0.25 / mixed.full + 0.75 / mixed.sparse))
     assert mixed.run < mixed.schedule < mixed.sparse
@@ -59,7 +62,7 @@ def test_verdicts() -> None:
 
 
 def test_interleaved_costs_as_much_and_peaks_lower() -> None:
-    settings: dict[str, Any] = {"warmup": 0, "cycle": 128, "full_steps": 16}
+    settings: dict[str, Any] = {"warmup": 0, "cycle": 128, "full_steps": 16, "alignment": "predictor"}
     sample = (96, 60, 400)
     cycled = regate.estimate(LLAMA, [sample], regate.Config(**settings), steps=128, rows=8)
     config = regate.Config(schedule="interleaved", **settings)
@@ -72,7 +75,7 @@ def test_interleaved_costs_as_much_and_peaks_lower() -> None:
     assert "69% in the largest step after warm-up" in str(peaks[8])
     always = regate.Config(schedule="interleaved", final_full_steps=1, total_steps=128, **settings)
     assert regate.estimate(LLAMA, [sample], always, steps=128, rows=8).peak_activations == 1
-    never = regate.Config(warmup=0, full_steps=0)
+    never = regate.Config.paper(warmup=0, full_steps=0)
     assert regate.estimate(LLAMA, [sample], never, steps=128).peak_activations == pytest.approx(sparse)
 
 
