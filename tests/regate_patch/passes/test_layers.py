@@ -175,10 +175,10 @@ def test_layers_that_differ_are_kinds_of_their_own() -> None:
     assert [_attentions(gm) for gm in made] == [0, 1, 1, 1]  # in front, the two kinds, the last with its tail
 
 
-def test_a_layer_that_stands_alone_goes_with_its_neighbour() -> None:
+def test_layers_that_stand_alone_go_with_their_neighbours() -> None:
     made: Made = []
-    _compiled(_stack(Narrow, Block, Block, Block, Narrow, Block), made)
-    assert [_attentions(gm) for gm in made] == [1, 1, 2]
+    _compiled(_stack(Block, Block, Narrow, Stated, Block, Block), made)
+    assert [_attentions(gm) for gm in made] == [0, 1, 2, 1]
 
 
 def test_layers_with_adapters_and_without() -> None:
