@@ -112,7 +112,8 @@ def _run(decoder: nn.Module, backend: Any, x: Tensor, active: Tensor, **options:
         output = decoder(x) * active[..., None]
     handle.remove()
     learned = [p for p in (x, *decoder.parameters()) if p.requires_grad]
-    return output.detach(), *torch.autograd.grad((output * output).sum(), learned, allow_unused=True)
+    objective = (output.sin() * torch.linspace(0.5, 1.5, output.shape[-1], dtype=output.dtype)).sum()
+    return output.detach(), *torch.autograd.grad(objective, learned, allow_unused=True)
 
 
 def _compiled(decoder: nn.Module, made: Made, *, frozen_input: bool = False, **options: Any) -> None:
@@ -224,7 +225,9 @@ def test_other_sizes_are_not_compiled_again() -> None:
 
 def test_each_part_has_a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the parts of one decoder would use up Dynamo's limit of recompilations together."""
-    monkeypatch.setitem(capture._DYNAMO, "recompile_limit", 1)
+    monkeypatch.setitem(
+        capture._DYNAMO, "recompile_limit", 2
+    )  # the decoder is captured twice here; of parts there are 3
     made: Made = []
     _compiled(Decoder(layers=4), made)
     assert len(made) == 3
@@ -239,4 +242,5 @@ def test_inductor(dtype: torch.dtype, tolerance: float) -> None:
     got = _run(decoder, "inductor", x, active)
     expected = _run(decoder.double(), "eager", x.detach().double().requires_grad_(), active)
     for a, b in zip(got, expected, strict=True):
-        assert float((a.double() - b).norm()) <= tolerance * max(1.0, float(b.norm()))
+        assert (a is None) == (b is None)  # of what this decoder has and does not use
+        assert a is None or float((a.double() - b).norm()) <= tolerance * max(1.0, float(b.norm()))
