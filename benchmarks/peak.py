@@ -17,6 +17,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,8 @@ from tqdm import tqdm
 
 import regate
 from benchmarks import arms
-from benchmarks.machine import described, earlier, write
 from benchmarks.models import SIZES, build
-from benchmarks.workloads import WORKLOADS, batch, label
+from benchmarks.workloads import batch, label, measured
 from regate.insight.estimate import Sample
 
 SHARE = Fraction(regate.Config().full_steps, regate.Config().cycle)
@@ -91,7 +91,7 @@ def over_a_cycle(model: nn.Module, config: regate.Config | None, sample: Sample,
     return found
 
 
-def measure(sample: Sample, args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, title: str, sample: Sample) -> dict[str, Any]:
     result: dict[str, Any] = {"tokens": list(sample), "arms": {}}
     for name, config in ARMS.items():
         if config is not None and config.visual_keep < 1 and not sample.visual:
@@ -118,20 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=["96/60/400", "576/60/300"], help="workloads by their V/P/A")
     args = parser.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "only")}
-    result: dict[str, Any] = {
-        **described("benchmarks.peak", "torch", "transformers"),
-        "settings": settings,
-        "workloads": {},
-    }
-    if (before := earlier(args.out, result)) is not None:
-        result["workloads"] = before["workloads"]
-    for title, sample in WORKLOADS.items():
-        if label(sample) not in args.only or label(sample) in result["workloads"]:
-            continue
-        found = result["workloads"][label(sample)] = measure(sample, args)
-        write(result, args.out)
-        print(title, label(sample))
+    for workload, found in measured("benchmarks.peak", args, partial(measure, args)):
+        print(workload)
         for name, arm in found["arms"].items():
             print(f"  {name:36} saved {arm['of_dense_saved']:.2f}, allocated {arm['of_dense_allocated']:.2f} of dense")
 

@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,8 @@ from tqdm import tqdm
 import regate_patch
 from benchmarks import arms
 from benchmarks.arithmetic import Arithmetic, needed, roofline
-from benchmarks.machine import described, earlier, write
 from benchmarks.models import SIZES, build
-from benchmarks.workloads import WORKLOADS, batch, kept_labels, label
+from benchmarks.workloads import batch, kept_labels, label, measured
 from regate.insight.estimate import Sample
 
 
@@ -155,7 +155,7 @@ def rows_that_fit(args: argparse.Namespace, sample: Sample) -> int:
     return rows // 2
 
 
-def measure(title: str, sample: Sample, args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, title: str, sample: Sample) -> dict[str, Any]:
     bench = Bench(args, sample)
     bench.run()
     lone = model(args)
@@ -222,20 +222,8 @@ def main(argv: list[str] | None = None) -> None:
         args.alone = args.device == "cuda"
     if args.rows is None and args.device == "cpu":
         parser.error("--rows is needed on a CPU")
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "only")}
-    result: dict[str, Any] = {
-        **described("benchmarks.steps", "torch", "transformers"),
-        "settings": settings,
-        "workloads": {},
-    }
-    if (before := earlier(args.out, result)) is not None:
-        result["workloads"] = before["workloads"]
-    for title, sample in WORKLOADS.items():
-        if label(sample) in result["workloads"] or (args.only and label(sample) not in args.only):
-            continue
-        found = result["workloads"][label(sample)] = measure(title, sample, args)
-        write(result, args.out)
-        print(title, f"possible {found['possible']['sparse']:.2f}x")
+    for name, found in measured("benchmarks.steps", args, partial(measure, args)):
+        print(name, f"possible {found['possible']['sparse']:.2f}x")
         for name, arm in found["arms"].items():
             efficiency = ""
             if "efficiency" in arm:

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import arms
-from benchmarks.machine import described, earlier, write
 from benchmarks.models import SIZES, build
-from benchmarks.workloads import WORKLOADS, batch, label
+from benchmarks.workloads import WORKLOADS, batch, label, measured
 from model_adapters import find_adapter
 from regate.insight.estimate import Sample
 from regate.output.loss import Places, label_losses
@@ -29,13 +29,13 @@ from regate.teaching.teacher import Teacher
 from regate.training import batches
 
 
-def measure(sample: Sample, args: argparse.Namespace, device: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, title: str, sample: Sample) -> dict[str, Any]:
     size = SIZES[args.model]
-    model = build(size, device=device, dtype=getattr(torch, args.dtype))
-    data = batch(sample, args.rows, size.vocabulary, device=device)
+    model = build(size, device=args.device, dtype=getattr(torch, args.dtype))
+    data = batch(sample, args.rows, size.vocabulary, device=args.device)
     adapter = find_adapter(model)
     layout = adapter.layout(model, data)
-    on_host = batches.on_host(data, layout, vocabulary=size.vocabulary)
+    on_host, _ = batches.on_host(data, layout, vocabulary=size.vocabulary)
     teacher = Teacher(model, adapter, backend="auto", source="copy", on_unsupported="raise")
     step = arms.dense(model, "eager")["dense"]
     text = layout.valid & ~layout.visual
@@ -64,7 +64,7 @@ def measure(sample: Sample, args: argparse.Namespace, device: str) -> dict[str, 
         for kind, run in kinds.items():
             start = time.perf_counter()
             run()
-            if device == "cuda":
+            if args.device == "cuda":
                 torch.cuda.synchronize()
             seconds[kind].append(time.perf_counter() - start)
     median = {kind: statistics.median(values) for kind, values in seconds.items()}
@@ -84,17 +84,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"device": device}
-    result: dict[str, Any] = described("benchmarks.teacher", "torch", "transformers") | {"settings": settings}
-    result["workloads"] = (earlier(args.out, result) or {"workloads": {}})["workloads"]
-    for sample in WORKLOADS.values():
-        if not sample.visual or label(sample) in result["workloads"]:
-            continue
-        found = result["workloads"][label(sample)] = measure(sample, args, device)
-        write(result, args.out)
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.only = [label(sample) for sample in WORKLOADS.values() if sample.visual]
+    for workload, found in measured("benchmarks.teacher", args, partial(measure, args)):
         print(
-            f"{label(sample):14} {found['share_of_dense_epoch']:.1%} of a dense epoch, "
+            f"{workload:14} {found['share_of_dense_epoch']:.1%} of a dense epoch, "
             f"{found['times_cheaper_than_padded']:.1f}x cheaper than padded, "
             f"differs by {found['largest_difference']:.1g}"
         )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from benchmarks.machine import described, earlier, write
 from regate.insight.estimate import Sample
 from regate.labels import predicted
 from regate.scoring.selection import keep_highest
@@ -43,6 +48,31 @@ def batch(sample: Sample, rows: int, vocabulary: int, *, seed: int = 0, device: 
     answer = valid & (position >= sample.total - sample.answer)
     found = {"input_ids": ids, "attention_mask": valid.long(), "labels": torch.where(answer, ids, -100)}
     return {name: x.to(device) for name, x in found.items()}
+
+
+def measured(
+    module: str, args: argparse.Namespace, measure: Callable[[str, Sample], dict[str, Any]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is measured of each workload, as it is done and stands in the file.
+
+    Args:
+        module: whose command it is.
+        args: `out`, the file, which a second run with the same settings goes on with; `only`, V/P/A of the workloads
+            that are asked for, or None; all others are settings.
+        measure: gives the figures of a title and a sample.
+
+    Yields:
+        (V/P/A, figures).
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "only")}
+    result: dict[str, Any] = described(module, "torch", "transformers") | {"settings": settings, "workloads": {}}
+    done = result["workloads"] = (earlier(args.out, result) or result)["workloads"]
+    for title, sample in WORKLOADS.items():
+        name = label(sample)
+        if name not in done and (args.only is None or name in args.only):
+            done[name] = measure(title, sample)
+            write(result, args.out)
+            yield name, done[name]
 
 
 def kept_labels(labels: Tensor, keep: float) -> Tensor:

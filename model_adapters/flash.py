@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ class _OneSample:
 
 
 Place = tuple[dict[str, Any], str]  # a namespace, and the name of a function in it
+_CALLS_NONE: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()  # by what was looked through
 
 
 def boundaries(batch: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[str, Tensor] | None:
@@ -89,7 +91,21 @@ def is_boundaries(mask: Any, shape: tuple[int, ...]) -> bool:
 
 
 def called_by(decoder: nn.Module) -> list[Place]:
-    """Where the code of `decoder` finds the functions that it calls."""
+    """Where the code of `decoder` finds the functions that it calls.
+
+    That it calls none is remembered until a module of it is of another class or has another forward.
+    """
+    code = frozenset(
+        id(part) for m in decoder.modules() for part in (type(m), type(m).forward, m.__dict__.get("forward"))
+    )
+    if _CALLS_NONE.get(decoder) == code:
+        return []
+    if not (found := _look(decoder)):
+        _CALLS_NONE[decoder] = code
+    return found
+
+
+def _look(decoder: nn.Module) -> list[Place]:
     found: dict[tuple[int, str], Place] = {}
     seen: set[CodeType] = set()
     for function in _functions(decoder):

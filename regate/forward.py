@@ -79,12 +79,10 @@ class Forward:
         self._active: regate_patch.Active | None = None  # what the decoder ran on
         self._decoded: Any = None  # its output
         self._unproven = False  # does its loss come about in a way that was not proven?
-        self._reader = reads.inner_reader(self._call, self._target, self._decoder)
-        if self._reader is not None:
+        self._asked, self._reader = reads.asked_for(self._call, self._target), reads.inner_reader(self._decoder)
+        if self._asked or self._reader:
             install_recording(self._target, self._decoder)
-        self._kept = samples.candidates if full else parts.scorer.keep(samples)  # [N, L]
-        if whole is not None:
-            self._kept |= samples.candidates & whole[:, None]
+        self._kept = samples.candidates if full else parts.scorer.keep(samples, whole=whole)  # [N, L]
         kept = samples.segments.pack(self._kept)
         if due:
             found = self._prove()
@@ -196,8 +194,8 @@ class Forward:
 
     def _reading_of(self, proven: proof.Proven) -> tuple[Read, bool]:
         """What this forward computes, and whether its head runs at kept labels alone."""
-        why = reads.logits_reader(self._head) or reads.output_reader(self.parts.between, self._decoder)
-        if (why := why or reads.asked_for(self._call, self._target)) is not None:
+        why = self._asked or reads.logits_reader(self._head) or reads.output_reader(self.parts.between, self._decoder)
+        if why is not None:
             self.parts.note(f"{reads.GIVEN_UP[Read.ALL]}: {why}")
             return Read.ALL, False
         if (why := self._reader or self.parts.put_elsewhere) is not None:
@@ -354,7 +352,6 @@ class Forward:
         """Of the samples of a sparse step, those in `whole`, bool [N], had their full turn."""
         parts = self.parts
         parts.turns.took(self._samples, whole)
-        parts.turns.write()
         labelled = self._samples.candidates.any(1)
         numbers = {"samples_sparse": int((labelled & ~whole).sum()), "samples_whole": int(whole.sum())}
         parts.counters.add(numbers)

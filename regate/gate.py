@@ -291,10 +291,7 @@ class Gate:
             return samples.segments.pack(samples.candidates)
         whole = self.turns.of(samples)
         self.scorer.prepare(samples, full=False, whole=whole)
-        kept = self.scorer.keep(samples)
-        if whole is not None:
-            kept |= samples.candidates & whole[:, None]
-        return samples.segments.pack(kept)
+        return samples.segments.pack(self.scorer.keep(samples, whole=whole))
 
     def flush(self) -> None:
         """Write the difficulties of earlier forwards to the store; the forward after the next one would, too."""
@@ -322,7 +319,9 @@ class Gate:
         Reference losses, too, where they cannot be made again and the store goes with the process.
         """
         self.flush()
-        turns = {"ahead": self.turns.ahead, "owed": checkpoint.pack(self.store.items("owed"))}
+        turns: dict[str, Any] = {}
+        if self.turns.interleaved:
+            turns = {"ahead": self.turns.ahead, "owed": checkpoint.pack(self.store.items("owed"))}
         irreplaceable = not self.scorer.lazily and self.store.temporary
         return {
             "step": self._steps.made,
@@ -330,7 +329,7 @@ class Gate:
             "prior": self.scorer.prior.state_dict(),
             "references": 0 if self.scorer.lazily else self.store.count("reference"),
             "difficulty": checkpoint.pack(self.store.items("difficulty")),
-            **(turns if self.turns.interleaved else {}),
+            **turns,
             **({"reference": checkpoint.pack(self.store.items("reference"))} if irreplaceable else {}),
         }
 
@@ -349,7 +348,6 @@ class Gate:
                 "model cannot make them again. Give regate.apply the store of the run (store=...)"
             )
         self.scorer.forget()
-        self.turns.forget()
         self._steps.restart(state["step"])
         self.counters.load(state["counters"])
         self._counted_step = self.step - 1

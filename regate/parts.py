@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter
 from model_adapters.attention import stand_in
-from model_adapters.conventional import text_config
+from model_adapters.conventional import text_config, way_to
 from model_adapters.flash import called_by
 from regate.config import Config
 from regate.errors import HiddenStatesError, UnknownArchitectureError
 from regate.memory.checkpoint import ranks
 from regate.memory.sharing import any_rank
-from regate.output import proof, reads
+from regate.output import proof
 from regate.output.logits import LazyHead
 from regate.scoring import keys
 from regate.scoring.scorer import Samples, Scorer
@@ -44,6 +44,7 @@ class Parts:
         put_elsewhere: who keeps values of the decoder that it does not return; None where nobody does.
         strays: of past backward passes, at how many positions hidden states were read that mean nothing, int64 [].
         lazy: makes the head's logits lazy.
+        between: the modules through which `target` calls `decoder`.
         note: tells the user something, once.
     """
 
@@ -63,9 +64,10 @@ class Parts:
     put_elsewhere: str | None = None
     strays: list[Tensor] = field(default_factory=list)
     lazy: LazyHead | None = None
+    between: list[nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.between = reads.between(self.target, self.decoder)
+        self.between = way_to(self.target, self.decoder)[1:-1]
 
     def count_stray(self, read: Tensor) -> None:
         """In a backward pass; a GPU is not waited for before the next forward."""

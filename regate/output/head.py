@@ -58,7 +58,7 @@ class Reading:
     @property
     def unread(self) -> Tensor:
         """bool [B, N + 1] on the CPU, positions from which no loss predicts a label: the last, and the filling."""
-        return torch.nn.functional.pad(self.labels[:, 1:] == IGNORED, (0, 1), value=True)
+        return F.pad(self.labels[:, 1:] == IGNORED, (0, 1), value=True)
 
     def shorten(self, output: Any) -> Any:
         """The decoder's output with hidden states [B, S, D] at `index` alone."""

@@ -15,8 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from model_adapters.conventional import way_to
-
 
 class Read(IntEnum):
     """What a full step computes; each level adds what the one before leaves out."""
@@ -59,14 +57,9 @@ def asked_for(call: Mapping[str, Any], model: nn.Module) -> str | None:
     return None
 
 
-def inner_reader(call: Mapping[str, Any], model: nn.Module, decoder: nn.Module) -> str | None:
-    """Who reads values inside the decoder, or its output by a hook; None if nobody does."""
-    return asked_for(call, model) or _hooked(decoder, inside=True)
-
-
-def between(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
-    """The modules through which a model calls its decoder."""
-    return way_to(model, decoder)[1:-1]
+def inner_reader(decoder: nn.Module) -> str | None:
+    """Who reads by a hook values inside the decoder, or its output; None if nobody does."""
+    return _hooked(decoder, inside=True)
 
 
 def output_reader(parts: Iterable[nn.Module], decoder: nn.Module) -> str | None:

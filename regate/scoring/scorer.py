@@ -118,13 +118,17 @@ class Scorer:
                 "without a length, need teacher='copy' or '4bit'. When resuming, give regate.apply the run's store"
             )
 
-    def keep(self, samples: Samples) -> Tensor:
-        """The `ceil(keep * n)` labels of each sample that are worth most, bool [N, L]; `prepare` comes before."""
+    def keep(self, samples: Samples, *, whole: Tensor | None = None) -> Tensor:
+        """The `ceil(keep * n)` labels of each sample that are worth most, bool [N, L]; `prepare` comes before.
+
+        Of those in `whole`, bool [N], every label.
+        """
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.counters.labels_seen)
         draws = torch.rand(samples.candidates.shape, generator=generator)
         scores = draws if config.selection == "random" else self._scores(samples)
-        return keep_highest(scores, samples.candidates, config.keep, explore=config.explore, draws=draws)
+        kept = keep_highest(scores, samples.candidates, config.keep, explore=config.explore, draws=draws)
+        return kept if whole is None else kept | (samples.candidates & whole[:, None])
 
     def _scores(self, samples: Samples) -> Tensor:
         """[N, L] float32, read at candidates only: `student_weight*m + reference_weight*ref`."""

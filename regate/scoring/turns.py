@@ -54,7 +54,6 @@ class Turns:
         self.interleaved = config.schedule == "interleaved"
         self.share, self.seed = Fraction(config.full_steps, config.cycle), config.seed
         self.exchange, self.ahead = exchange, 0
-        self._unwritten: dict[bytes, int] = {}  # what is owed and not in the store yet
 
     def of(self, samples: Samples) -> Tensor | None:
         """Those samples of a sparse step that have their full turn now, bool [N]; `took` notes that they had it.
@@ -76,33 +75,23 @@ class Turns:
         return whole
 
     def took(self, samples: Samples, whole: Tensor) -> None:
-        """A sparse step's samples were trained on, those in `whole` [N] with every label."""
-        labelled = _labelled(samples)
-        self._unwritten |= self._owed([samples.sample[i] for i in labelled])
+        """A sparse step's samples were trained on, those in `whole` [N] with every label: store what is owed now."""
+        if not (labelled := _labelled(samples)):
+            return
+        turn, owed = self.share.denominator, self._owed([samples.sample[i] for i in labelled])
         for i in labelled:
-            change = int(whole[i]) * self.share.denominator - self.share.numerator
-            self._unwritten[samples.sample[i]] -= change
+            change = int(whole[i]) * turn - self.share.numerator
+            owed[samples.sample[i]] -= change
             self.ahead += change
-
-    def write(self) -> None:
-        """Store what is owed."""
-        if self._unwritten:
-            turn = self.share.denominator
-            records = {key: np.array([owed / turn], np.float32) for key, owed in self._unwritten.items()}
-            self.exchange.store.put("owed", records)
-            self.exchange.add("owed", records)
-            self._unwritten = {}
-
-    def forget(self) -> None:
-        """Drop what was not stored yet."""
-        self._unwritten.clear()
+        records = {key: np.array([number / turn], np.float32) for key, number in owed.items()}
+        self.exchange.store.put("owed", records)
+        self.exchange.add("owed", records)
 
     def _owed(self, keys: list[bytes]) -> dict[bytes, int]:
         """Before this visit."""
         turn = self.share.denominator
         stored = zip(keys, self.exchange.store.get("owed", keys), strict=True)
-        found = {key: self._drawn(key) if owed is None else round(float(owed[0]) * turn) for key, owed in stored}
-        return found | {key: self._unwritten[key] for key in keys if key in self._unwritten}
+        return {key: self._drawn(key) if owed is None else round(float(owed[0]) * turn) for key, owed in stored}
 
     def _drawn(self, key: bytes) -> int:
         digest = blake2b(key + repr(self.seed).encode(), digest_size=8, person=b"turn").digest()

@@ -22,9 +22,7 @@ _WEIGHS = re.compile(r"weight|loss|completion_mask|assistant|advantage|reward")
 _COUNTS = re.compile(
     r"^(num|n|total|count)_\w*(items|tokens|labels|targets)|(items|tokens|labels|targets)_(count|num)$"
 )
-_OF_POSITIONS = re.compile(
-    r"type|position|attention|segment|seq|cache|embed|input_ids"
-)  # these are what they are called
+_OF_POSITIONS = re.compile(r"type|position|attention|segment|seq|cache|embed|input_ids")  # what they are called
 _OF_IMAGES = re.compile(r"image|video|audio|visual|vision|pixel|patch|frame|tile")
 
 

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from tests.flash import flash_attn_func, flash_attn_varlen_func, flash_attn_varl
 HEADS, KEYS, DIM, WIDTH, VOCABULARY = 4, 2, 8, 32, 128
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.wqkv = nn.Linear(WIDTH, (HEADS + 2 * KEYS) * DIM, bias=False)
@@ -44,8 +45,9 @@ class Attention(nn.Module):
         output = self.attend(q, k, v, attention_mask, length)
         return self.wo(output.reshape(rows, length, HEADS * DIM).contiguous())
 
+    @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, length: int) -> Tensor:
-        raise NotImplementedError
+        """From queries [B, S, HEADS, DIM], keys and values [B, S, KEYS, DIM] to [B, S, HEADS, DIM], or [B * S, ...]."""
 
 
 class Unpadding(Attention):
@@ -169,16 +171,8 @@ class CausalLM(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.output
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-    ) -> Any:
-        hidden = self.model(input_ids, attention_mask, position_ids, inputs_embeds, use_cache)[0]
+    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **others: Any) -> Any:
+        hidden = self.model(input_ids, **others)[0]
         logits, loss = self.output(hidden), None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import regate
+from model_adapters.flash import called_by
 from regate import parts
 from regate_patch import UnsupportedGraphError
 from tests import flash
@@ -312,3 +314,15 @@ def test_a_padding_mask_that_says_more_than_what_is_padding_is_refused() -> None
     model.model.__class__ = Numbering
     with pytest.raises(UnsupportedGraphError, match=r"calls flash_attn_func, flash_attn_varlen_func by itself"):
         _learn(model, [_batch("left")], FULL, teacher=None)
+
+
+def test_functions_that_are_called_later_are_found() -> None:
+    decoder = Decoder(Plain)
+    assert not called_by(decoder)
+    attention = decoder.layers[0].attention
+    attention.__class__ = Unpadding
+    assert {name for _, name in called_by(decoder)} == {"flash_attn_func", "flash_attn_varlen_func"}
+    attention.__class__ = Plain
+    assert not called_by(decoder)
+    attention.forward = MethodType(Windowed.attend, attention)
+    assert {name for _, name in called_by(decoder)} == {"flash_attn_func"}

@@ -57,7 +57,6 @@ class Run:
         whole = self.rule.of(batch)
         assert whole is not None
         self.rule.took(batch, whole)
-        self.rule.write()
         self.visits.update(numbers)
         self.turns.update(number for number, had in zip(numbers, whole.tolist(), strict=True) if had)
         self.of_forwards.append((len(numbers), int(whole.sum())))
