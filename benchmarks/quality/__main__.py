@@ -3,7 +3,8 @@
     python -m benchmarks.quality [--tasks captions] [--arms dense regate random] [--seeds 0 1 2] [--out FOLDER]
 
 Seed by seed, so that what is there at any time is paired. A run is one file in the folder; `python -m
-benchmarks.quality.page FOLDER` gathers them and writes the page.
+benchmarks.quality.page FOLDER` adds them to the committed results and writes the page. What is committed is not run
+again, unless --again asks for it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from benchmarks import machine
+from benchmarks.quality import results
 from benchmarks.quality.arms import ARMS
 from benchmarks.quality.run import Run
 from benchmarks.quality.tasks.registry import TASKS
@@ -31,16 +33,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(HEADLINE))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--again", action="store_true", help="also what is committed")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     made = machine.described("benchmarks.quality", "torch", "transformers") | {"commit": commit}
     tasks = {}
+    committed = set() if args.again else results.ran()
     runs = [(seed, name, arm) for seed in args.seeds for name in args.tasks for arm in args.arms]
     for seed, name, arm in tqdm(runs, desc="runs", mininterval=20):
         path = args.out / f"{name}-{arm}-{seed}.json"
-        if path.exists():
+        if path.exists() or (name, arm, seed) in committed:
             continue
         if name not in tasks:
             tasks[name] = TASKS[name]()

@@ -41,7 +41,7 @@ def task() -> Task:
 
 def test_runs_once_and_resumes(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "captions", lambda: task)
-    command = ["--tasks", "captions", "--arms", "dense", "regate", "--seeds", "0", "--out", str(tmp_path)]
+    command = ["--tasks", "captions", "--arms", "dense", "regate", "--seeds", "0", "--out", str(tmp_path), "--again"]
     threads = torch.get_num_threads()
     try:
         quality.main(command)
@@ -66,12 +66,46 @@ def test_runs_once_and_resumes(task: Task, tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "docs" / "evidence" / "captions.png").exists()
 
 
+def _ran(arm: str, *, steps: int = 1, loss: float = 2.0, seed: int = 0) -> dict[str, Any]:
+    look = {"step": 0, "loss": loss, "grounded": 0.0}
+    return {
+        "task": "t", "arm": arm, "seed": seed, "settings": {"steps": steps}, "source": "", "curve": [look],
+        "final": {}, "calibration": [], "report": {}, "made": {"command": "", "device": {"load_average": 1}},
+    }  # fmt: skip
+
+
+def _gather(folder: Path, *records: dict[str, Any]) -> set[tuple[str, str, int]]:
+    """Of what lies in a new folder of runs, beside what was gathered before."""
+    runs = folder / f"runs{len(list(folder.iterdir()))}"
+    runs.mkdir()
+    for record in records:
+        (runs / f"{record['arm']}-{record['seed']}.json").write_text(json.dumps(record))
+    results.gather(runs, folder / "results")
+    return results.ran(folder / "results")
+
+
+def test_runs_are_added_to_those_before(tmp_path: Path) -> None:
+    _gather(tmp_path, _ran("dense"), _ran("regate"))
+    found = _gather(tmp_path, _ran("dense", seed=1), _ran("regate", loss=2.0001))
+    assert found == {("t", "dense", 0), ("t", "regate", 0), ("t", "dense", 1)}
+    runs = results.load(tmp_path / "results")["t"]["runs"]
+    assert [(run["arm"], run["seed"], run["curve"][0]["loss"]) for run in runs] == [
+        ("dense", 0, 2.0), ("regate", 0, 2.0001), ("dense", 1, 2.0),
+    ]  # fmt: skip
+
+
 def test_runs_of_different_settings_are_not_mixed(tmp_path: Path) -> None:
-    for arm, steps in (("dense", 1), ("regate", 2)):
-        record = {"task": "t", "arm": arm, "seed": 0, "settings": {"steps": steps}, "source": ""}
-        (tmp_path / f"{arm}.json").write_text(json.dumps(record))
     with pytest.raises(results.MixedRunsError, match="regate, seed 0"):
-        results.gather(tmp_path, tmp_path / "results")
+        _gather(tmp_path, _ran("dense"), _ran("regate", steps=2))
+    _gather(tmp_path, _ran("dense"))
+    with pytest.raises(results.MixedRunsError, match="other settings than"):
+        _gather(tmp_path, _ran("regate", steps=2))
+
+
+def test_runs_from_other_weights_are_not_mixed(tmp_path: Path) -> None:
+    _gather(tmp_path, _ran("dense"))
+    with pytest.raises(results.MixedRunsError, match="same weights"):
+        _gather(tmp_path, _ran("regate", loss=2.1))
 
 
 @pytest.mark.slow
