@@ -116,7 +116,7 @@ class Config:
 
     def full_share(self, step: int) -> float:
         """Of the samples of optimizer step `step` (from 0), the share that keeps every label."""
-        if step < self.warmup:
+        if step < self.warmup or self.keep == self.visual_keep == 1:
             return 1.0
         if self.total_steps is not None and step >= self.total_steps - self.final_full_steps:
             return 1.0

@@ -29,18 +29,22 @@ from model_adapters.recording import install_recording
 from regate.errors import ConfigError, LogitsError
 from regate.labels import IGNORED, predicted, predictors
 from regate.memory.sharing import highest
-from regate.output import proof, reads, router
+from regate.output import router
 from regate.output.head import Reading, embeddings, hidden_states, with_hidden_states
 from regate.output.logits import LazyHead
 from regate.output.loss import Places
-from regate.output.outputs import kept_losses, rescale, with_logits
-from regate.output.reads import Read
+from regate.output.outputs import kept_losses, loss_of, rescale, with_logits
 from regate.output.withheld import WithheldLogits, watched
 from regate.parts import Parts
+from regate.proof import reads
+from regate.proof.prove import FEW, NOTHING, Proven, prove
+from regate.proof.reads import Read
+from regate.proof.trial import Subject
+from regate.proof.undisturbed import without_dropout
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples
 from regate.training import supervision
-from regate.training.hooks import followable_dora
+from regate.training.hooks import followable_dora, without_cache
 from regate_patch import is_sharded, to_device
 
 IN_ROWS = (
@@ -87,7 +91,7 @@ class Forward:
         if due:
             found = self._prove()
             parts.proven = found if parts.proven is None else parts.proven.weakened(found)
-        self.read, self.short = self._reading_of(parts.proven or proof.NOTHING)
+        self.read, self.short = self._reading_of(parts.proven or NOTHING)
         at_whole, beyond = None, torch.tensor(self._beyond(full))
         if whole is not None:
             at_whole = samples.segments.pack(whole[:, None].expand_as(self._kept))
@@ -119,11 +123,11 @@ class Forward:
 
     # -- what is read ---------------------------------------------------------------------------------
 
-    def _prove(self) -> proof.Proven:
-        """In the first forward: what full steps may leave out (see `proof`)."""
+    def _prove(self) -> Proven:
+        """In the first forward: what full steps may leave out (see `regate/proof`)."""
         parts, labels, valid = self.parts, self.layout.labels, self.layout.valid
         candidates = predicted(labels)
-        few = candidates & (candidates.cumsum(1) <= proof.FEW)
+        few = candidates & (candidates.cumsum(1) <= FEW)
         if len(few) > 1:  # as many in each row would hide that a loss is a mean of rows' means
             few[0] &= few[0].cumsum(0) <= (few[0].sum() + 1) // 2
         some = replace(self.layout, labels=torch.where(few, labels, IGNORED))
@@ -141,9 +145,9 @@ class Forward:
                 yield
 
         device_labels = to_device(some.labels, self._device)
-        with proof.without_dropout(self._decoder) as had_dropout, self._aside(had_dropout):
-            proven = proof.prove(
-                proof.Subject(
+        with without_dropout(self._decoder) as had_dropout, self._aside(had_dropout):
+            proven = prove(
+                Subject(
                     model=self._target,
                     decoder=self._decoder,
                     call=self._call
@@ -192,7 +196,7 @@ class Forward:
         finally:
             self._decoder.forward = standing
 
-    def _reading_of(self, proven: proof.Proven) -> tuple[Read, bool]:
+    def _reading_of(self, proven: Proven) -> tuple[Read, bool]:
         """What this forward computes, and whether its head runs at kept labels alone."""
         why = self._asked or reads.logits_reader(self._head) or reads.output_reader(self.parts.between, self._decoder)
         if why is not None:
@@ -234,6 +238,7 @@ class Forward:
         with contextlib.ExitStack() as scope:
             scope.enter_context(self.parts.adapter.followable(self.parts.model, self._decoder))
             scope.enter_context(followable_dora())
+            scope.enter_context(without_cache(self._decoder))
             if self._balanced:
                 scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))
             scope.enter_context(regate_patch.active(self.positions))
@@ -246,8 +251,8 @@ class Forward:
         return lazy.standing_in()
 
     def _without_cache(self) -> dict[str, Any]:
-        """Keys of positions that were not computed cannot be cached."""
-        return {"use_cache": False} if "use_cache" in self._call or hasattr(self._target, "config") else {}
+        """In the call, where it may say so: what is read of the config may be passed on as it was."""
+        return {"use_cache": False} if self.parts.takes_cache or "use_cache" in self._call else {}
 
     def _computed(self) -> Tensor:
         return to_device(self.decision.active, self._device)
@@ -299,7 +304,7 @@ class Forward:
         if elsewhere and self.read < Read.ALL and self._active is not None:
             parts.put_elsewhere = reads.PUT_ELSEWHERE.format(n=elsewhere)
             return True
-        loss = proof.loss_of(output)
+        loss = loss_of(output)
         if loss is None or self._decoded is None or parts.in_step or not (self.short or self.read < Read.ALL):
             return False
         way = (self.read, self.short, reads.operations(loss, (hidden_states(self._decoded), self._decoded)))
@@ -313,7 +318,7 @@ class Forward:
         parts, due = self.parts, self._unproven
         if len(parts.ways) > _WAYS:
             parts.note(f"{reads.GIVEN_UP[Read.ALL]}: the model computes its loss in ever new ways")
-            parts.proven, due = proof.NOTHING, False
+            parts.proven, due = NOTHING, False
         full = self.decision.full
         return Forward(parts, self._batch, self.layout, self._samples, self._whole, full=full, due=due)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,8 @@ from regate.config import Config
 from regate.errors import HiddenStatesError, UnknownArchitectureError
 from regate.memory.checkpoint import ranks
 from regate.memory.sharing import any_rank
-from regate.output import proof
 from regate.output.logits import LazyHead
+from regate.proof.prove import Proven
 from regate.scoring import keys
 from regate.scoring.scorer import Samples, Scorer
 from regate.scoring.turns import Turns
@@ -45,6 +46,7 @@ class Parts:
         strays: of past backward passes, at how many positions hidden states were read that mean nothing, int64 [].
         lazy: makes the head's logits lazy.
         between: the modules through which `target` calls `decoder`.
+        takes_cache: may the call of `target` say whether it is to make a cache?
         note: tells the user something, once.
     """
 
@@ -59,15 +61,19 @@ class Parts:
     turns: Turns
     counters: Counters
     note: Callable[[str], None]
-    proven: proof.Proven | None = None
+    proven: Proven | None = None
     ways: set[Any] = field(default_factory=set)
     put_elsewhere: str | None = None
     strays: list[Tensor] = field(default_factory=list)
     lazy: LazyHead | None = None
     between: list[nn.Module] = field(init=False)
+    takes_cache: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.between = way_to(self.target, self.decoder)[1:-1]
+        parameters = inspect.signature(self.target.forward).parameters
+        others = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+        self.takes_cache = "use_cache" in parameters or (others and hasattr(self.target, "config"))
 
     def count_stray(self, read: Tensor) -> None:
         """In a backward pass; a GPU is not waited for before the next forward."""

@@ -22,6 +22,7 @@ ROOMS = {
         "memory",
         "training",
         "output",
+        "proof",
         "teaching",
         "scoring",
         "insight",

@@ -8,7 +8,7 @@ those that keep many.
     decoder output   h0 h1 h2 h3 h4 h5        shortened   h2 h4 h4
     labels           -  -  -  y3 -  y5        shortened   -  y3 y5
 
-That a model's loss is the same on both is not taken for granted: see `proof.py`.
+That a model's loss is the same on both is not taken for granted: see `regate/proof`.
 """
 
 from __future__ import annotations

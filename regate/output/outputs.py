@@ -12,13 +12,32 @@ from regate.errors import LabelsError
 from regate.output.loss import Places, label_losses
 from regate_patch import to_device
 
+_RANKS = {"loss": 0, "logits": 3}  # [] and [B, S, V]
 # TRL's fused head (trl.trainer.utils.FusedCausalLMOutput): sums of these over labels become its loss and its metrics.
 _PER_LABEL = ("log_probs", "entropy", "is_top1")
 
 
 def get(output: Any, name: str) -> Any:
-    """An entry of a model's output, None where it has none."""
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    """An entry of a model's output, None where it has none.
+
+    Outputs without names, as with `return_dict=False` or of a model that returns its loss alone, are told by their
+    ranks: the loss is the number among them, logits [B, S, V] are the first of rank 3.
+    """
+    if isinstance(output, Mapping):
+        return output.get(name)
+    if isinstance(output, Tensor) or type(output) in (tuple, list):
+        entries = [output] if isinstance(output, Tensor) else output
+        rank = _RANKS.get(name)
+        return next((x for x in entries if isinstance(x, Tensor) and x.dim() == rank), None)
+    return getattr(output, name, None)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss that a model returns, or, of a head that returns log-probabilities alone (TRL's), their mean."""
+    loss, log_probs, mask = get(output, "loss"), get(output, "log_probs"), get(output, "label_mask")
+    if loss is None and log_probs is not None and mask is not None:
+        loss = -(log_probs * mask).sum() / mask.sum()
+    return loss if isinstance(loss, Tensor) and loss.requires_grad else None
 
 
 def kept_losses(

@@ -105,6 +105,20 @@ def followable_dora() -> Iterator[None]:
         dora.dequantize_module_weight = original
 
 
+@contextlib.contextmanager
+def without_cache(decoder: nn.Module) -> Iterator[None]:
+    """Inside, a decoder makes no cache by itself: keys of positions that are not computed cannot be cached."""
+    config: Any = getattr(decoder, "config", None)
+    if not getattr(config, "use_cache", False):
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = True
+
+
 def _plain_weight(module: nn.Module) -> Any:
     if type(module.weight) is nn.Parameter:
         return module.weight

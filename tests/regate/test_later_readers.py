@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import regate
 from regate.errors import HiddenStatesError
 from regate.forward import Forward
-from regate.output.reads import operations
+from regate.proof.reads import operations
 from tests import oracle
 from tests.zoo import CORE
 

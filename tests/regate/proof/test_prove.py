@@ -1,0 +1,141 @@
+"""Models of unusual kinds on the first batch: what they return, and what their forwards write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import regate
+from regate_patch import reference
+from tests import oracle
+from tests.zoo import CORE
+
+FULL = regate.Config(warmup=1000)
+SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
+Loss = Callable[[Any], Tensor]
+
+
+def _made(returned: Callable[[Any], Any] = lambda output: output) -> tuple[Any, dict[str, Any]]:
+    """A model whose forward, which cannot be told to make no cache, gives what `returned` makes of its output."""
+    torch._dynamo.reset()
+    model = CORE["llava"].build().double()
+    usual = type(model)
+
+    class Own(usual):  # type: ignore[valid-type, misc]
+        def forward(
+            self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+        ) -> Any:
+            call = {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask}
+            return returned(usual.forward(self, **call, labels=labels))
+
+    model.__class__ = Own
+    return model, oracle.double(CORE["llava"].batch("right"))
+
+
+def _step(model: Any, batch: dict[str, Any], loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    value = loss(model(**batch))
+    value.backward()
+    return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _assert_same(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(got[0], expected[0], atol=2e-6, rtol=0)  # transformers' losses are float32
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(got[1][name], gradient, atol=1e-8, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("returned", "loss"),
+    [
+        pytest.param(lambda output: output.loss, lambda loss: loss, id="the loss alone"),
+        pytest.param(lambda output: output.to_tuple(), lambda output: output[0], id="return_dict=False"),
+        pytest.param(lambda o: (o.logits, o.loss), lambda output: output[1], id="logits first"),
+    ],
+)
+def test_outputs_without_names(returned: Callable[[Any], Any], loss: Loss) -> None:
+    model, batch = _made(returned)
+    dense = _step(model, batch, loss)
+    regate.apply(model, FULL, teacher=None)
+    _assert_same(_step(model, batch, loss), dense)
+    gate = regate.apply(model, SPARSE, teacher=None)
+    got, last = _step(model, batch, loss), gate.last
+    assert last is not None
+    assert "note" not in str(gate.report())
+    regate.remove(model)
+    with reference.masked(model.model.language_model.layers, last.active):
+        _assert_same(got, _step(model, batch | {"labels": last.labels_left}, loss))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_losses_that_callers_reduce(per_sample: bool) -> None:
+    """One per position or per sample: who reduces them counts on their shape."""
+    model, batch = _made()
+
+    def unreduced(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+        return losses.view(len(labels), -1).mean(1) if per_sample else losses
+
+    model.loss_function = unreduced
+    dense = _step(model, batch, lambda output: output.loss.mean())
+    gate = regate.apply(model, FULL, teacher=None)
+    _assert_same(_step(model, batch, lambda output: output.loss.mean()), dense)
+    assert "the vocabulary projection runs at every position" in str(gate.report())
+
+
+def test_exact_mode_computes_what_is_read() -> None:
+    """Also where that is padding: no step of it is sparse."""
+    model, batch = _made()
+
+    def with_last(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+        own = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return own + logits[:, -1].pow(2).mean()
+
+    model.loss_function = with_last
+    dense = _step(model, batch, lambda output: output.loss)
+    gate = regate.apply(model, regate.Config.exact(warmup=0))
+    for _ in range(2):
+        _assert_same(_step(model, batch, lambda output: output.loss), dense)
+    assert gate.report()["steps_sparse"] == 0
+
+
+def _batch_norm(projector: Any) -> nn.Module:
+    return nn.Sequential(projector, _OverFeatures(nn.BatchNorm1d(32).double()))
+
+
+class _OverFeatures(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(0, -2)).view(x.shape)  # type: ignore[no-any-return]
+
+
+def _spectral_norm(projector: Any) -> nn.Module:
+    torch.manual_seed(1)
+    nn.utils.parametrizations.spectral_norm(projector.linear_1)
+    return projector  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("with_buffers", [_batch_norm, _spectral_norm])
+def test_the_proof_leaves_buffers_as_they_were(with_buffers: Callable[[Any], nn.Module]) -> None:
+    """A batch is counted once in running statistics, and its random numbers are drawn once."""
+    states = []
+    for gated in (False, True):
+        model, batch = _made()
+        model.model.multi_modal_projector = with_buffers(model.model.multi_modal_projector)
+        gate = regate.apply(model, FULL, teacher=None) if gated else None
+        torch.manual_seed(7)
+        for _ in range(2):
+            model(**batch)
+        states.append({name: buffer.clone() for name, buffer in model.named_buffers()} | {"next": torch.rand(1)})
+        assert gate is None or "note" not in str(gate.report())
+    dense, gated_state = states
+    for name, value in dense.items():
+        torch.testing.assert_close(gated_state[name], value, msg=lambda m, n=name: f"{n}: {m}")
