@@ -177,12 +177,14 @@ class Gate:
         forward, self._forward = self._forward, None
         if forward is None:
             return None
-        if output is None:  # the forward raised
+        try:
+            if output is None:  # the forward raised
+                return None
+            if forward.outgrown(output):
+                forward, output = self._anew(forward)
+            output = forward.finish(output)
+        finally:
             forward.close()
-            return None
-        if forward.outgrown(output):
-            forward, output = self._anew(forward)
-        output = forward.finish(output)
         self.last = forward.decision
         if self.step != self._counted_step:
             self._counted_step = self.step

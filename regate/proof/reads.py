@@ -106,10 +106,15 @@ def _by_zero(made_by: Any) -> bool:
     if not made_by.name().startswith("MulBackward"):
         return False
     try:
-        factors = (made_by._saved_self, made_by._saved_other)
+        factors = [getattr(made_by, name, None) for name in ("_saved_self", "_saved_other")]
     except RuntimeError:  # changed in place since
         return False
-    return any(x is not None and not x.dim() and x.device.type == "cpu" and not x for x in factors)
+    return any(_is_number(x) and not x for x in factors)
+
+
+def _is_number(x: Any) -> bool:
+    """One that is read without waiting for a device."""
+    return not x.dim() and x.device.type == "cpu" if isinstance(x, Tensor) else x is not None
 
 
 def _hooked(module: nn.Module, *, inside: bool) -> str | None:

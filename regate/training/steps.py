@@ -5,7 +5,7 @@ not: parameters may be updated by hand, inside the backward pass (LOMO) or throu
 values of trainable parameters are kept at each gated forward, and at the next they tell whether an update was made that
 no optimizer said. Beside an optimizer that has said one, a single such change may be a part of its step
 (sharpness-aware minimisation moves parameters there and back): it counts once a second one follows and the optimizer is
-still silent.
+still silent. What changes while an optimizer steps, between calls of its closure, is of that step.
 
 Values that are loaded (`load_state_dict`) are no update, nor is the step by which
 `torch.distributed.checkpoint.state_dict` makes an optimizer's states.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from regate.training.hooks import Hook, call_weakly
 from regate.training.sharding import local
@@ -46,6 +46,7 @@ class Steps:
     ) -> None:
         self.step = 0
         self._module, self._on_step, self._on_missed = module, on_step, on_missed
+        self._stepping: set[int] = set()  # optimizers whose `step` is running
         self._stepped: set[int] = set()  # optimizers that stepped since the last gated forward
         self._early: set[int] = set()  # optimizers that stepped before the first of those
         self._optimizer_known = False  # was one seen that holds parameters of the module?
@@ -55,6 +56,7 @@ class Steps:
         self._moved_before = False  # they had changed when others were loaded
         self._unsaid = 0  # changes in a row that no optimizer said
         self._hooks = [
+            register_optimizer_step_pre_hook(call_weakly(self._before_optimizer)),
             register_optimizer_step_post_hook(call_weakly(self._after_optimizer)),
             module.register_load_state_dict_pre_hook(Hook(self._before_loading)),
             module.register_load_state_dict_post_hook(Hook(self._after_loading)),
@@ -76,7 +78,7 @@ class Steps:
         if self._stepped:
             self.step += 1
             self._unsaid = 0
-        elif moved := self._moved():
+        elif not self._stepping and (moved := self._moved()):
             if more := self._said_by_values(moved):
                 self._on_step()
             self.step += more
@@ -134,12 +136,22 @@ class Steps:
         if self._values is not None:
             self._values = some_values(self._module)
 
-    def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._own(optimizer):
+            self._stepping.add(id(optimizer))
+
+    def _own(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """The parameters of the model that it holds; none if it is another model's, or of copies, which tell themselves."""
         own = {id(p) for p in self._module.parameters()}
-        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            return  # another model's, or of copies of our parameters: these tell by themselves
-        if _makes_states():
+        return [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._stepping.discard(id(optimizer))
+        own = self._own(optimizer)
+        if not own or _makes_states():
             return
+        if all(p.grad is None for p in own) and not self._moved():
+            return  # it had nothing to step on
         self._optimizer_known = True
         self._forget()
         before = self._stepped if self._ever_gated else self._early
@@ -184,7 +196,7 @@ def _makes_states() -> bool:
     return frame.f_code.co_name == "_init_optim_state"
 
 
-Kept = tuple[list[tuple[int, torch.dtype, int]], Tensor]
+Kept = tuple[list[tuple[str, torch.dtype, int]], Tensor]
 
 
 @torch.no_grad()
@@ -193,15 +205,15 @@ def some_values(module: nn.Module) -> Kept:
 
     They are of trainable parameters that this rank holds a part of.
     """
-    learning = [p for p in module.parameters() if p.requires_grad and local(p).numel()]
+    learning = [(name, p) for name, p in module.named_parameters() if p.requires_grad and local(p).numel()]
     stride = (
         max(len(learning) // _PARAMETERS, 1) | 1
     )  # odd: adapters' parameters come in pairs, and one may stand still
     some = learning[::stride][-_PARAMETERS:]
     found: list[Tensor] = []
-    for parameter in some:
+    for _, parameter in some:
         values = local(parameter).detach().flatten()
         values = values[:: max(len(values) // _VALUES, 1)].contiguous()
         found.append(values.view(_INTEGERS[values.element_size()]).to(found[0].device if found else values.device))
-    names = [(id(p), p.dtype, len(values)) for p, values in zip(some, found, strict=True)]
+    names = [(name, p.dtype, len(values)) for (name, p), values in zip(some, found, strict=True)]
     return names, torch.cat(found) if found else torch.zeros(0, dtype=torch.uint8)

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import regate
+from regate.forward import Forward
 from regate_patch import reference
+from regate_patch.context import current
 from tests import oracle
 from tests.zoo import CORE
 
@@ -86,6 +88,31 @@ def test_losses_that_callers_reduce(per_sample: bool) -> None:
     gate = regate.apply(model, FULL, teacher=None)
     _assert_same(_step(model, batch, lambda output: output.loss.mean()), dense)
     assert "the vocabulary projection runs at every position" in str(gate.report())
+
+
+def test_smoothed_labels() -> None:
+    """Their loss is multiplied by numbers, which are no tensors."""
+    model, batch = _made()
+
+    def smoothed(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1)
+
+    model.loss_function = smoothed
+    dense = _step(model, batch, lambda output: output.loss)
+    gate = regate.apply(model, FULL, teacher=None)
+    _assert_same(_step(model, batch, lambda output: output.loss), dense)
+    assert "note" not in str(gate.report())
+
+
+def test_a_forward_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does what the gate does after it: another model's decoder must not run on this one's positions."""
+    model, batch = _made()
+    regate.apply(model, SPARSE, teacher=None)
+    with monkeypatch.context() as patched:
+        patched.setattr(Forward, "outgrown", lambda self, output: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**batch)
+    assert current() is None
 
 
 def test_exact_mode_computes_what_is_read() -> None:

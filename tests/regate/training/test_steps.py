@@ -55,6 +55,18 @@ def _new_tensors(model: nn.Module) -> Callable[[], None]:
     return step
 
 
+def _new_parameters(model: nn.Module) -> Callable[[], None]:
+    """As functional optimizers do that write their result into the model."""
+
+    def step() -> None:
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                if p.grad is not None:
+                    setattr(module, name, nn.Parameter(p.detach() - 1e-3 * p.grad))
+
+    return step
+
+
 def _in_backward(model: nn.Module) -> Callable[[], None]:
     """As LOMO does: each parameter as soon as its gradient is there, and no gradient is kept."""
 
@@ -93,7 +105,7 @@ def _two(model: nn.Module) -> Callable[[], None]:
     return step
 
 
-WAYS = [_by_data, _by_hand, _new_tensors, _in_backward, _one_each, _two]
+WAYS = [_by_data, _by_hand, _new_tensors, _new_parameters, _in_backward, _one_each, _two]
 
 
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside another model's optimizer"])
@@ -189,6 +201,41 @@ def test_parameters_moved_there_and_back_within_a_step() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert steps == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_closure_that_is_called_often_is_one_step() -> None:
+    model: Any = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1e-2, max_iter=3)
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        loss: Tensor = model(**BATCH).loss
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    model(**BATCH)
+    assert calls > 3
+    assert gate.step == 3
+
+
+def test_a_step_on_no_gradient_is_none() -> None:
+    """As where a loop steps after every micro-batch, and skips the gradients of some."""
+    model: Any = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(4):
+        model(**BATCH).loss.backward()
+        for _ in range(2):
+            optimizer.step()
+            optimizer.zero_grad()
+    model(**BATCH)
+    assert gate.step == 4
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["before the first step", "after an optimizer stepped"])
