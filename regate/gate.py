@@ -112,7 +112,7 @@ class Gate:
             self.counters,
             note=call_weakly(self.note),
         )
-        self._steps = Steps(target, on_step=self._on_step, on_missed=self._on_missed)
+        self._steps = Steps(model, target, on_step=self._on_step, on_missed=self._on_missed)
         gather_by_layer(decoder)
         self._signature = inspect.signature(target.forward)
         self._hooks = [

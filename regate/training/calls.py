@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class OuterCall:
     wrapper may be called with `sample_ids`, too, which are taken out.
 
     Attributes:
-        arguments: by name; empty where the model is the target itself, or is not running.
+        arguments: by name, also of what mappings among them hold; empty where the model is the target itself, or is not
+            running.
     """
 
     def __init__(self, model: nn.Module, target: nn.Module) -> None:
@@ -42,7 +44,7 @@ class OuterCall:
         for parameter in self._signature.parameters.values():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 named.pop(parameter.name, None)
-        self.arguments = named | kwargs
+        self.arguments = _spread(named | kwargs)
         return args, {name: value for name, value in kwargs.items() if name != "sample_ids"}
 
     def _returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -52,6 +54,18 @@ class OuterCall:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def _spread(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with the entries of its mappings: of a batch as one argument, or of a list of samples."""
+    found = dict(call)
+    for value in call.values():
+        if isinstance(value, Mapping):
+            found |= {name: entry for name, entry in value.items() if isinstance(name, str)}
+        elif isinstance(value, list | tuple) and value and all(isinstance(sample, Mapping) for sample in value):
+            names = [name for name in value[0] if isinstance(name, str) and all(name in sample for sample in value)]
+            found |= {name: [[sample[name]] for sample in value] for name in names}
+    return found
 
 
 class _Reached(Exception):

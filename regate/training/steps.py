@@ -29,10 +29,11 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Steps:
-    """The optimizer steps made on a module's parameters.
+    """The optimizer steps made on a model's parameters.
 
     Args:
-        module: whose parameters.
+        model: whose parameters, those around its language model among them.
+        module: inside it, the one whose forwards are gated.
         on_step: called once per step, however many optimizers make it.
         on_missed: called where a step was made and none of its forwards was gated, with the cause and with whether none
             ever was; `step` is its number.
@@ -42,10 +43,15 @@ class Steps:
     """
 
     def __init__(
-        self, module: nn.Module, *, on_step: Callable[[], None], on_missed: Callable[[str, bool], None]
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        *,
+        on_step: Callable[[], None],
+        on_missed: Callable[[str, bool], None],
     ) -> None:
         self.step = 0
-        self._module, self._on_step, self._on_missed = module, on_step, on_missed
+        self._model, self._module, self._on_step, self._on_missed = model, module, on_step, on_missed
         self._stepping: set[int] = set()  # optimizers whose `step` is running
         self._stepped: set[int] = set()  # optimizers that stepped since the last gated forward
         self._early: set[int] = set()  # optimizers that stepped before the first of those
@@ -58,9 +64,10 @@ class Steps:
         self._hooks = [
             register_optimizer_step_pre_hook(call_weakly(self._before_optimizer)),
             register_optimizer_step_post_hook(call_weakly(self._after_optimizer)),
-            module.register_load_state_dict_pre_hook(Hook(self._before_loading)),
-            module.register_load_state_dict_post_hook(Hook(self._after_loading)),
         ]
+        for loaded in {model, module}:
+            self._hooks.append(loaded.register_load_state_dict_pre_hook(Hook(self._before_loading)))
+            self._hooks.append(loaded.register_load_state_dict_post_hook(Hook(self._after_loading)))
 
     @property
     def made(self) -> int:
@@ -85,7 +92,7 @@ class Steps:
             self._unsaid += 1
         self._stepped.clear()
         self._forget()
-        self._values = some_values(self._module)
+        self._values = some_values(self._model)
         self._ever_gated = True
         self._ungated = dict.fromkeys(self._ungated, 0)
 
@@ -109,7 +116,7 @@ class Steps:
             self._on_missed(self._cause(), not self._ever_gated)
         self._ungated[why] += 1
         self._forget()
-        self._values = some_values(self._module)
+        self._values = some_values(self._model)
 
     def _said_by_values(self, moved: bool) -> int:
         """The steps that a change since the last forward tells of, where no optimizer said one."""
@@ -123,34 +130,39 @@ class Steps:
         """Have parameters other values than at the last forward, and no optimizer of theirs said so?"""
         if self._values is None or self._moved_before:
             return self._moved_before
-        before, now = self._values, some_values(self._module)
+        before, now = self._values, some_values(self._model)
         return now[0] == before[0] and not torch.equal(now[1], before[1])  # other parameters say nothing
 
     def _forget(self) -> None:
         self._values, self._moved_before = None, False
 
-    def _before_loading(self, *args: Any) -> None:
-        self._moved_before = self._moved()
+    def _before_loading(self, module: nn.Module, state: Any, prefix: str, *others: Any) -> None:
+        if not prefix:  # else a part of what is being loaded
+            self._moved_before = self._moved()
 
     def _after_loading(self, *args: Any) -> None:
         if self._values is not None:
-            self._values = some_values(self._module)
+            self._values = some_values(self._model)
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._own(optimizer):
+        if self._own(optimizer) or self._frozen():
             self._stepping.add(id(optimizer))
 
     def _own(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """The parameters of the model that it holds; none if it is another model's, or of copies, which tell themselves."""
-        own = {id(p) for p in self._module.parameters()}
+        """The model's parameters among its own; none if it is another model's, or of copies, which are seen to move."""
+        own = {id(p) for p in self._model.parameters()}
         return [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+
+    def _frozen(self) -> bool:
+        return not any(p.requires_grad for p in self._model.parameters())
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._stepping.discard(id(optimizer))
         own = self._own(optimizer)
-        if not own or _makes_states():
+        # Of a model that is frozen, what learns is around it and unknown: whoever steps, it is a step.
+        if not (own or self._frozen()) or _makes_states():
             return
-        if all(p.grad is None for p in own) and not self._moved():
+        if own and all(p.grad is None for p in own) and not self._moved():
             return  # it had nothing to step on
         self._optimizer_known = True
         self._forget()
@@ -159,10 +171,10 @@ class Steps:
         if not self._ever_gated:  # the first does not count: states are made by it
             self._early.add(id(optimizer))
             self.step += again
-            if again or any(self._ungated.values()):
+            if own and (again or any(self._ungated.values())):
                 self._on_missed(self._cause(), True)
             return
-        if again:
+        if again and own:
             self.step = self.made
             self._stepped.clear()
             self._on_missed(self._cause(), False)

@@ -128,6 +128,49 @@ def test_images_are_told_apart_by_the_outer_call(pixels: torch.dtype) -> None:
     assert not gate._parts.outer.arguments
 
 
+class OneArgument(MyVLM):
+    """Takes a batch in one piece: a mapping, or a list of samples."""
+
+    def forward(self, samples: Any) -> Any:
+        if isinstance(samples, list):
+            samples = {
+                "photos": torch.stack([sample["photo"] for sample in samples]),
+                "texts": [sample["text"] for sample in samples], "answers": [sample["answer"] for sample in samples],
+            }  # fmt: skip
+        return super().forward(**samples)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_images_are_found_in_a_batch_of_one_argument(listed: bool) -> None:
+    model: Any = OneArgument().double()
+    gate = regate.apply(model, FULL, teacher=None)
+    batch = _batch()
+    batch["texts"] = [batch["texts"][0]] * 2
+    batch["answers"] = [6, 6]
+    names = {"photos": "photo", "texts": "text", "answers": "answer"}
+    samples = [{name: batch[names_][i] for names_, name in names.items()} for i in range(2)]
+    model(samples if listed else batch)
+    gate.flush()
+    assert len(list(gate.store.items("difficulty"))) == 2
+    assert "note" not in str(gate.report())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_learns_may_stand_around_a_frozen_model(inside: bool) -> None:
+    """The gate counts its steps, also where it hangs on the language model and knows nothing of what is around it."""
+    model: Any = MyVLM().double()
+    model.llm.requires_grad_(False)
+    config = regate.Config(warmup=2, cycle=100, full_steps=0)
+    gate = regate.apply(model.llm if inside else model, config, teacher=None)
+    optimizer = torch.optim.AdamW(model.projector.parameters(), lr=1e-3)
+    for i in range(4):
+        model(**_batch()).loss.backward()
+        assert gate.step == i
+        optimizer.step()
+        optimizer.zero_grad()
+    assert gate.report()["steps_sparse"] == 2
+
+
 def test_the_language_model_alone_sees_no_images() -> None:
     model = MyVLM().double().train()
     gate = regate.apply(model.llm, FULL, teacher=None)
