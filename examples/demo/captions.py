@@ -18,6 +18,9 @@ from PIL import Image
 
 COLOURS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
+ROWS, COLUMNS = ("upper", "lower"), ("left", "right")
+KINDS = (COLOURS, SHAPES, ROWS, COLUMNS)
+CLASSES = tuple(map(len, KINDS))  # of the facts of a picture
 PROMPT = "describe the picture"
 _TEMPLATES = (
     "there is one {colour} {shape} on a plain background , in the {row} {column} corner of the picture "
@@ -34,6 +37,12 @@ class Caption:
     image: str
     words: tuple[str, ...]
     grounded: tuple[bool, ...]
+
+    @property
+    def facts(self) -> tuple[int, ...]:
+        """What the picture shows, one class of each of `CLASSES`: the grounded words, each once."""
+        told = [word for word, is_grounded in zip(self.words, self.grounded, strict=True) if is_grounded]
+        return tuple(next(kind.index(word) for word in told if word in kind) for kind in KINDS)
 
     def record(self) -> dict[str, Any]:
         """As a conversation (see `examples.conversations`)."""
@@ -81,4 +90,4 @@ def _corner(path: str) -> tuple[str, str]:
     pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
     rows, columns = np.nonzero(np.abs(pixels - pixels[0, 0]).sum(-1) > 60)
     height, width = pixels.shape[:2]
-    return "upper" if rows.mean() < height / 2 else "lower", "left" if columns.mean() < width / 2 else "right"
+    return ROWS[int(rows.mean() >= height / 2)], COLUMNS[int(columns.mean() >= width / 2)]

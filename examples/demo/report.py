@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-_COLOURS = {"dense": "#4a4a4a", "regate": "#0b7a75", "random": "#d1495b"}
-_NAMES = {"dense": "dense", "regate": "ReGATE", "random": "random gate"}
+_COLOURS = {"dense": "#4a4a4a", "exact": "#8d99ae", "regate": "#0b7a75", "random": "#d1495b"}
+_NAMES = {"dense": "dense", "exact": "exact mode", "regate": "ReGATE", "random": "random gate"}
 _KEPT, _ELIDED = "#0b7a75", "#b3b3b3"
 
 ArmResult = dict[str, Any]
@@ -55,6 +55,7 @@ def table(results: dict[str, Any]) -> str:
         ("whole caption right, free-running", final("exact_match", _percent)),
         ("answer tokens computed", share("answer_tokens")),
         ("decoder positions computed", share("positions")),
+        ("seconds of training, teacher included", share("seconds")),
         ("seconds per full step, median", seconds("full")),
         ("seconds per sparse step, median", seconds("sparse")),
         ("teacher seconds, whole run", spent("teacher_seconds")),
@@ -72,8 +73,8 @@ def table(results: dict[str, Any]) -> str:
         f"{steps['ratio_possible']:.2f}x; full / sparse: {steps['ratio_elision']:.2f}x",
         f"{len(runs)} seed(s); {results['device']}; {results['data']}",
     ]
-    if len(runs) < 5:
-        lines.append("Fewer than five seeds: differences between arms of a few points are noise.")
+    if len(runs) < 10:
+        lines.append("Seeds differ by a point or two; docs/evidence.md compares ten of the small model.")
     return "\n".join(lines)
 
 
@@ -87,7 +88,7 @@ def _percent(x: float) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Left: accuracy on grounded words against answer tokens computed. Right: answers, kept and elided."""
+    """Accuracy on grounded words over seconds and over answer tokens computed; beside it answers, kept and elided."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,26 +97,29 @@ def draw(results: dict[str, Any], path: Path) -> None:
     runs = results["runs"]
     style = {"font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
-        figure = plt.figure(figsize=(13.5, 5.4), dpi=130)
-        grid = figure.add_gridspec(1, 2, width_ratios=[1, 1.25], wspace=0.14)
-        _draw_curves(figure.add_subplot(grid[0]), runs)
+        figure = plt.figure(figsize=(17, 5.2), dpi=120)
+        grid = figure.add_gridspec(1, 3, width_ratios=[1, 1, 1.4], wspace=0.2)
+        by_time = figure.add_subplot(grid[0])
+        _draw_curves(by_time, runs, "seconds", 1, "seconds of training, teacher included")
+        beside = figure.add_subplot(grid[1], sharey=by_time)
+        _draw_curves(beside, runs, "answer_tokens", 1000, "answer tokens computed, thousands")
         arms = runs[0]["arms"]
         chosen = next((a for a in ("regate", "random") if a in arms), None)
         if chosen:
-            _draw_samples(figure, grid[1], arms[chosen]["samples"], _NAMES[chosen])
+            _draw_samples(figure, grid[2], arms[chosen]["samples"], _NAMES[chosen])
         note = textwrap.shorten(f"{results['data']}. {len(runs)} seed(s), {results['device']}.", 160)
         figure.text(0.125, -0.03, note, fontsize=8.5, color="#777777")
         figure.savefig(path, bbox_inches="tight", pad_inches=0.2)
         plt.close(figure)
 
 
-def _draw_curves(axes: Any, runs: list[dict[str, Any]]) -> None:
+def _draw_curves(axes: Any, runs: list[dict[str, Any]], cost: str, unit: float, label: str) -> None:
     grounded = not math.isnan(runs[0]["base"]["grounded_accuracy"])
     key = "grounded_accuracy" if grounded else "template_accuracy"
     ends = []
     for name in runs[0]["arms"]:
         points = list(zip(*(run["arms"][name]["curve"] for run in runs), strict=True))
-        x = [mean(p["answer_tokens"] for p in point) / 1000 for point in points]
+        x = [mean(p[cost] for p in point) / unit for point in points]
         seeds = [[100 * p[key] for p in point] for point in points]
         y = [mean(values) for values in seeds]
         axes.plot(x, y, marker="o", ms=4, lw=2, color=_COLOURS[name])
@@ -130,7 +134,7 @@ def _draw_curves(axes: Any, runs: list[dict[str, Any]]) -> None:
         axes.annotate(_NAMES[name], (x, below), (8, 0), textcoords="offset points", va="center",
                       color=_COLOURS[name], weight="bold", annotation_clip=False)  # fmt: skip
     axes.set_xlim(0, 1.22 * max(x for _, x, _ in ends))
-    axes.set_xlabel("answer tokens computed, thousands")
+    axes.set_xlabel(label)
     axes.set_ylabel("validation accuracy, %")
     axes.set_title("Words that need the image" if grounded else "Answer tokens", loc="left", weight="bold",
                    fontsize=12)  # fmt: skip

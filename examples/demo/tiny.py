@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -60,3 +61,14 @@ def build_model(processor: Any, *, width: int = 128, layers: int = 4, seed: int 
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_id, vision_feature_layer=-1)
     return LlavaForConditionalGeneration(config)
+
+
+def encoder_of(model: Any) -> nn.Module:
+    encoder: nn.Module = model.model.vision_tower
+    return encoder
+
+
+def see(encoder: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """What the encoder makes of each image, [B, D]: its patches, averaged; LLaVA leaves the class token out."""
+    states: Tensor = encoder(batch["pixel_values"]).last_hidden_state
+    return states[:, 1:].mean(1)

@@ -46,11 +46,17 @@ def test_several_turns(some: list[captions.Caption]) -> None:
 
 
 def test_demo_on_its_own_data(tmp_path: Path) -> None:
-    options = "--steps 6 --base-steps 2 --batch-size 4 --warmup 1 --cycle 4 --full-steps 1 --eval-every 3"
+    options = (
+        "--steps 6 --text-steps 2 --vision-steps 2 --batch-size 4 --warmup 1 --cycle 4 --full-steps 1 --eval-every 3"
+    )
     results = train.main([*options.split(), "--eval-samples", "8", "--repeats", "1", "--out", str(tmp_path)])
     arms = results["runs"][0]["arms"]
     assert arms["regate"]["final"]["answer_tokens"] < arms["dense"]["final"]["answer_tokens"]
     assert arms["regate"]["final"]["answer_tokens"] == arms["random"]["final"]["answer_tokens"]
+    assert arms["exact"]["final"]["answer_tokens"] == arms["dense"]["final"]["answer_tokens"]
+    for dense, exact in zip(arms["dense"]["curve"], arms["exact"]["curve"], strict=True):
+        assert exact["loss"] == pytest.approx(dense["loss"], rel=1e-4), "exact mode learns what dense training does"
+    assert 0 < arms["exact"]["curve"][0]["seconds"] < arms["exact"]["curve"][-1]["seconds"]
     assert json.loads((tmp_path / "results.json").read_text())["command"].startswith("python")
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
