@@ -2,7 +2,8 @@
 
 Every `every` optimizer steps each rank passes on the records it made since, through a process group of its own and in
 a thread, while training goes on; they are taken over at the next exchange. Ranks whose stores are one and the same
-file have nothing to pass on. Optimizer steps are what all ranks count alike, so all of them exchange at one moment.
+file have nothing to pass on to one another, and take over a part each of what others learnt. Optimizer steps are what
+all ranks count alike, so all of them exchange at one moment.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ class Exchange:
             self._land()
             self._launch()
             self._land()
+        if self.needed and self._group is not None:
+            dist.barrier(group=self._group)  # others write into this rank's file, too
 
     def _launch(self) -> None:
         if not self.needed:  # the exchange that just landed showed that all share one file
@@ -149,7 +152,9 @@ class Exchange:
                 "number of optimizer steps; a rank that stopped shows its own error."
             ) from flight.error
         own = flight.received[dist.get_rank()].home
+        here = [rank for rank, message in enumerate(flight.received) if message.home == own]
         others = [message.records for message in flight.received if message.home != own]
+        mine = others[here.index(dist.get_rank()) :: len(here)]
         for table in TABLES:
-            self.store.put(table, {k: v for records in others for k, v in records[table].items()})
-        self._one_file = all(message.home == own for message in flight.received)
+            self.store.put(table, {k: v for records in mine for k, v in records[table].items()})
+        self._one_file = not others
