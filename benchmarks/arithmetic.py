@@ -12,7 +12,7 @@ from benchmarks.models import causal_lm
 from benchmarks.workloads import VISUAL_ID
 from model_adapters import Layout
 from regate import Config
-from regate.labels import IGNORED
+from regate.labels import predicted
 from regate.scoring.decision import Decision
 
 # Dense bfloat16 FLOPs and bytes of memory per second, from the vendor's data sheets (SXM).
@@ -60,30 +60,42 @@ class Arithmetic:
 
     def flops(self, positions: int, predictions: int) -> float:
         """Of a row with so many positions, of which so many are projected onto the vocabulary."""
-        weights = self.per_position * positions - self.after_attention * (positions - predictions)
+        unread = self.after_attention * (positions - predictions)
+        return self.whole(positions, predictions) - self.weights * unread
+
+    def whole(self, positions: int, predictions: int) -> float:
+        """The same with all of the last layer at every position, as dense models compute it."""
         attention = self.per_pair * positions**2 / 2
-        return self.weights * weights + self.attention * attention + self.head * self.per_logit * predictions
+        layers = self.weights * self.per_position * positions + self.attention * attention
+        return layers + self.head * self.per_logit * predictions
 
 
 def decided(data: dict[str, Tensor], kept: Tensor) -> dict[str, Decision]:
-    """What a full, a sparse, and a thinned sparse step compute of a batch of which these labels are kept."""
+    """What a full, a sparse, a thinned sparse and an exact step compute of a batch of which these labels are kept."""
     ids, labels, valid = (data[name].cpu() for name in ("input_ids", "labels", "attention_mask"))
     layout = Layout(ids, labels, valid.bool(), ids == VISUAL_ID)
 
     def decide(kept: Tensor, config: Config, *, full: bool) -> Decision:
         return Decision.of(layout, kept.cpu(), config, full=full, beyond=False)
 
+    every = predicted(labels)
     return {
-        "full": decide(labels != IGNORED, arms.SPARSE_AFTER_ONE, full=True),
+        "full": decide(every, arms.SPARSE_AFTER_ONE, full=True),
+        "exact": decide(every, arms.EXACT, full=False),
         "sparse": decide(kept, arms.SPARSE_AFTER_ONE, full=False),
         "thinned": decide(kept, arms.THINNED, full=False),
     }
 
 
 def needed(arithmetic: Arithmetic, data: dict[str, Tensor], kept: Tensor) -> dict[str, float]:
-    """FLOPs of a dense step on the padded batch, and those that steps of `decided` need."""
+    """FLOPs of a dense step on the padded batch; of one on valid positions alone, with logits at labels alone
+    ("unpadded"); and those that steps of `decided` need."""
     rows, length = data["labels"].shape
-    found = {"dense": rows * arithmetic.flops(length, length)}
+    positions, labels = data["attention_mask"].sum(1).tolist(), predicted(data["labels"]).sum(1).tolist()
+    found = {
+        "dense": rows * arithmetic.flops(length, length),
+        "unpadded": sum(arithmetic.whole(n, m) for n, m in zip(positions, labels, strict=True)),
+    }
     for kind, step in decided(data, kept).items():
         found[kind] = sum(arithmetic.flops(n, m) for n, m in zip(step.computed, step.read, strict=True))
     return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import regate
+from benchmarks import opponents
 from benchmarks.models import causal_lm
 from regate.scoring.selection import active_positions
 from regate_patch.context import Active
@@ -24,6 +25,7 @@ Step = Callable[[Batch, Tensor], None]
 Maker = Callable[[nn.Module, str], dict[str, Step]]
 SPARSE_AFTER_ONE = regate.Config.paper(warmup=1, cycle=1_000_000, full_steps=0)  # step 0 is full, all others sparse
 THINNED = replace(SPARSE_AFTER_ONE, visual_keep=0.5)
+EXACT = regate.Config.exact(warmup=1, cycle=1_000_000, full_steps=0)
 
 
 class Trained:
@@ -34,18 +36,37 @@ class Trained:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)
 
-    def step(self, batch: Batch) -> None:
-        self.model(**batch, use_cache=False).loss.backward()
+    def step(self, batch: opponents.Batch, forward: nn.Module | None = None) -> None:
+        """With `forward` in the place of the model: a module that has its weights."""
+        (forward or self.model)(**batch, use_cache=False).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
 def dense(model: nn.Module, backend: str) -> dict[str, Step]:
-    """Every label and every position; and, with the same weights, a loss that labels not kept do not enter (Rho-1)."""
+    """Every label and every position: padded, and as a careful user has it (`opponents`); and, with the same weights, a
+    loss that labels not kept do not enter (Rho-1)."""
     trained = Trained(model, backend)
+    padded, at_labels = trained.model, opponents.AtLabels(model)
+    if backend == "inductor":
+        at_labels.compile()
+    config = causal_lm(model).config
+    kernel = config._attn_implementation
+
+    def step(forward: nn.Module, kernel: str, collated: Callable[[Batch], opponents.Batch] = lambda x: x) -> Step:
+        def run(batch: Batch, kept: Tensor) -> None:
+            config._attn_implementation = kernel
+            trained.step(collated(batch), forward)
+
+        return run
+
+    once, of_padded = opponents.Once, step(padded, kernel)
     return {
-        "dense": lambda batch, kept: trained.step(batch),
-        "loss masking": lambda batch, kept: trained.step(_masked(batch, kept)),
+        "dense": of_padded,
+        "dense, logits at labels": step(at_labels, kernel, once(opponents.labelled)),
+        "dense, end to end": step(padded, opponents.KERNEL, once(opponents.laid)),
+        "dense, both": step(at_labels, opponents.KERNEL, once(opponents.laid, opponents.labelled)),
+        "loss masking": lambda batch, kept: of_padded(_masked(batch, kept), kept),
     }
 
 
@@ -66,6 +87,11 @@ def gated(model: nn.Module, backend: str) -> dict[str, Step]:
 def thinned(model: nn.Module, backend: str) -> dict[str, Step]:
     """A sparse step that computes half of the visual tokens."""
     return {"regate thinned": Gated(model, backend, THINNED).sparse}
+
+
+def exact(model: nn.Module, backend: str) -> dict[str, Step]:
+    """ReGATE with dense training's numbers: every label kept, as in the steps after its warm-up."""
+    return {"regate exact": Gated(model, backend, EXACT).sparse}
 
 
 class Gated:
@@ -157,9 +183,10 @@ def random_ltd(model: nn.Module, backend: str) -> dict[str, Step]:
 
 
 def liger(model: nn.Module, backend: str) -> dict[str, Step]:
-    """Dense, with Liger Kernel's fused kernels."""
+    """Dense, with Liger Kernel's fused kernels, padded and as a careful user has it."""
     _use_liger(model)
-    return {"liger": dense(model, backend)["dense"]}
+    steps = dense(model, backend)
+    return {"liger": steps["dense"], "liger, both": steps["dense, both"]}
 
 
 def liger_gated(model: nn.Module, backend: str) -> dict[str, Step]:
@@ -169,7 +196,9 @@ def liger_gated(model: nn.Module, backend: str) -> dict[str, Step]:
 
 
 # Those with Liger Kernel come last: it replaces functions of whole modules.
-MAKERS: tuple[Maker, ...] = (dense, optimizer_alone, per_layer_gather, random_ltd, gated, thinned, liger, liger_gated)
+MAKERS: tuple[Maker, ...] = (
+    dense, optimizer_alone, per_layer_gather, random_ltd, gated, exact, thinned, liger, liger_gated,
+)  # fmt: skip
 
 
 def _use_liger(model: nn.Module) -> None:

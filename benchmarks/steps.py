@@ -1,12 +1,13 @@
 """Time of a training step, dense against ReGATE and its alternatives, beside what arithmetic allows.
 
-    python -m benchmarks.steps --rows 2 --out benchmarks/results/steps-cpu.json     # half an hour on two CPU cores
+    python -m benchmarks.steps --rows 2 --out benchmarks/results/steps-cpu.json     # twenty minutes on two CPU cores
     python -m benchmarks.steps --model qwen2.5-vl-7b --dtype bfloat16 --backends eager inductor \
         --out benchmarks/results/steps-qwen2.5-vl-7b.json                           # on a GPU, rows that fill it
 
 Arms run in turns on the same batch, so that what else the machine does falls on all alike; ratios are medians over
-turns. Where one model fills the memory (`--alone`, the default on a GPU), arms run one after another instead. Each
-workload is written when it is done, and a second run with the same settings goes on with those that are missing.
+turns, to the padded dense step and to the fastest dense one of the same backend (`benchmarks/opponents.py`). Where one
+model fills the memory (`--alone`, the default on a GPU), arms run one after another instead. Each workload is written
+when it is done, and a second run with the same settings goes on with those that are missing.
 `python -m benchmarks.tables` makes the tables and the pictures.
 """
 
@@ -66,7 +67,7 @@ class Bench:
             for maker, backend in together:
                 try:
                     made = maker(model(self.args), backend)
-                except (regate_patch.RegateError, ImportError) as error:
+                except (regate_patch.RegateError, ImportError, torch.OutOfMemoryError) as error:
                     self.refused[f"{maker.__name__} {backend}"] = str(error)
                 else:
                     steps |= {f"{name} {backend}": step for name, step in made.items()}
@@ -77,9 +78,16 @@ class Bench:
                 torch.cuda.empty_cache()
 
     def wanted(self, maker: arms.Maker) -> bool:
+        if self.args.arms is not None and maker.__name__ not in self.args.arms:
+            return False
         if "liger" in maker.__name__:
             return self.args.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
         return maker is not arms.thinned or self.sample.visual > 0
+
+    def of(self, backend: str) -> dict[str, Measured]:
+        """By arms' names."""
+        found = {arm.rpartition(" ")[::2]: x for arm, x in self.measured.items()}
+        return {arm: x for (arm, of), x in found.items() if of == backend}
 
     def time(self, steps: dict[str, arms.Step]) -> None:
         for name, step in list(steps.items()):
@@ -87,7 +95,7 @@ class Bench:
             before = graphs(step)
             try:
                 first = self.seconds_of(step)
-            except regate_patch.RegateError as error:
+            except (regate_patch.RegateError, torch.OutOfMemoryError) as error:
                 self.refused[name] = str(error)
                 del steps[name]
                 continue
@@ -176,27 +184,50 @@ def measure(args: argparse.Namespace, title: str, sample: Sample) -> dict[str, A
     if args.device == "cuda" and args.dtype == "bfloat16":
         gpu = torch.cuda.get_device_name()
         result["roofline_seconds"] = {kind: roofline(n, trained, gpu) for kind, n in flops.items()}
-    for arm, found in bench.measured.items():
-        backend = arm.split()[-1]
-        dense, alone = (bench.measured[f"{name} {backend}"].seconds for name in ("dense", "AdamW alone"))
-        arm_ = result["arms"][arm] = {
-            "seconds": statistics.median(found.seconds),
+    for backend in args.backends:
+        result["arms"] |= ratios(bench.of(backend), backend, tokens, positions, result["possible"])
+    return result
+
+
+def ratios(
+    measured: dict[str, Measured], backend: str, tokens: int, positions: int, possible: dict[str, float]
+) -> dict[str, Any]:
+    """The figures of a backend's arms, by name and backend."""
+    result = {}
+    strongest = min(
+        (arm for arm in measured if is_dense(arm)), key=lambda arm: statistics.median(measured[arm].seconds)
+    )
+    dense, best = measured["dense"].seconds, measured[strongest].seconds
+    for arm, found in measured.items():
+        median = statistics.median(found.seconds)
+        arm_ = result[f"{arm} {backend}"] = {
+            "seconds": median,
             "spread": [min(found.seconds), max(found.seconds)],
             "first_step_seconds": found.first,
             "ratio_to_dense": median_of(lambda d, s: d / s, dense, found.seconds),
+            "ratio_to_strongest": median_of(lambda d, s: d / s, best, found.seconds),
+            "strongest": strongest,
             "saved_bytes": found.saved,
             "peak_bytes": found.peak,
-            "answer_tokens_per_second": tokens / statistics.median(found.seconds),
-            "positions_per_second": positions / statistics.median(found.seconds),
+            "answer_tokens_per_second": tokens / median,
+            "positions_per_second": positions / median,
         }
-        kind = arm.split()[1]
         if arm.startswith("regate"):
-            arm_["efficiency"] = arm_["ratio_to_dense"] / result["possible"][kind]
-            without = median_of(lambda d, a, s: (d - a) / (s - a), dense, alone, found.seconds)
-            arm_["efficiency_without_adamw"] = without / result["possible"][kind]
+            kind = arm.split()[1]
+            over_unpadded = possible[kind] / possible["unpadded"]
+            arm_["efficiency"] = arm_["ratio_to_dense"] / possible[kind]
+            arm_["efficiency_to_strongest"] = arm_["ratio_to_strongest"] / over_unpadded
+            if (alone := measured.get("AdamW alone")) is not None:
+                without = median_of(lambda d, a, s: (d - a) / (s - a), dense, alone.seconds, found.seconds)
+                arm_["efficiency_without_adamw"] = without / possible[kind]
             arm_["gating_share"] = found.gate_seconds / sum(found.seconds)
             arm_["graphs"] = found.graphs
     return result
+
+
+def is_dense(arm: str) -> bool:
+    """Does it compute every position and learn from every label?"""
+    return arm.split(",")[0] in ("dense", "liger")
 
 
 def median_of(function: Callable[..., float], *seconds: list[float]) -> float:
@@ -216,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--alone", action=argparse.BooleanOptionalAction, help="one arm after another")
     parser.add_argument("--only", nargs="+", help="workloads by their V/P/A")
+    parser.add_argument("--arms", nargs="+", choices=[maker.__name__ for maker in arms.MAKERS], help="those alone")
     args = parser.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.alone is None:
@@ -228,9 +260,10 @@ def main(argv: list[str] | None = None) -> None:
             efficiency = ""
             if "efficiency" in arm:
                 efficiency = (
-                    f", efficiency {arm['efficiency']:.2f} ({arm['efficiency_without_adamw']:.2f} without AdamW)"
+                    f", efficiency {arm['efficiency']:.2f}, {arm['efficiency_to_strongest']:.2f} over the strongest"
                 )
-            print(f"  {name:26} {arm['seconds']:.3f} s  {arm['ratio_to_dense']:.2f}x{efficiency}")
+            ratios_ = f"{arm['ratio_to_dense']:.2f}x, {arm['ratio_to_strongest']:.2f}x over {arm['strongest']}"
+            print(f"  {name:32} {arm['seconds']:.3f} s  {ratios_}{efficiency}")
 
 
 if __name__ == "__main__":

@@ -37,12 +37,9 @@ def table(result: dict[str, Any], backend: str) -> str:
         "half the visual tokens (possible)", *others, "positions", "saved activations", "gating",
     ]  # fmt: skip
     lines = [_row(heads), _row(["---"] * len(heads))]
-    config = Config()
-    full_share = config.full_steps / config.cycle
     for name, found in result["workloads"].items():
-        arms = {arm.removesuffix(f" {backend}"): x for arm, x in found["arms"].items() if arm.endswith(f" {backend}")}
+        arms = _of(backend, found)
         dense, full, sparse = arms["dense"], arms["regate full"], arms["regate sparse"]
-        schedule = full_share / full["ratio_to_dense"] + (1 - full_share) / sparse["ratio_to_dense"]
         thin = arms.get("regate thinned")
         lines.append(
             _row(
@@ -52,7 +49,7 @@ def table(result: dict[str, Any], backend: str) -> str:
                     f"**{sparse['ratio_to_dense']:.2f}x**",
                     f"{sparse['efficiency']:.2f} ({sparse['efficiency_without_adamw']:.2f})",
                     f"{full['ratio_to_dense']:.2f}x",
-                    f"{1 / schedule:.2f}x",
+                    f"{_schedule(full['ratio_to_dense'], sparse['ratio_to_dense']):.2f}x",
                     f"{thin['ratio_to_dense']:.2f}x ({found['possible']['thinned']:.2f}x)" if thin else "",
                     *(f"{arms[arm]['ratio_to_dense']:.2f}x" if arm in arms else "" for arm in others),
                     f"{share_computed(result, found):.0%}",
@@ -62,6 +59,79 @@ def table(result: dict[str, Any], backend: str) -> str:
             )
         )
     return "\n".join(lines)
+
+
+def strongest(result: dict[str, Any], backend: str) -> str:
+    """Gains over the fastest dense step of the same backend; efficiencies are against the arithmetic of a dense step
+    that computes valid positions alone, and logits at labels alone. Empty where no such step was timed."""
+    heads = [
+        "V/P/A", "strongest dense (over padded)", "possible", "ReGATE sparse", "efficiency", "full step",
+        "whole schedule (of arithmetic)", "exact mode (of arithmetic)", "peak memory, exact and sparse",
+    ]  # fmt: skip
+    lines = [_row(heads), _row(["---"] * len(heads))]
+    for name, found in result["workloads"].items():
+        arms, possible = _of(backend, found), found["possible"]
+        if "strongest" not in arms["dense"]:
+            lines.append(_row([name, *[""] * (len(heads) - 1)]))
+            continue
+        best = arms[arms["dense"]["strongest"]]
+        kinds = ("full", "sparse", "exact")
+        gains = {kind: arms[f"regate {kind}"]["ratio_to_strongest"] for kind in kinds if f"regate {kind}" in arms}
+        limits = {kind: possible[kind] / possible["unpadded"] for kind in kinds}
+        gain, limit = (_schedule(x["full"], x["sparse"]) for x in (gains, limits))
+        memory = [
+            f"{_memory(arms[f'regate {kind}']) / _memory(best):.0%}" for kind in ("exact", "sparse") if kind in gains
+        ]
+        lines.append(
+            _row(
+                [
+                    name,
+                    f"{arms['dense']['strongest']} ({best['ratio_to_dense']:.2f}x)",
+                    f"{limits['sparse']:.2f}x",
+                    f"**{gains['sparse']:.2f}x**",
+                    f"{gains['sparse'] / limits['sparse']:.2f}",
+                    f"{gains['full']:.2f}x",
+                    f"{gain:.2f}x ({gain / limit:.2f})",
+                    f"{gains['exact']:.2f}x ({gains['exact'] / limits['exact']:.2f})" if "exact" in gains else "",
+                    ", ".join(memory),
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def mixed(result: dict[str, Any]) -> str:
+    """Gains over padded dense training of the same rows, and over the fastest dense way."""
+    batches = result["batches"]
+    arms = list(dict.fromkeys(arm for found in batches for arm in found["seconds"] if arm != "padded"))
+    heads = [
+        "rows",
+        "padded positions over valid ones",
+        *arms,
+        "strongest dense",
+        "whole schedule over it (of arithmetic)",
+    ]
+    lines = [_row(heads), _row(["---"] * len(heads))]
+    for found in batches:
+        seconds = found["seconds"]
+        cells = [f"{seconds['padded'] / seconds[arm]:.2f}x" if arm in seconds else "" for arm in arms]
+        schedule = ["", ""]
+        if "strongest" in found:
+            gain, possible = found["schedule_over_strongest"], found["possible"]["schedule"]
+            schedule = [found["strongest"], f"**{gain:.2f}x** ({gain / possible:.2f})"]
+        lines.append(_row([str(found["rows"]), f"{found['padded_over_valid']:.2f}", *cells, *schedule]))
+    return "\n".join(lines)
+
+
+def _of(backend: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A workload's arms of one backend, by name."""
+    return {arm.removesuffix(f" {backend}"): x for arm, x in found["arms"].items() if arm.endswith(f" {backend}")}
+
+
+def _schedule(full: float, sparse: float) -> float:
+    """The gain of a whole cycle, from that of its full and of its sparse steps."""
+    share = Config().full_steps / Config().cycle
+    return 1 / (share / full + (1 - share) / sparse)
 
 
 def _row(cells: list[str]) -> str:
@@ -168,8 +238,11 @@ def write_all(folder: Path) -> str:
             for backend in result["settings"]["backends"]:
                 draw(result, backend, folder / f"{path.stem}-{backend}.png")
                 found[f"{path.stem} {backend}"] = table(result, backend)
+                found[f"strongest {path.stem} {backend}"] = strongest(result, backend)
                 found[f"estimate {path.stem} {backend}"] = predictions(result, backend)
-        elif (make := {"compilation": compilation, "teacher": teacher, "peak": peak}.get(kind)) is not None:
+        elif (
+            make := {"compilation": compilation, "teacher": teacher, "peak": peak, "mixed": mixed}.get(kind)
+        ) is not None:
             found[path.stem] = make(result)
     text = "\n\n".join(f"<!-- {name} -->\n{lines}\n<!-- end -->" for name, lines in found.items()) + "\n"
     (folder / "tables.md").write_text(text)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from benchmarks import machine, steps, tables
-from benchmarks.arithmetic import Arithmetic, roofline
+from benchmarks.arithmetic import Arithmetic, needed, roofline
 from benchmarks.models import SIZES, build
 from benchmarks.workloads import WORKLOADS, batch, kept_labels
 from regate.insight.estimate import costs_of, inspect
 
 WORKLOAD = "96/60/100"
+DENSE = ("dense", "dense, logits at labels", "dense, end to end", "dense, both")
 
 
 def test_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,14 +25,20 @@ def test_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     steps.main([*command, "--lora", "--checkpointing", "--alone"])
     result = json.loads(out.read_text())
     found = result["workloads"][WORKLOAD]
-    expected = ("dense", "loss masking", "AdamW alone", "per-layer gather", "random-LTD")
-    expected += ("regate full", "regate sparse", "regate thinned")
+    expected = (*DENSE, "loss masking", "AdamW alone", "per-layer gather", "random-LTD")
+    expected += ("regate full", "regate sparse", "regate exact", "regate thinned")
     assert {f"{arm} eager" for arm in expected} <= set(found["arms"])
     assert found["refused"] == {}
+    assert found["possible"]["exact"] == found["possible"]["full"] > found["possible"]["unpadded"] > 1
     assert found["possible"]["thinned"] > found["possible"]["sparse"] > found["possible"]["full"] > 1
     arms = found["arms"]
     assert arms["regate sparse eager"]["graphs"] == 1
     assert arms["regate sparse eager"]["saved_bytes"] < arms["dense eager"]["saved_bytes"]
+    strongest = arms["dense eager"]["strongest"]
+    assert steps.is_dense(strongest)
+    assert arms[f"{strongest} eager"]["seconds"] <= arms["dense eager"]["seconds"]
+    assert arms[f"{strongest} eager"]["ratio_to_strongest"] == 1
+    assert f"{arms['regate sparse eager']['ratio_to_strongest']:.2f}x" in tables.strongest(result, "eager")
     assert WORKLOAD in tables.table(result, "eager")
     assert WORKLOAD in tables.predictions(result, "eager")
     tables.draw(result, "eager", tmp_path / "steps.png")
@@ -43,6 +50,38 @@ def test_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     steps.main([*command, "--lora", "--checkpointing", "--alone"])
     with pytest.raises(AssertionError, match="again"):
         steps.main(command)  # other settings
+
+
+def test_some_arms_alone(tmp_path: Path) -> None:
+    out = tmp_path / "steps-some.json"
+    command = ["--model", "tiny", "--rows", "2", "--repeats", "1", "--only", WORKLOAD, "--out", str(out)]
+    steps.main([*command, "--arms", "dense", "exact"])
+    found = json.loads(out.read_text())["workloads"][WORKLOAD]["arms"]
+    assert set(found) == {f"{arm} eager" for arm in (*DENSE, "loss masking", "regate exact")}
+
+
+def test_what_was_measured_before_is_still_read() -> None:
+    for path in (tables.FOLDER / "results").glob("steps-*.json"):
+        result = json.loads(path.read_text())
+        for backend in result["settings"]["backends"]:
+            lines = tables.strongest(result, backend).splitlines()
+            assert len(lines) == len(tables.table(result, backend).splitlines()) == 2 + len(result["workloads"])
+
+
+def test_unpadded_dense_arithmetic() -> None:
+    """Of equal rows with a label everywhere, the padded one's; else less."""
+    model = build(SIZES["tiny"], device="meta", dtype=torch.float32)
+    data = {"input_ids": torch.full((2, 20), 5), "attention_mask": torch.ones(2, 20, dtype=torch.int64)}
+    data["labels"] = data["input_ids"]
+    arithmetic = Arithmetic.of(model)
+    flops = needed(arithmetic, data, kept_labels(data["labels"], 0.5))
+    head = 2 * arithmetic.head * arithmetic.per_logit  # the last position of a row predicts nothing
+    assert flops["unpadded"] == pytest.approx(flops["dense"] - head)
+    data["attention_mask"][1, 10:] = 0
+    data["labels"] = torch.where(data["attention_mask"] == 1, 5, -100)
+    flops = needed(arithmetic, data, kept_labels(data["labels"], 0.5))
+    assert flops["unpadded"] == pytest.approx(arithmetic.whole(20, 19) + arithmetic.whole(10, 9))
+    assert flops["exact"] == pytest.approx(arithmetic.flops(19, 19) + arithmetic.flops(9, 9))
 
 
 def test_arithmetic_is_that_of_the_captured_graph() -> None:
