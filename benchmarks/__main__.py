@@ -25,6 +25,7 @@ def on_cpu(folder: Path) -> list[list[str]]:
         ["steps", "--rows", "2", "--out", f"{folder}/steps-cpu.json"],
         ["steps", "--rows", "2", "--backends", "inductor", "--out", f"{folder}/steps-cpu-inductor.json"],
         ["steps", "--rows", "8", "--only", "96/60/100", "96/60/400", "--out", f"{folder}/steps-cpu-8-rows.json"],
+        ["mixed", "--out", f"{folder}/mixed-cpu.json"],
         ["compilation", "--out", f"{folder}/compilation-cpu.json"],
         ["teacher", "--out", f"{folder}/teacher-cpu.json"],
         ["peak", "--rows", "8", "--out", f"{folder}/peak-cpu.json"],
@@ -39,7 +40,7 @@ def on_gpu(folder: Path) -> list[list[str]]:
             name = "".join([model, *options]).replace("--", "-")
             both = ["--backends", "eager", "inductor", "--dtype", "bfloat16"]
             commands.append(["steps", "--model", model, *options, *both, "--out", f"{folder}/steps-{name}.json"])
-    for module in ("compilation", "teacher", "peak"):
+    for module in ("mixed", "compilation", "teacher", "peak"):
         out = f"{folder}/{module}-qwen2.5-3b.json"
         commands.append([module, "--model", "qwen2.5-3b", "--dtype", "bfloat16", "--out", out])
     return commands
