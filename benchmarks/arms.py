@@ -38,7 +38,8 @@ class Trained:
 
     def step(self, batch: opponents.Batch, forward: nn.Module | None = None) -> None:
         """With `forward` in the place of the model: a module that has its weights."""
-        (forward or self.model)(**batch, use_cache=False).loss.backward()
+        forward = self.model if forward is None else forward  # a compiled module has a length that cannot be asked for
+        forward(**batch, use_cache=False).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -14,6 +14,7 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,8 @@ def run(name: str, step: arms.Step, samples: list[Sample], args: argparse.Namesp
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/compilation.json"))
-    parser.add_argument("--model", choices=SIZES, default="small")
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--dtype", default="float32")
-    args = parser.parse_args()
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {k: v for k, v in vars(args).items() if k != "out"}
-    result: dict[str, Any] = described("benchmarks.compilation", "torch", "transformers") | {"settings": settings}
-    result["runs"] = (earlier(args.out, result) or {"runs": {}})["runs"]
+def runs(args: argparse.Namespace, *, done: Collection[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each way's figures, by its name, but for what is done."""
 
     def model() -> nn.Module:
         return build(SIZES[args.model], device=args.device, dtype=getattr(torch, args.dtype))
@@ -89,12 +80,29 @@ def main() -> None:
         "regate": alternating,
     }
     for name, step in steps.items():
-        if name not in result["runs"]:
+        if name not in done:
             with torch._inductor.config.patch(force_disable_caches=True):
-                result["runs"][name] = run(name, step, samples, args)
+                found = run(name, step, samples, args)
             if step is alternating:
-                result["runs"][name]["recompiles_of_the_decoder"] = gated.gate.report()["recompiles"]
-            write(result, args.out)
+                found["recompiles_of_the_decoder"] = gated.gate.report()["recompiles"]
+            yield name, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/compilation.json"))
+    parser.add_argument("--model", choices=SIZES, default="small")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
+    result: dict[str, Any] = described("benchmarks.compilation", "torch", "transformers") | {"settings": settings}
+    result["runs"] = (earlier(args.out, result) or {"runs": {}})["runs"]
+    for name, found in runs(args, done=result["runs"].keys()):
+        result["runs"][name] = found
+        write(result, args.out)
     for name, found in result["runs"].items():
         print(
             f"{name:36} {found['compile_seconds']:.0f} s of compilation in steps {found['steps_that_compiled']}, "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.arithmetic import decided
 from benchmarks.arms import SPARSE_AFTER_ONE
+from benchmarks.gpu import report
 from benchmarks.models import SIZES
 from benchmarks.workloads import batch, kept_labels
 from regate import Config, count_tokens, estimate
@@ -173,6 +174,8 @@ def draw(result: dict[str, Any], backend: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     shown = ("regate sparse", "regate full", "per-layer gather", "random-LTD", "loss masking")
     for i, arm in enumerate(shown):
+        if not all(f"{arm} {backend}" in found["arms"] for found in result["workloads"].values()):
+            continue
         values = [found["arms"][f"{arm} {backend}"]["ratio_to_dense"] for found in result["workloads"].values()]
         axes.bar([x + 0.17 * (i - 2) for x in range(len(names))], values, 0.15, label=arm.replace("regate", "ReGATE"))
     for x, found in enumerate(result["workloads"].values()):
@@ -228,23 +231,43 @@ def peak(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def roofline(result: dict[str, Any], backend: str) -> str:
+    """How near steps come to the least time that the device needs for their arithmetic; empty where it is not known."""
+    rows = {name: _of(backend, found) for name, found in result["workloads"].items()}
+    shares = {name: {arm: x for arm, x in arms.items() if "roofline_share" in x} for name, arms in rows.items()}
+    heads = list(dict.fromkeys(arm for arms in shares.values() for arm in arms))
+    lines = [_row(["V/P/A", *heads]), _row(["---"] * (1 + len(heads)))]
+    for name, arms in shares.items():
+        lines.append(_row([name, *(f"{arms[arm]['roofline_share']:.0%}" if arm in arms else "" for arm in heads)]))
+    return "\n".join(lines) if heads else ""
+
+
+KINDS = {
+    "compilation": compilation,
+    "teacher": teacher,
+    "peak": peak,
+    "mixed": mixed,
+    "checks": report.checks,
+    "starts": report.starts,
+}
+OF_STEPS = {"": table, "strongest ": strongest, "roofline ": roofline, "estimate ": predictions}
+
+
 def write_all(folder: Path) -> str:
     """Tables of every result in a folder, by the name of what they show; beside them the pictures and `tables.md`."""
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        kind = path.stem.split("-")[0]
-        if kind == "steps":
-            for backend in result["settings"]["backends"]:
-                draw(result, backend, folder / f"{path.stem}-{backend}.png")
-                found[f"{path.stem} {backend}"] = table(result, backend)
-                found[f"strongest {path.stem} {backend}"] = strongest(result, backend)
-                found[f"estimate {path.stem} {backend}"] = predictions(result, backend)
-        elif (
-            make := {"compilation": compilation, "teacher": teacher, "peak": peak, "mixed": mixed}.get(kind)
-        ) is not None:
-            found[path.stem] = make(result)
-    text = "\n\n".join(f"<!-- {name} -->\n{lines}\n<!-- end -->" for name, lines in found.items()) + "\n"
+        files = report.as_files(path.stem, result) if path.stem.startswith("gpu-") else [(path.stem, result)]
+        for stem, some in files:
+            kind = stem.split("-")[0]
+            if kind == "steps":
+                for backend in some["settings"]["backends"]:
+                    draw(some, backend, folder / f"{stem}-{backend}.png")
+                    found |= {f"{what}{stem} {backend}": make(some, backend) for what, make in OF_STEPS.items()}
+            elif kind in KINDS:
+                found[stem] = KINDS[kind](some)
+    text = "\n\n".join(f"<!-- {name} -->\n{lines}\n<!-- end -->" for name, lines in found.items() if lines) + "\n"
     (folder / "tables.md").write_text(text)
     return text
 

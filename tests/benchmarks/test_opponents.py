@@ -63,6 +63,18 @@ def test_rows_do_not_see_each_other() -> None:
     assert losses[0] == losses[1]
 
 
+def test_compiled_arms_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backend that compiles nothing, and is sooner done than inductor."""
+    own = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: own(model, **(options | {"backend": "eager"})))
+    model = build(SIZES["tiny"], device="cpu", dtype=torch.float32)
+    before = model.lm_head.weight.detach().clone()
+    for step in arms.dense(model, "inductor").values():
+        step(DATA, DATA["labels"] != -100)
+        assert not torch.equal(model.lm_head.weight, before)
+        before = model.lm_head.weight.detach().clone()
+
+
 def test_logits_at_labels_keep_less() -> None:
     model = build(SIZES["tiny"], device="cpu", dtype=torch.float32)
     kept = {}

@@ -1,0 +1,68 @@
+"""Seconds until a training step is done, and until the next, in a process that has compiled nothing yet.
+
+    python -m benchmarks.first_step --arm regate --model qwen2.5-3b --dtype bfloat16 --cache FOLDER
+
+The compiler keeps what it makes in `--cache`: with an empty folder a start is cold, with the same one again it is warm.
+Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+ARMS = ("dense", "strongest", "regate")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from benchmarks import arms
+    from benchmarks.models import SIZES, build
+    from benchmarks.workloads import batch, kept_labels
+    from regate.insight.estimate import Sample
+
+    size = SIZES[args.model]
+    model = build(size, device=args.device, dtype=getattr(torch, args.dtype))
+    data = batch(Sample(*args.tokens), args.rows, size.vocabulary, device=args.device)
+    kept = kept_labels(data["labels"], arms.SPARSE_AFTER_ONE.keep)
+    start = time.perf_counter()
+    if args.arm == "regate":
+        turns = list(arms.gated(model, "inductor").values())
+    else:
+        turns = [arms.dense(model, "inductor")["dense" if args.arm == "dense" else "dense, both"]]
+    found: dict[str, Any] = {"apply": time.perf_counter() - start, "steps": []}
+    for i in range(args.steps):
+        start = time.perf_counter()
+        turns[min(i, len(turns) - 1)](data, kept)  # ReGATE's first is full, the others are sparse
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        found["steps"].append(time.perf_counter() - start)
+    return found | {"compilation": found["apply"] + sum(found["steps"]) - args.steps * min(found["steps"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", choices=ARMS, default="regate")
+    parser.add_argument("--model", default="small")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--tokens", type=int, nargs=3, default=[96, 60, 100], help="V P A")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device")
+    parser.add_argument("--cache", type=Path, required=True)
+    args = parser.parse_args()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(args.cache.absolute())  # read where torch is imported
+    os.environ["TRITON_CACHE_DIR"] = str(args.cache.absolute() / "triton")
+    import torch
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(measure(args)))
+
+
+if __name__ == "__main__":
+    main()
