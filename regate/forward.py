@@ -109,6 +109,7 @@ class Forward:
         """
         start, taught = time.perf_counter(), parts.counters.teacher_seconds
         layout, samples = parts.read(batch)
+        parts.pace.wait()  # some embed their batch to read it
         labelled, full = bool(samples.candidates.any()), parts.config.is_full(step)
         whole = None if full else parts.turns.of(samples)
         parts.scorer.prepare(samples, full=full, whole=whole)

@@ -25,6 +25,7 @@ from regate.insight.report import Report
 from regate.memory import checkpoint
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store
+from regate.pace.pace import Pace
 from regate.parts import Parts
 from regate.scoring.ahead import teach_all
 from regate.scoring.decision import Decision
@@ -104,6 +105,7 @@ class Gate:
             target,
             decoder,
             OuterCall(model, target),
+            Pace(model, decoder, adapter, self.counters),
             adapter,
             config,
             handle,
@@ -157,8 +159,10 @@ class Gate:
             if batch.get("labels") is not None:
                 self._steps.forward_in_eval_mode()
             return args, kwargs
+        self._parts.pace.wait()  # an own wrapper's encoder ran before
         if batch.get("labels") is None:
             self._steps.forward_without_labels()
+            self._parts.pace.wait()
             self._parts.ready_to_prove(False)
             return args, kwargs
         self._steps.gated_forward()
@@ -386,6 +390,7 @@ class Gate:
         self._drop()
         self.flush()
         self._parts.outer.remove()
+        self._parts.pace.remove()
         self._steps.remove()
         for hook in self._hooks:
             hook.remove()

@@ -20,6 +20,7 @@ from regate.errors import HiddenStatesError, UnknownArchitectureError
 from regate.memory.checkpoint import ranks
 from regate.memory.sharing import any_rank
 from regate.output.logits import LazyHead
+from regate.pace.pace import Pace
 from regate.proof.prove import Proven
 from regate.scoring import keys
 from regate.scoring.scorer import Samples, Scorer
@@ -40,6 +41,7 @@ class Parts:
         model: as the user gave it.
         target, decoder: the module whose call receives labels, and the one that is captured; the gate hooks onto them.
         outer: the running call of `model`, where `target` is inside it.
+        pace: lets ranks with images and ranks without run the same modules.
         proven: what full steps may leave out; None before the first forward.
         ways: in which the losses that it is proven for come from the decoder's output.
         put_elsewhere: who keeps values of the decoder that it does not return; None where nobody does.
@@ -54,6 +56,7 @@ class Parts:
     target: nn.Module
     decoder: nn.Module
     outer: OuterCall
+    pace: Pace
     adapter: ModelAdapter
     config: Config
     handle: regate_patch.Handle

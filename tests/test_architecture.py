@@ -22,6 +22,7 @@ ROOMS = {
         "memory",
         "training",
         "output",
+        "pace",
         "proof",
         "teaching",
         "scoring",

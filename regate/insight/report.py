@@ -45,6 +45,10 @@ class Report(Mapping[str, Number]):
                 f"turns      {n['samples_whole']:,} of {of_sparse:,} samples of sparse steps kept every label"
                 f"{_share(n['samples_whole'], of_sparse)}"
             )
+        if n["forwards_joined"]:
+            lines.append(
+                f"ranks      {n['forwards_joined']:,} forwards ran encoders for nothing, because other ranks had images"
+            )
         if n["samples_found_again"]:
             lines.append(f"memory     {n['samples_found_again']:.0%} of the latest samples had been seen before")
         if n["speedup_measured"]:

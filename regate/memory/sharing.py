@@ -30,9 +30,14 @@ def highest(number: int) -> int:
     """The highest that any rank says. Every rank must ask at the same time; a process alone has its own answer."""
     if ranks() == 1:
         return number
-    said = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    said = torch.tensor(number, device=told_on())
     dist.all_reduce(said, dist.ReduceOp.MAX)
     return int(said)
+
+
+def told_on() -> str:
+    """The kind of device whose tensors ranks can send one another."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def any_rank(here: bool) -> bool:

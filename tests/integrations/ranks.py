@@ -66,6 +66,15 @@ CELLS = [
 CELLS += [Cell("fsdp2", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")]
 CELLS.append(Cell("fsdp2", "lora", False, batches="unlabelled first"))
 CELLS += [Cell(wrap, "full", False, batches="full rows") for wrap in ("ddp", "fsdp2")]
+TEXT = ("text alone", "text alone in turns")  # rank 1 never has an image; each rank has none once
+CELLS += [Cell("fsdp2", "full", False, batches=TEXT[0])]
+CELLS += [
+    Cell("fsdp2 apart", weights, checkpointing, batches=kind)
+    for weights, checkpointing, kind in [
+        ("full", False, TEXT[0]), ("full", True, TEXT[1]), ("lora", False, TEXT[1]), ("lora", True, TEXT[0]),
+        ("frozen tower", False, TEXT[1]),
+    ]
+]  # fmt: skip
 if importlib.util.find_spec("deepspeed"):  # which compiles a kernel for a minute before it runs on a CPU
     CELLS += [
         Cell("zero2", "full", False),
@@ -77,6 +86,11 @@ if importlib.util.find_spec("deepspeed"):  # which compiles a kernel for a minut
         Cell("zero3", "full", False, "inductor"),
         *[Cell("zero3", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")],
         Cell("zero3", "lora", False, batches="unlabelled first"),
+        Cell("zero3", "full", False, batches=TEXT[0]),
+        Cell("zero3", "full", True, batches=TEXT[1]),
+        Cell("zero3", "lora", False, batches=TEXT[1]),
+        Cell("zero3", "lora", True, batches=TEXT[0]),
+        Cell("zero3", "frozen tower", False, batches=TEXT[1]),
         *[Cell("zero3", weights, False, teacher="first") for weights in ("full", "never whole")],
     ]
 
@@ -91,6 +105,8 @@ def build(cell: Cell, whole: Path | None = None) -> nn.Module:
 
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
         model = model if cell.wrap == "zero3" else model.double()
+    if cell.weights == "frozen tower":
+        model.model.vision_tower.requires_grad_(False)
     if cell.checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -115,6 +131,11 @@ def batch_of(cell: Cell, rank: int, step: int) -> dict[str, Any]:
     if cell.batches == "mixed":  # a row without images and one with two on rank 1, one image on rank 0
         rows = [[Sample(0, ()), Sample(2, (1,))], [Sample(1, ()), Sample(3, (0, 2))]][rank]
         batch = batchings.batch("llava", rows)
+    if cell.batches in TEXT:
+        text = (rank, step) in ((1, 0), (0, 1)) if cell.batches == TEXT[1] else rank == 1
+        rows = [[Sample(1, ()), Sample(3, (0, 2))], [Sample(0, (1,)), Sample(2, ())]][rank]
+        batch = batchings.batch("llava", [replace(row, images=()) for row in rows] if text else rows)
+        assert ("pixel_values" in batch) is not text
     if cell.batches.startswith("unlabelled"):
         batch["num_items_in_batch"] = torch.tensor(20)
         if (rank, step) == ((1, 0) if cell.batches == "unlabelled first" else (0, 1)):
@@ -126,8 +147,18 @@ def wrapped(model: nn.Module, wrap: str) -> nn.Module:
     if wrap == "ddp":
         return DistributedDataParallel(model, find_unused_parameters=True)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in conventional.decoder(model).layers:
-        fully_shard(layer, mesh=mesh)
+    inner: Any = conventional.unwrap(model)
+    apart = [*conventional.decoder(model).layers]
+    if wrap == "fsdp2 apart":  # so that a layer is waited for wherever it stands
+        tower = inner.model.vision_tower
+        apart += [
+            *tower.encoder.layers,
+            tower.embeddings,
+            inner.model.multi_modal_projector,
+            inner.get_input_embeddings(),
+        ]
+    for part in apart:
+        fully_shard(part, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -179,7 +210,7 @@ def train(cell: Cell, rank: int | None, folder: Path | None = None) -> dict[str,
     config = CONFIG if cell.batches == "alike" else replace(CONFIG, logits="kept")
     if cell.batches == "full rows":  # one in each batch after the first step
         config = replace(config, cycle=2, full_steps=1, schedule="interleaved")
-    if cell.batches.startswith("unlabelled"):  # what to expect of unseen samples, one process would know from both
+    if cell.batches.startswith("unlabelled") or cell.batches in TEXT:  # one process knows more of samples, and earlier
         config = replace(config, student_weight=0.0)
     ahead, teacher = parts or cell.teacher == "first", "precomputed" if parts else cell.teacher
     if cell.teacher == "first":  # held to a copy that one process keeps
