@@ -159,7 +159,7 @@ class Gate:
             if batch.get("labels") is not None:
                 self._steps.forward_in_eval_mode()
             return args, kwargs
-        self._parts.pace.wait()  # an own wrapper's encoder ran before
+        self._parts.pace.wait(embedded=batch.get("input_ids") is None)  # an own wrapper's encoder ran before
         if batch.get("labels") is None:
             self._steps.forward_without_labels()
             self._parts.pace.wait()

@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from model_adapters import ModelAdapter
 from model_adapters.conventional import unwrap, way_to
+from regate.errors import UnsupportedShardingError
 from regate.memory.checkpoint import rank, ranks
 from regate.output.head import embeddings, hidden_states, with_hidden_states
 from regate.pace.telling import Call, alike, all_say, handed_over, where
@@ -116,10 +117,29 @@ class Pace:
 
     # -- on the way -------------------------------------------------------------------------------------
 
-    def wait(self) -> None:
-        """Let the others come here, and run until then what they run. Every rank must call it equally often."""
+    def wait(self, *, embedded: bool | None = None) -> None:
+        """Let the others come here, and run until then what they run. Every rank must call it equally often.
+
+        Args:
+            embedded: is the language model called with embeddings?
+
+        Raises:
+            UnsupportedShardingError: it is on some ranks alone, and embeddings are split over ranks by themselves.
+        """
         if self._unlike:
             self._walk(len(self._numbers), None)
+            if embedded is not None:
+                self._refuse_unlike(embedded)
+
+    def _refuse_unlike(self, embedded: bool) -> None:
+        """Where ids are looked up in the decoder, ranks that did so before it have looked them up unlike often."""
+        if len(set(all_say(embedded))) > 1 and is_sharded(self._adapter.embeddings(self._model)):
+            raise UnsupportedShardingError(
+                f"{type(self._decoder).__name__} is called with ids on ranks without images and with embeddings on "
+                "others, where embeddings are split over ranks by themselves: look up the ids of text alone outside, "
+                "too (`get_input_embeddings()(input_ids)`), or give each rank's batch an image, such as one that "
+                "counts for nothing"
+            )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_on_the_way(module):
@@ -169,7 +189,9 @@ class Pace:
             return None
         self.wait()
         self._decoding = True
-        due, embedded = self._made_use_of(args, kwargs), embeddings(args, kwargs)
+        embedded = embeddings(args, kwargs)
+        self._refuse_unlike(embedded is not None)
+        due = self._made_use_of((args, kwargs))
         if due and embedded is not None:
             changed = with_weightless(embedded, due)
             return instead(args, embedded, changed), instead(kwargs, embedded, changed)
@@ -182,12 +204,11 @@ class Pace:
             return None
         return with_hidden_states(output, with_weightless(hidden_states(output), due))
 
-    def _made_use_of(self, args: Any, kwargs: Any) -> list[Tensor]:
+    def _made_use_of(self, call: Any) -> list[Tensor]:
         """Of what came out of modules that this rank ran for nothing: that which the others' decoders take."""
         if not self._turns:
             return []
-        used = behind((args, kwargs))
-        own = self._loose()
+        used, own = behind(call), self._loose()
         mine = {name for name, parameter in own.items() if any(leaf_of(edge) is parameter for edge in used)}
         said = all_say(([[edge in used for edge in turn.led] for turn in self._turns], mine))
         due: list[Tensor] = []

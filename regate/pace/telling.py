@@ -47,21 +47,24 @@ class _Like:
 
 
 def alike(call: Mapping[Any, Any]) -> bool:
-    """Does this call of the model bring the same kinds of input on every rank?"""
-    kinds = sorted(str(name) for name, value in call.items() if _holds(value))
+    """Does this call of the model bring the same kinds of input on every rank, and as many pieces in lists?
+
+    Over a list a model may well go one by one; a tensor it takes at once, however many images there are in it.
+    """
+    kinds = sorted((str(name), pieces) for name, value in call.items() if (pieces := _pieces(value)))
     mark = zlib.crc32(repr(kinds).encode())
     said = torch.tensor([mark, -mark], device=told_on())
     dist.all_reduce(said, dist.ReduceOp.MAX)
     return bool(said[0] == -said[1])
 
 
-def _holds(value: Any) -> bool:
-    """Is there anything in it?"""
+def _pieces(value: Any) -> int:
+    """Tensors that hold something, and names of files."""
     if isinstance(value, Tensor):
-        return value.numel() > 0
+        return int(value.numel() > 0)
     if isinstance(value, (list, tuple)):
-        return any(map(_holds, value))
-    return value is not None
+        return sum(map(_pieces, value))
+    return int(isinstance(value, str))
 
 
 def where(turn: int, size: int) -> list[tuple[int, int]]:

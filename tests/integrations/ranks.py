@@ -210,7 +210,7 @@ def train(cell: Cell, rank: int | None, folder: Path | None = None) -> dict[str,
     config = CONFIG if cell.batches == "alike" else replace(CONFIG, logits="kept")
     if cell.batches == "full rows":  # one in each batch after the first step
         config = replace(config, cycle=2, full_steps=1, schedule="interleaved")
-    if cell.batches.startswith("unlabelled") or cell.batches in TEXT:  # one process knows more of samples, and earlier
+    if cell.batches.startswith("unlabelled") or cell.batches == TEXT[1]:  # of unseen samples, one process knows more
         config = replace(config, student_weight=0.0)
     ahead, teacher = parts or cell.teacher == "first", "precomputed" if parts else cell.teacher
     if cell.teacher == "first":  # held to a copy that one process keeps
