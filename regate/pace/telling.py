@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,20 +51,22 @@ def alike(call: Mapping[Any, Any]) -> bool:
 
     Over a list a model may well go one by one; a tensor it takes at once, however many images there are in it.
     """
-    kinds = sorted((str(name), pieces) for name, value in call.items() if (pieces := _pieces(value)))
-    mark = zlib.crc32(repr(kinds).encode())
+    mark = zlib.crc32(repr(sorted(_pieces(call))).encode())
     said = torch.tensor([mark, -mark], device=told_on())
     dist.all_reduce(said, dist.ReduceOp.MAX)
     return bool(said[0] == -said[1])
 
 
-def _pieces(value: Any) -> int:
-    """Tensors that hold something, and names of files."""
-    if isinstance(value, Tensor):
-        return int(value.numel() > 0)
-    if isinstance(value, (list, tuple)):
-        return sum(map(_pieces, value))
-    return int(isinstance(value, str))
+def _pieces(value: Any, name: str = "") -> Iterator[str]:
+    """The name of each tensor that holds something, and of each name of a file."""
+    if isinstance(value, str) or (isinstance(value, Tensor) and value.numel()):
+        yield name
+    elif isinstance(value, Mapping):
+        for key, inside in value.items():
+            yield from _pieces(inside, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for inside in value:
+            yield from _pieces(inside, name)
 
 
 def where(turn: int, size: int) -> list[tuple[int, int]]:

@@ -46,15 +46,20 @@ def test_arguments_that_cannot_be_sent_are_told_by_name() -> None:
         handed_over(Call((lambda: None,), {}, True), 0, "Tower")
 
 
-@pytest.mark.parametrize(
-    ("value", "pieces"),
-    [
-        (None, 0), (torch.empty(0, 3), 0), ([], 0), ([None, []], 0), (5, 0), ([[3, 4], [5]], 0),
-        (torch.zeros(3), 1), ([torch.zeros(2), [torch.zeros(1), None]], 2), (["a.png", "b.png"], 2),
-    ],
-)  # fmt: skip
-def test_what_a_batch_holds(value: Any, pieces: int) -> None:
-    assert _pieces(value) == pieces
+def test_what_a_batch_holds() -> None:
+    nothing = {
+        "a": None,
+        "b": torch.empty(0, 3),
+        "c": [],
+        "d": [None, []],
+        "e": 5,
+        "f": [[3, 4], [5]],
+        "g": {"h": None},
+    }
+    assert not list(_pieces(nothing))
+    batch = {"ids": torch.zeros(3), "images": [torch.zeros(2), [torch.zeros(1), None]], "files": ["a.png", "b.png"]}
+    assert list(_pieces(batch)) == [".ids", ".images", ".images", ".files", ".files"]
+    assert list(_pieces({0: batch})) == [".0" + name for name in _pieces(batch)]
 
 
 def test_nothing_is_watched_where_nothing_is_split() -> None:
