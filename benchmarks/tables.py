@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from torch import Tensor
 
+from benchmarks import scale
 from benchmarks.arithmetic import decided
 from benchmarks.arms import SPARSE_AFTER_ONE
 from benchmarks.gpu import report
@@ -267,6 +268,7 @@ def write_all(folder: Path) -> str:
                     found |= {f"{what}{stem} {backend}": make(some, backend) for what, make in OF_STEPS.items()}
             elif kind in KINDS:
                 found[stem] = KINDS[kind](some)
+    found["scale"] = scale.tables(folder)
     text = "\n\n".join(f"<!-- {name} -->\n{lines}\n<!-- end -->" for name, lines in found.items() if lines) + "\n"
     (folder / "tables.md").write_text(text)
     return text

@@ -102,6 +102,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         by_time = figure.add_subplot(grid[0])
         _draw_curves(by_time, runs, "seconds", 1, "seconds of training, teacher included")
         beside = figure.add_subplot(grid[1], sharey=by_time)
+        beside.tick_params(labelleft=False)
         _draw_curves(beside, runs, "answer_tokens", 1000, "answer tokens computed, thousands")
         arms = runs[0]["arms"]
         chosen = next((a for a in ("regate", "random") if a in arms), None)
@@ -116,29 +117,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def _draw_curves(axes: Any, runs: list[dict[str, Any]], cost: str, unit: float, label: str) -> None:
     grounded = not math.isnan(runs[0]["base"]["grounded_accuracy"])
     key = "grounded_accuracy" if grounded else "template_accuracy"
-    ends = []
     for name in runs[0]["arms"]:
         points = list(zip(*(run["arms"][name]["curve"] for run in runs), strict=True))
         x = [mean(p[cost] for p in point) / unit for point in points]
         seeds = [[100 * p[key] for p in point] for point in points]
         y = [mean(values) for values in seeds]
-        axes.plot(x, y, marker="o", ms=4, lw=2, color=_COLOURS[name])
+        axes.plot(x, y, marker="o", ms=4, lw=2, color=_COLOURS[name], label=_NAMES[name])
         if len(runs) > 1:
             axes.fill_between(x, [min(v) for v in seeds], [max(v) for v in seeds], color=_COLOURS[name],
                               alpha=0.13, lw=0)  # fmt: skip
-        ends.append((y[-1], x[-1], name))
-    low, high = axes.get_ylim()
-    below = low - high
-    for y, x, name in sorted(ends):  # labels keep apart where curves end close together
-        below = max(y, below + 0.055 * (high - low))
-        axes.annotate(_NAMES[name], (x, below), (8, 0), textcoords="offset points", va="center",
-                      color=_COLOURS[name], weight="bold", annotation_clip=False)  # fmt: skip
-    axes.set_xlim(0, 1.22 * max(x for _, x, _ in ends))
+    axes.set_xlim(left=0)
     axes.set_xlabel(label)
     axes.set_ylabel("validation accuracy, %")
     axes.set_title("Words that need the image" if grounded else "Answer tokens", loc="left", weight="bold",
                    fontsize=12)  # fmt: skip
     axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _draw_samples(figure: Any, cell: Any, samples: list[dict[str, Any]], arm: str) -> None:
