@@ -71,6 +71,7 @@ class Parts:
     lazy: LazyHead | None = None
     between: list[nn.Module] = field(init=False)
     takes_cache: bool = field(init=False)
+    _in_step: bool | None = None
 
     def __post_init__(self) -> None:
         self.between = way_to(self.target, self.decoder)[1:-1]
@@ -112,8 +113,10 @@ class Parts:
 
     @property
     def in_step(self) -> bool:
-        """Must ranks run the model's forward equally often?"""
-        return is_sharded(self.target) or (self.adapter.in_step and ranks() > 1)
+        """Must ranks run the model's forward equally often? It is split before its first step, if ever."""
+        if self.proven is None or self._in_step is None:
+            self._in_step = is_sharded(self.target) or (self.adapter.in_step and ranks() > 1)
+        return self._in_step
 
     def ready_to_prove(self, ready: bool) -> bool:
         """Is the proof due in this forward? In step it runs on all ranks at once: when all have labels."""

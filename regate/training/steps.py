@@ -145,8 +145,7 @@ class Steps:
             self._values = some_values(self._model)
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._own(optimizer) or self._frozen():
-            self._stepping.add(id(optimizer))
+        self._stepping.add(id(optimizer))
 
     def _own(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """The model's parameters among its own; none if it is another model's, or of copies, which are seen to move."""
