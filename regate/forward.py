@@ -40,11 +40,11 @@ from regate.proof import reads
 from regate.proof.prove import FEW, NOTHING, Proven, prove
 from regate.proof.reads import Read
 from regate.proof.trial import Subject
-from regate.proof.undisturbed import without_dropout
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples
 from regate.training import supervision
 from regate.training.hooks import followable_dora, without_cache
+from regate.undisturbed import without_dropout
 from regate_patch import is_sharded, to_device
 
 IN_ROWS = (

@@ -22,7 +22,8 @@ from regate.api import gate_of
 from regate.errors import CheckpointError, ConfigError
 from regate.gate import Gate
 from regate.memory import checkpoint
-from regate.scoring.ahead import has_length, own_part, undisturbed
+from regate.scoring.ahead import has_length, own_part
+from regate.undisturbed import random_numbers_kept
 from regate_patch import is_sharded
 
 log = logging.getLogger("regate")
@@ -171,7 +172,7 @@ def _teach(gate: Gate, args: TrainingArguments, dataloader: Any) -> None:
             "one, or keep a copy (teacher='copy' or '4bit'), or pass teacher='precomputed' and call "
             "gate.precompute(batches) before trainer.train()"
         )
-    with undisturbed(), _precision(args):
+    with random_numbers_kept(), _precision(args):
         gate.precompute(own_part(dataloader, args.train_batch_size), progress=not args.disable_tqdm, split=True)
 
 

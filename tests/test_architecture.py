@@ -19,6 +19,7 @@ ROOMS = {
         "errors",
         "config",
         "labels",
+        "undisturbed",
         "memory",
         "training",
         "output",

@@ -20,13 +20,11 @@ def started(task: Task, seed: int, folder: Path) -> Any:
     path = folder / f"{task.name}-{seed}.pt"
     if not path.exists():
         torch.manual_seed(seed)
-        size, lr = task.settings.vision_batch_size, task.settings.lr
-        texts = map(arguments, endless(task.train.without_images().batches(size, seed=seed)))
-        learn_language(model, texts, steps=task.settings.text_steps, lr=lr)
-        batches = endless(task.train.batches(size, seed=seed))
-        learn_to_see(
-            task.encoder(model), task.see, batches, task.classes, steps=task.settings.vision_steps, lr=lr
-        )  # fmt: skip
+        settings, lr = task.settings, task.settings.lr
+        texts = task.train.without_images().batches(settings.vision_batch_size, seed=seed)
+        learn_language(model, map(arguments, endless(texts)), steps=settings.text_steps, lr=lr)
+        batches = endless(task.train.batches(settings.vision_batch_size, seed=seed))
+        learn_to_see(task.encoder(model), task.see, batches, task.classes, steps=settings.vision_steps, lr=lr)
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
         torch.save(model.state_dict(), unfinished)

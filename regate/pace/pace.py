@@ -18,14 +18,12 @@ do not.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from model_adapters import ModelAdapter
 from model_adapters.conventional import unwrap, way_to
@@ -36,6 +34,7 @@ from regate.pace.telling import Call, alike, all_say, handed_over, where
 from regate.pace.weightless import Edge, behind, edges, instead, leaf_of, tensors, with_weightless
 from regate.training.counters import Counters
 from regate.training.hooks import Hook
+from regate.undisturbed import undisturbed
 from regate_patch import is_sharded
 
 
@@ -172,12 +171,10 @@ class Pace:
             self._turns[-1].followed = tensors(self._run_aside(module, sent))
 
     def _run_aside(self, module: nn.Module, call: Call) -> Any:
-        """What the module gives, leaving no trace: random numbers are drawn again, statistics do not learn."""
+        """What the module gives, leaving no trace."""
         self._following = self._joined = True
-        on_cuda = {p.device for p in module.parameters() if p.is_cuda}
         try:
-            aside = torch.random.fork_rng(list(on_cuda))
-            with aside, _statistics_kept(module), torch.set_grad_enabled(call.gradients):
+            with undisturbed(module), torch.set_grad_enabled(call.gradients):
                 return module(*call.args, **call.kwargs)
         finally:
             self._following = False
@@ -240,15 +237,3 @@ def outermost(model: nn.Module, decoder: nn.Module, head: nn.Module) -> Iterator
             waiting = [*module.children(), *waiting]
         elif hidden.isdisjoint(module.modules()) and any(True for _ in module.parameters()):
             yield module
-
-
-@contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Inside, running means of batches are learnt, and forgotten in the end."""
-    learning = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training]
-    before = [(buffer, buffer.clone()) for part in learning for buffer in part.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.data.copy_(value)  # by `.data`, for the backward pass may have kept the buffer itself

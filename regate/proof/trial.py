@@ -15,8 +15,8 @@ from regate.output.head import Reading, embeddings, hidden_states, with_hidden_s
 from regate.output.logits import LazyHead
 from regate.output.outputs import loss_of
 from regate.proof.reads import Read
-from regate.proof.undisturbed import undisturbed
 from regate.training.hooks import standing_in
+from regate.undisturbed import undisturbed
 from regate_patch import PatchError, to_device
 
 _PARAMETERS = 3  # of the decoder, whose gradients are compared
@@ -108,7 +108,7 @@ def run(
 
     with contextlib.ExitStack() as scope:
         scope.enter_context(torch.enable_grad())
-        scope.enter_context(undisturbed(s.model, device=call["labels"].device))
+        scope.enter_context(undisturbed(s.model))
         scope.enter_context(_hooked(s.decoder, enter, leave))
         if call["labels"].is_cuda and level is None and output is None:  # no more memory than a gated step takes
             scope.enter_context(torch.autograd.graph.save_on_cpu())

@@ -2,18 +2,13 @@
 
 own_part      the samples that are this rank's, in order, of the loader that will train on them
 teach_all     goes through them; ranks in step with one another
-undisturbed   what is drawn at random on the way is drawn again by training
 """
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
@@ -87,18 +82,3 @@ def own_part(dataloader: Any, batch_size: int) -> DataLoader[Any]:
         multiprocessing_context=dataloader.multiprocessing_context if workers else None,
         prefetch_factor=dataloader.prefetch_factor if workers else None,
     )
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """In the end random states are what they were: what data sets and collators draw, training draws again."""
-    python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(own)
-        if on_cuda:
-            torch.cuda.set_rng_state_all(on_cuda)
