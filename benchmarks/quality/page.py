@@ -83,7 +83,8 @@ def section(name: str, result: dict[str, Any], part: Part) -> str:
         f"### Quality on {part} samples", _table(_quality(part), runs, arms),
         "Minus dense, paired by seed:", differences(runs, arms, part),
         "### Cost", "Shares of dense, means over seeds:", _costs(runs, arms), _reaching(runs, arms),
-        "### What the gate keeps", _calibration(runs, arms), "### What holds", *findings(runs, arms, part),
+        "### What the gate keeps", _calibration(runs, arms), _context(runs, arms),
+        "### What holds", *findings(runs, arms, part),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -193,6 +194,25 @@ def _calibration(runs: list[Record], arms: list[str]) -> str:
         rows.append([arm, *cells])
     told = "Precision / recall on sparse steps: kept words that are grounded, grounded words that are kept."
     return f"{told}\n\n{_markdown(rows)}"
+
+
+def _context(runs: list[Record], arms: list[str]) -> str:
+    """Losses of kept words, means over the seeds that measured them."""
+    rows = [["arm", "seeds", *(f"{part}, {words}" for part in ("train", "validation") for words in ("sparse", "full"))]]
+    for arm in arms:
+        some = [run["context"] for run in runs if run["arm"] == arm and run.get("context")]
+        if some:
+            means = [
+                mean(c[part][words] for c in some) for part in ("train", "validation") for words in ("sparse", "full")
+            ]
+            rows.append([arm, str(len(some)), *(f"{x:.4f}" for x in means)])
+    if len(rows) == 1:
+        return ""
+    told = (
+        "After the last step, the mean loss of the words that a sparse step keeps: without the elided words before "
+        "them (as the step learns and remembers it), and with all words, as at inference:"
+    )
+    return f"{textwrap.fill(told, 120)}\n\n{_markdown(rows)}"
 
 
 PAIRS = (

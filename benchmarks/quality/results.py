@@ -87,7 +87,8 @@ def _made(made: dict[str, Any]) -> dict[str, Any]:
 
 def _short(record: Record) -> Record:
     report = {name: record["report"][name] for name in REPORTED if name in record["report"]}
-    short = {name: record[name] for name in ("arm", "seed", "curve", "final", "calibration")} | {"report": report}
+    kept = ("arm", "seed", "curve", "final", "calibration", "context")
+    short = {name: record[name] for name in kept if name in record} | {"report": report}
     return {name: _rounded(value) for name, value in short.items()}
 
 

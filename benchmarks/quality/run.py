@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 import regate
 from benchmarks.quality.arms import ARMS, Arm
+from benchmarks.quality.context import losses_of_kept
 from benchmarks.quality.evaluate import evaluate, free_running, with_blank, with_shuffled
 from benchmarks.quality.start import endless, started
 from benchmarks.quality.tasks import Batch, Settings, Task, arguments
@@ -52,9 +53,10 @@ class Run:
             batches = self.task.train.batches(self.settings.batch_size)
             self.gate.precompute(map(arguments, batches), progress=False)
             self.teacher_seconds = time.process_time() - start
-        with contextlib.nullcontext() if self.arm.elides else _everything_computed():
+        with contextlib.nullcontext() if self.arm.elides else everything_computed():
             self._train()
-        report = {} if self.gate is None else dict(self.gate.report())
+            report = {} if self.gate is None else dict(self.gate.report())
+            context = self._context()
         if self.gate is not None:
             regate.remove(self.model)
         return {
@@ -64,6 +66,7 @@ class Run:
             "curve": self.curve,
             "final": self._final(),
             "calibration": calibration(self.choices, self.settings.steps),
+            "context": context,
             "report": report,
         }
 
@@ -116,6 +119,15 @@ class Run:
         seconds = {"seconds": self.seconds, "teacher_seconds": self.teacher_seconds}
         self.curve.append({"step": step, **cost, **seconds, **scores})
 
+    def _context(self) -> Record:
+        """Losses of kept words without the elided ones and with them, after the last step."""
+        if self.gate is None:
+            return {}
+        parts = {"train": self.task.train, "validation": self.task.validation}
+        few = {name: some.first(self.settings.few).batches(self.settings.batch_size) for name, some in parts.items()}
+        found = {name: losses_of_kept(self.model, self.gate, batches) for name, batches in few.items()}
+        return {name: losses for name, losses in found.items() if losses is not None}
+
     def _final(self) -> Record:
         task, few = self.task, self.task.validation.first(self.settings.few)
         return {
@@ -148,7 +160,7 @@ def calibration(choices: list[tuple[int, int, int, int]], steps: int) -> list[Re
 
 
 @contextlib.contextmanager
-def _everything_computed() -> Iterator[None]:
+def everything_computed() -> Iterator[None]:
     """Inside, a kept label activates every position that is no padding."""
     with mock.patch("regate.scoring.decision.active_positions", lambda labels, kept, valid, **_: valid):
         yield

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import benchmarks.quality.__main__ as quality
+import regate
 from benchmarks.quality import analysis, arms, page, results
+from benchmarks.quality.context import losses_of_kept
 from benchmarks.quality.evaluate import with_blank, with_shuffled
-from benchmarks.quality.run import Run, calibration, reweighted
+from benchmarks.quality.run import Run, calibration, everything_computed, reweighted
 from benchmarks.quality.start import endless
 from benchmarks.quality.tasks import Settings, Task, arguments, captions, clips, photos
 from benchmarks.quality.tasks.registry import TASKS
@@ -82,6 +84,25 @@ def _gather(folder: Path, *records: dict[str, Any]) -> set[tuple[str, str, int]]
         (runs / f"{record['arm']}-{record['seed']}.json").write_text(json.dumps(record))
     results.gather(runs, folder / "results")
     return results.ran(folder / "results")
+
+
+def test_losses_of_kept_words_with_and_without_the_elided_ones(task: Task) -> None:
+    model = task.build(0).train()
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.mul_(5)  # untrained, a word's loss hardly depends on what is before it
+    gate = regate.apply(model, regate.Config(warmup=1, full_steps=0, selection="random"), backend="eager")
+    gate.step = 1
+    batches = task.train.batches(4)
+    found = losses_of_kept(model, gate, batches)
+    assert found is not None
+    assert abs(found["sparse"] / found["full"] - 1) > 1e-3, "words before it tell something of a word"
+    with everything_computed():
+        found = losses_of_kept(model, gate, batches)
+    assert found is not None
+    assert found["sparse"] == pytest.approx(found["full"], rel=1e-5)
+    gate.step = 0
+    assert losses_of_kept(model, gate, batches) is None, "on a full step nothing is elided"
 
 
 def test_runs_are_added_to_those_before(tmp_path: Path) -> None:
