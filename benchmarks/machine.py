@@ -19,15 +19,17 @@ def cpu() -> str:
 def described(module: str, *packages: str) -> dict[str, Any]:
     """The command that was given to `python -m module`, versions of `packages`, and the device."""
     device: dict[str, Any] = {"cpu": cpu(), "cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 2)}
+    versions = {name: importlib.metadata.version(name) for name in packages}
     if "torch" in packages:
         import torch
 
+        versions["torch"] = str(torch.__version__)  # names the build, which its package's version may not
         if torch.cuda.is_available():
             device["gpu"] = torch.cuda.get_device_name()
     return {
         "command": " ".join(["python", "-m", module, *map(_relative, sys.argv[1:])]),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **versions,
         "device": device,
     }
 

@@ -66,6 +66,11 @@ def tracing(decoder: nn.Module) -> Iterator[None]:
                 f"{type(decoder).__name__} cannot be captured as one graph, so not all of it would run on active "
                 f"positions: {error}"
             ) from None
+        except torch._dynamo.exc.InternalTorchDynamoError as error:
+            raise UnsupportedGraphError(
+                f"torch {torch.__version__} failed within itself while it captured {type(decoder).__name__}; another "
+                f"release may not: {error}"
+            ) from error
 
 
 class GatedForward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
 from packaging.version import Version
 
@@ -13,9 +14,21 @@ SINCE = {
     "apertus1p5": "5.24", "hy_v4_vl": "5.24", "inkling2_loop": "5.24",
 }  # fmt: skip
 
-# Models that do not run, with or without a gate: (type, release) and what transformers does wrong there.
+# Models that do not run in a release, with or without a gate, and what is wrong there.
 BROKEN = {
-    ("llama4", "5.24.0"): "its forward reads `image_outputs` of a causal model's output, which has none",
+    ("aria", "transformers 5.17.0"): "its configuration sets a part up before it is made",
+    ("glm5_next", "transformers 5.17.0"): "its configuration refuses its own kinds of layers",
+    ("granite4_vision", "transformers 5.17.0"): "its projectors are as wide as their default, whatever is asked for",
+    ("vipllava", "transformers 5.17.0"): "its vision tower hands no hidden states out",
+    ("llama4", "transformers 5.24.0"): "its forward reads `image_outputs` of a causal model's output, which has none",
+}
+
+# Models that cannot be gated with a release, and why.
+REFUSED = {
+    ("blip-2", "transformers 5.17.0"): "whether a layer is dropped is asked of a random tensor, even if none may be",
+    ("kosmos-2", "transformers 5.17.0"): "whether a layer is dropped is asked of a random tensor, even if none may be",
+    ("hunyuan_vl", "transformers 5.17.0"): "its rotary frequencies are chosen by a branch on positions",
+    ("chameleon", "torch 2.11.0"): "capturing its `masked_scatter` fails within torch",
 }
 
 
@@ -27,4 +40,6 @@ def why_not(name: str) -> str | None:
     """Why this type cannot be examined here, or None."""
     if not exists(name):
         return f"{name} came with transformers {SINCE[name]}, and this is {transformers.__version__}"
-    return BROKEN.get((name, transformers.__version__))
+    here = (f"{package.__name__} {Version(package.__version__).base_version}" for package in (transformers, torch))
+    known = BROKEN | REFUSED
+    return next((f"{release}: {known[name, release]}" for release in here if (name, release) in known), None)

@@ -96,6 +96,22 @@ def test_graph_break() -> None:
         decoder(torch.randn(2, 6, 16, dtype=torch.double))
 
 
+def test_a_capture_that_fails_within_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("of Dynamo's")
+
+    decoder = Decoder().double()
+    regate_patch.patch(decoder, backend="eager")
+    monkeypatch.setattr(torch._dynamo.variables.builder.VariableBuilder, "__call__", fail)
+    with (
+        pytest.raises(
+            UnsupportedGraphError, match=rf"torch {torch.__version__[:4]}(.|\n)*another release(.|\n)*of Dynamo's"
+        ),
+        regate_patch.active(torch.tensor([[0, 2], [1, 3]])),
+    ):
+        decoder(torch.randn(2, 6, 16, dtype=torch.double))
+
+
 def test_no_attention() -> None:
     decoder = nn.Sequential(nn.Linear(8, 8))
     regate_patch.patch(decoder, backend="eager")
