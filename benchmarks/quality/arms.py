@@ -65,7 +65,12 @@ ARMS = {
     "interleaved": Arm(
         "the paper's, as many full samples in every step instead of full steps", {"schedule": "interleaved"}
     ),
+    "interleavedboth": Arm(
+        "the default, as many full samples in every step instead of full steps",
+        {"schedule": "interleaved", "alignment": "both"},
+    ),
     "lastfull": Arm("the paper's, the last 40 steps full", {"final_full_steps": 40}),
+    "lastfullboth": Arm("the default, the last 40 steps full", {"final_full_steps": 40, "alignment": "both"}),
     "visual75": Arm("the paper's, 75% of the visual tokens on sparse steps", {"visual_keep": 0.75}),
     "visual50": Arm("the paper's, 50% of the visual tokens on sparse steps", {"visual_keep": 0.5}),
     "visual25": Arm("the paper's, 25% of the visual tokens on sparse steps", {"visual_keep": 0.25}),
