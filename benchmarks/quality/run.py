@@ -121,8 +121,10 @@ class Run:
 
     def _context(self) -> Record:
         """Losses of kept words without the elided ones and with them, after the last step."""
-        if self.gate is None:
+        sparse = [] if self.gate is None else [i for i in range(self.settings.steps) if not self.gate.config.is_full(i)]
+        if self.gate is None or not sparse:
             return {}
+        self.gate.step = sparse[-1]  # behind the end every step is full
         parts = {"train": self.task.train, "validation": self.task.validation}
         few = {name: some.first(self.settings.few).batches(self.settings.batch_size) for name, some in parts.items()}
         found = {name: losses_of_kept(self.model, self.gate, batches) for name, batches in few.items()}

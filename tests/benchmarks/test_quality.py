@@ -59,6 +59,8 @@ def test_runs_once_and_resumes(task: Task, tmp_path: Path, monkeypatch: pytest.M
     assert dense["curve"][-1]["teacher_seconds"] == 0 < regate["curve"][-1]["teacher_seconds"]
     assert regate["report"]["labels_kept"] == regate["curve"][-1]["answer_tokens"]
     assert regate["report"]["steps_sparse"] == 2
+    assert regate["context"].keys() == {"train", "validation"}
+    assert not dense["context"]
     results.gather(tmp_path, tmp_path / "results")
     text = page.write(folder=tmp_path / "results", docs=tmp_path / "docs").read_text()
     assert "too few seeds" in text
