@@ -26,6 +26,8 @@ MARGIN = 0.01  # what counts as not worse
 NOTES = {
     "captions": "Which of two templates an answer follows is not told, so that about half of the whole answers can be "
     "right. The teacher's seconds of seed 1 (paper) hold 7 s in which its process read the images.",
+    "photos": "The parts were linked before, by {settings[link_steps]} steps on other pictures: else "
+    "a run's accuracy would tell when it left its first plateau, which is luck.",
 }
 
 _TOP = """# Evidence
@@ -77,7 +79,7 @@ def section(name: str, result: dict[str, Any], part: Part) -> str:
         f"steps in each cycle of {schedule['cycle']}. torch {made['torch']}, transformers {made['transformers']}, "
         f"{made['device']['cpu']}, commit {', '.join(sorted({m['commit'][:9] for m in result['made']}))}."
     )
-    about = " ".join([about, NOTES.get(name, "")]).strip()
+    about = " ".join([about, NOTES.get(name, "").format(settings=settings)]).strip()
     parts = [
         f"## {name.capitalize()}", textwrap.fill(about, 120), f"![Accuracy over cost: {name}](evidence/{name}.png)",
         f"### Quality on {part} samples", _table(_quality(part), runs, arms),

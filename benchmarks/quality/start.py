@@ -1,7 +1,8 @@
-"""Where every arm of a seed starts: an encoder that sees, a language model that knows the language, no link yet."""
+"""Where every arm of a seed starts: an encoder that sees, a language model that knows the language, perhaps linked."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,20 +12,24 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.quality.tasks import Batch, Task, arguments
-from examples.demo.start import learn_language, learn_to_see
+from examples.demo.start import learn, learn_to_see
 
 
 def started(task: Task, seed: int, folder: Path) -> Any:
-    """The model of a seed, pretrained; made once, then read from `folder`."""
-    model = task.build(seed)
-    path = folder / f"{task.name}-{seed}.pt"
+    """The model of a seed, pretrained; made once per settings, then read from `folder`."""
+    model, settings = task.build(seed), task.settings
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+    path = folder / f"{task.name}-{seed}-{digest}.pt"
     if not path.exists():
         torch.manual_seed(seed)
-        settings, lr = task.settings, task.settings.lr
+        lr = settings.lr
         texts = task.train.without_images().batches(settings.vision_batch_size, seed=seed)
-        learn_language(model, map(arguments, endless(texts)), steps=settings.text_steps, lr=lr)
+        learn(model, map(arguments, endless(texts)), steps=settings.text_steps, lr=lr)
         batches = endless(task.train.batches(settings.vision_batch_size, seed=seed))
         learn_to_see(task.encoder(model), task.see, batches, task.classes, steps=settings.vision_steps, lr=lr)
+        if task.link is not None:
+            pairs = endless(task.link.batches(settings.batch_size, seed=seed))
+            learn(model, map(arguments, pairs), steps=settings.link_steps, lr=lr)
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
         torch.save(model.state_dict(), unfinished)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 
 
-def learn_language(model: Any, batches: Iterator[Batch], *, steps: int, lr: float) -> None:
-    """From answers without their images. ReGATE's teacher is this language model."""
+def learn(model: Any, batches: Iterator[Batch], *, steps: int, lr: float) -> None:
+    """By the model's own loss. From answers without their images it learns their language: ReGATE's teacher then."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     model.train()
     for _ in range(steps):

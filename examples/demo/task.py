@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.conversations import Conversations, collate, read
 from examples.demo import captions, tiny
-from examples.demo.start import learn_language, learn_to_see
+from examples.demo.start import learn, learn_to_see
 
 _PRETRAINING_BATCH = 64
 
@@ -94,7 +94,7 @@ def pretrain(task: Task, args: Any, seed: int) -> None:
     train, told = task.train.samples, task.train.told
     texts = Conversations([without_images(record) for record in train.records], task.processor)
     batches = endless(loader(task, texts, _PRETRAINING_BATCH, seed=seed), task.device)
-    learn_language(task.model, batches, steps=args.text_steps, lr=args.lr)
+    learn(task.model, batches, steps=args.text_steps, lr=args.lr)
     if told is None:
         return
     pictures = endless(loader(task, _WithFacts(train, told), _PRETRAINING_BATCH, seed=seed), task.device)

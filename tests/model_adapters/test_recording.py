@@ -13,7 +13,7 @@ from model_adapters.recording import followable_recording
 from regate_patch import reference
 from tests import oracle
 from tests.zoo import CORE, members
-from tests.zoo.releases import why_not
+from tests.zoo.releases import needs
 
 FULL = regate.Config(warmup=1000)
 SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0, selection="random")
@@ -24,8 +24,7 @@ def _hidden(model: Any, batch: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def _made(name: str) -> tuple[Any, Any, dict[str, Any]]:
-    if reason := why_not(name):
-        pytest.skip(reason)
+    needs(name)
     torch._dynamo.reset()
     specimen = CORE.get(name) or members()[name]
     return specimen.double(), specimen.double(), oracle.double(specimen.batch("right"))

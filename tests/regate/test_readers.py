@@ -16,6 +16,7 @@ from regate.errors import LabelsError, LogitsError
 from regate_patch import reference
 from tests import oracle
 from tests.zoo import CORE, members
+from tests.zoo.releases import needs
 
 FULL = regate.Config(warmup=1000)
 SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
@@ -198,6 +199,7 @@ def test_logits_that_were_not_made_say_so() -> None:
 
 
 def test_logits_within_an_output_say_so_too() -> None:
+    needs("blip-2")
     model, batch = members()["blip-2"].build(), members()["blip-2"].batch("right")
     regate.apply(model, FULL, teacher=None)
     inner = model(**batch).language_model_outputs.logits

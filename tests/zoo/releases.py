@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 from packaging.version import Version
@@ -43,3 +44,9 @@ def why_not(name: str) -> str | None:
     here = (f"{package.__name__} {Version(package.__version__).base_version}" for package in (transformers, torch))
     known = BROKEN | REFUSED
     return next((f"{release}: {known[name, release]}" for release in here if (name, release) in known), None)
+
+
+def needs(name: str) -> None:
+    """Skip the test at hand where this type cannot be examined."""
+    if reason := why_not(name):
+        pytest.skip(reason)

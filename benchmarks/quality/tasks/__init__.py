@@ -90,6 +90,7 @@ class Settings:
         schedule: of `regate.Config`.
         vision_steps, vision_batch_size: of the encoder's pretraining.
         text_steps: of the language model's, with batches of `vision_batch_size`.
+        link_steps: of the whole model's on `Task.link`.
         evaluations: of the validation samples, evenly spread over a run.
         few: validation samples that are looked at while training.
         free: captions that are generated in the end.
@@ -103,6 +104,7 @@ class Settings:
     vision_steps: int = 500
     vision_batch_size: int = 64
     text_steps: int = 120
+    link_steps: int = 0
     evaluations: int = 8
     few: int = 200
     free: int = 100
@@ -116,6 +118,7 @@ class Task:
     Attributes:
         name: of its results.
         source: where the data is from, in words.
+        link: what a model is taught before that it may use what it sees; None: nothing.
         train, validation, test: choices are made on validation, test is looked at once.
         classes: of each fact that the encoder is pretrained to see.
         build: a model, from a seed.
@@ -136,6 +139,7 @@ class Task:
     encoder: Callable[[Any], torch.nn.Module]
     pixels: str
     settings: Settings
+    link: Samples | None = None
 
 
 def arguments(batch: Batch) -> Batch:

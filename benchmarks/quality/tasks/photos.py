@@ -25,7 +25,7 @@ _TEMPLATES = (
     "at the top left a {0} , at the top right a {1} , at the bottom left a {2} and at the bottom right a {3} .",
     "a {3} at the bottom right , a {2} at the bottom left , a {1} at the top right and a {0} at the top left .",
 )
-SETTINGS = Settings(steps=800, batch_size=16, vision_steps=250, vision_batch_size=32, few=100, free=50)
+SETTINGS = Settings(steps=300, batch_size=16, vision_steps=250, vision_batch_size=32, link_steps=400, few=100, free=50)
 _SIZE, _PATCH, _WIDTH = 64, 4, 96
 
 
@@ -34,6 +34,7 @@ def task(*, settings: Settings | None = None, limit: int | None = None) -> Task:
     photos = {"train": _read("train"), "test": _read("t10k")}
     made = {
         "train": _grids(*photos["train"], rows=range(4000), seed=1),
+        "link": _grids(*photos["train"], rows=range(4000, 8000), seed=4),
         "validation": _grids(*photos["train"], rows=range(8000, 8400), seed=2),
         "test": _grids(*photos["test"], rows=range(800), seed=3),
     }
