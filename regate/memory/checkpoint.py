@@ -40,7 +40,7 @@ def _file_of(rank: int) -> str:
 
 def save(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write this rank's `state` into `folder`, whole or not at all."""
-    path = Path(folder) / _file_of(rank())
+    path = Path(folder).expanduser() / _file_of(rank())
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -59,7 +59,7 @@ def load(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder holds none, or the file is damaged.
     """
-    main = Path(folder) / NAME
+    main = Path(folder).expanduser() / NAME
     if not main.exists():
         raise CheckpointError(f"{main.parent} holds no {NAME}: it was not saved by a gated run")
     own = main.with_name(_file_of(rank()))

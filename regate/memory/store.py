@@ -81,7 +81,7 @@ class Store:
         if path is None:
             path = tempfile.mkdtemp(prefix="regate-")
             self._remove = weakref.finalize(self, _remove_own, path, os.getpid())
-        self.path = Path(path).absolute()
+        self.path = Path(path).expanduser().absolute()
         self._files: _Files | None = _Files.at(self.path, max_bytes)
 
     @contextmanager

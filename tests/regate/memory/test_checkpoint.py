@@ -31,6 +31,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["regate.pt"]
 
 
+def test_a_folder_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    checkpoint.save("~/run", {"step": 1})
+    assert checkpoint.load("~/run") == {"step": 1}
+    assert (tmp_path / "run" / "regate.pt").exists()
+
+
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(regate.RegateError, match=r"holds no regate\.pt"):
         checkpoint.load(tmp_path)

@@ -93,6 +93,11 @@ def test_round_trip(store: Store) -> None:
     assert (store.count("reference"), store.count("difficulty")) == (0, 60)
 
 
+def test_a_path_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Store("~/losses").path == tmp_path / "losses"
+
+
 def test_missing_lists_each_key_once_in_order(store: Store) -> None:
     fill(store, 3)
     assert store.missing("reference", [key(9), key(1), key(5), key(9), key(0)]) == [key(9), key(5)]
