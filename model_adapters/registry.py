@@ -14,7 +14,7 @@ from model_adapters.blip import BLIP
 from model_adapters.chameleon import CHAMELEON
 from model_adapters.errors import AdapterError
 from model_adapters.experts import ERNIE, STEP
-from model_adapters.gemma import GEMMA
+from model_adapters.gemma import GEMMA_3N, GEMMA_4
 from model_adapters.git import GIT
 from model_adapters.idefics import IDEFICS
 from model_adapters.internvl_chat import INTERNVL_CHAT
@@ -23,7 +23,10 @@ from model_adapters.videochat2 import VIDEOCHAT2
 from model_adapters.videollama2 import VIDEOLLAMA2
 
 ENTRY_POINTS = "regate.adapters"
-_HERE = (ANYRES, BLIP, CHAMELEON, ERNIE, GEMMA, GIT, IDEFICS, INTERNVL_CHAT, MINICPM, STEP, VIDEOCHAT2, VIDEOLLAMA2)
+_HERE = (
+    ANYRES, BLIP, CHAMELEON, ERNIE, GEMMA_3N, GEMMA_4, GIT, IDEFICS, INTERNVL_CHAT, MINICPM, STEP, VIDEOCHAT2,
+    VIDEOLLAMA2,
+)  # fmt: skip
 _BUILT_IN = {name: adapter for adapter in _HERE for name in adapter.serves}
 _REGISTERED: dict[str, ModelAdapter] = {}
 

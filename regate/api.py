@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 from torch import nn
 
 import regate_patch
 from model_adapters import AdapterError, ModelAdapter, find_adapter
 from model_adapters.conventional import unwrap
 from regate.config import Config
-from regate.errors import GateNotAppliedError, UnknownArchitectureError
+from regate.errors import ConfigError, GateNotAppliedError, UnknownArchitectureError
 from regate.gate import Gate, OnUnsupported
 from regate.memory.store import Store
 from regate.teaching.teacher import TeacherChoice
@@ -50,8 +52,10 @@ def apply(
         UnknownArchitectureError: no adapter serves the model, or PEFT adapts it by a method that cannot be followed.
         UnsupportedShardingError: teacher="copy" or "4bit" for a model that FSDP2 or DeepSpeed ZeRO-3 has split.
         StoreMismatchError: the store's reference losses were made by another teacher.
-        ConfigError: a setting out of range.
+        ConfigError: a setting out of range, or that does not exist.
+        UnknownBackendError: torch knows no backend of that name.
     """
+    _refuse_by_kind(model, config, on_unsupported)
     try:
         adapter = adapter or find_adapter(model)
         target = adapter.causal_lm(model)
@@ -93,6 +97,18 @@ def gate_of(model: nn.Module) -> Gate | None:
 
 def _gate_on(module: nn.Module) -> Gate | None:
     return next((owner for owner in owners(module) if isinstance(owner, Gate)), None)
+
+
+def _refuse_by_kind(model: Any, config: Any, on_unsupported: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnknownArchitectureError(
+            f"regate.apply takes the model that is trained, a torch.nn.Module, got {type(model).__name__}; a trainer's "
+            "is trainer.model"
+        )
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(f"settings come as regate.Config(keep=..., ...), got {type(config).__name__} {config!r}")
+    if on_unsupported not in get_args(OnUnsupported):
+        raise ConfigError(f"on_unsupported must be one of {get_args(OnUnsupported)}, got {on_unsupported!r}")
 
 
 def _refuse_by_method(model: nn.Module) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from regate.errors import ConfigError
@@ -48,7 +50,7 @@ class Config:
         disable: passes of the engine that only save work, to be left out by name while debugging (`docs/engine.md`).
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value out of its range, or of another kind.
     """
 
     cycle: int = 128
@@ -70,6 +72,12 @@ class Config:
     disable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        counts = ("cycle", "full_steps", "warmup", "final_full_steps", "seed")
+        self._require_all(
+            (*counts, *(() if self.total_steps is None else ("total_steps",))), Integral, "a whole number"
+        )
+        numbers = ("keep", "ema_decay", "student_weight", "reference_weight", "explore", "visual_keep")
+        self._require_all(numbers, Real, "a number")
         self._require("cycle", self.cycle >= 1, "at least 1")
         self._require("full_steps", 0 <= self.full_steps <= self.cycle, f"in [0, cycle={self.cycle}]")
         self._require("schedule", self.schedule in get_args(Schedule), f"one of {get_args(Schedule)}")
@@ -89,6 +97,11 @@ class Config:
         self._require("alignment", self.alignment in get_args(Alignment), f"one of {get_args(Alignment)}")
         self._require("visual_keep", 0 < self.visual_keep <= 1, "in (0, 1]")
         self._require("logits", self.logits in get_args(Logits), f"one of {get_args(Logits)}")
+
+    def _require_all(self, fields: Iterable[str], kind: type, allowed: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            self._require(field, isinstance(value, kind) and not isinstance(value, bool), allowed)
 
     def _require(self, field: str, holds: bool, allowed: str) -> None:
         if not holds:

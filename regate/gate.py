@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import regate_patch
 from model_adapters import Batch, ModelAdapter
 from regate.config import Config
-from regate.errors import NotGatedError, StoreError
+from regate.errors import ConfigError, NotGatedError, StoreError
 from regate.forward import Forward
 from regate.insight.report import Report
 from regate.memory import checkpoint
@@ -71,7 +71,7 @@ class Gate:
         store: Store,
         on_unsupported: OnUnsupported,
     ) -> None:
-        self.config, self.adapter = config, adapter
+        self._config, self.adapter = config, adapter
         self.counters, self.watch = Counters(), Stopwatch()
         self.last: Decision | None = None
         self.exchange = Exchange(store)
@@ -81,11 +81,11 @@ class Gate:
         self._notes: list[str] = []
         self.model = model
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
-        handle = regate_patch.patch(
-            decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True, disable=config.disable
-        )
         self._teacher = teachers.teacher_of(
             model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported
+        )
+        handle = regate_patch.patch(
+            decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True, disable=config.disable
         )
         self.store = store
         self.scorer = Scorer(
@@ -124,12 +124,34 @@ class Gate:
         ]
 
     @property
+    def config(self) -> Config:
+        """The settings, which are those of `apply`.
+
+        Raises:
+            ConfigError: on setting.
+        """
+        return self._config
+
+    @config.setter
+    def config(self, config: Config) -> None:
+        raise ConfigError(
+            "a gate keeps the settings it was made with; regate.apply(model, config, store=gate.store) makes one with "
+            "others, which goes on where its `step` is set"
+        )
+
+    @property
     def step(self) -> int:
-        """The optimizer step that training forwards now contribute to, from 0; set it to move the schedule."""
+        """The optimizer step that training forwards now contribute to, from 0; set it to move the schedule.
+
+        Raises:
+            ConfigError: on setting, it is no number of steps.
+        """
         return self._steps.step
 
     @step.setter
     def step(self, step: int) -> None:
+        if not isinstance(step, int) or step < 0:
+            raise ConfigError(f"gate.step counts optimizer steps from 0, got {step!r}")
         self._steps.restart(step)
 
     @property

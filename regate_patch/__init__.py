@@ -16,6 +16,7 @@ from regate_patch.errors import (
     NotElidedError,
     PatchError,
     RegateError,
+    UnknownBackendError,
     UnknownPassError,
     UnsupportedGraphError,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "Rewrite",
     "Rule",
     "Statistics",
+    "UnknownBackendError",
     "UnknownPassError",
     "UnsupportedGraphError",
     "active",

@@ -23,7 +23,7 @@ import torch.fx.experimental._config as shape_config
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from regate_patch.compiling import Backend, compiled
+from regate_patch.compiling import Backend, compiled, known
 from regate_patch.context import Active, active, current
 from regate_patch.errors import (
     ActiveIndexError,
@@ -317,12 +317,13 @@ def patch(
 
     Raises:
         UnknownPassError: no pass of that name can be switched off.
+        UnknownBackendError: torch knows no backend of that name.
 
     Raises (when the decoder is first called inside `active`):
         NoBlocksError: no attention found.
         UnsupportedGraphError: a value whose token axis cannot be followed; names the node and source line.
     """
-    backend = "auto" if backend is None else backend
+    backend = known("auto" if backend is None else backend)
     existing = decoder.__dict__.get("forward")
     if isinstance(existing, GatedForward):
         del decoder.forward

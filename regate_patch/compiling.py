@@ -14,8 +14,23 @@ import torch
 import torch._dynamo
 from torch import fx, nn
 
+from regate_patch.errors import UnknownBackendError
+
 Backend = str | Callable[..., Any]
 _NUMBERS = itertools.count()
+
+
+def known(backend: Backend) -> Backend:
+    """The same, if it is "auto", or torch has it.
+
+    Raises:
+        UnknownBackendError: it is a name that means nothing.
+    """
+    if callable(backend) or backend == "auto" or backend in (names := torch._dynamo.list_backends(exclude_tags=())):
+        return backend
+    raise UnknownBackendError(
+        f"no backend named {backend!r}; torch has {', '.join(map(repr, names))}, or give a function"
+    )
 
 
 def compiled(gm: fx.GraphModule, parts: Collection[str], backend: Backend) -> Callable[..., Any]:

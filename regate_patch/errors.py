@@ -27,5 +27,9 @@ class UnknownPassError(PatchError, ValueError):
     """A pass was to be switched off that does not exist or is needed."""
 
 
+class UnknownBackendError(PatchError, ValueError):
+    """torch.compile has no backend of that name."""
+
+
 class ActiveIndexError(PatchError, ValueError):
     """The active positions do not fit the decoder's input."""

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"regate": {"regate_patch", "model_adapters"}, "regate_patch": set(), "model_adapters": set()}
-MODELS = ("llama", "llava", "qwen", "gemma", "mistral", "intern", "idefics")
+MODELS = ("llama", "llava", "qwen", "gemma", "mistral", "internvl", "internlm", "idefics")
 
 # From the ground up: a room imports from those before it, and the last ones, which users touch, from all.
 ROOMS = {

@@ -223,6 +223,7 @@ PAIRS = (
     ("paper", "masking", "the same choice with every position computed, so what leaving positions out costs"),
     ("regate", "masking", "the same with the kept tokens' own positions computed, too"),
     ("regate", "paper", "for those positions"),
+    ("interleaved", "paper", "for full samples in every step instead of full steps"),
     ("interleavedboth", "regate", "for full samples in every step instead of full steps"),
     ("paper", "student", "so what the reference adds"),
 )

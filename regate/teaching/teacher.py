@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from model_adapters import Batch, Layout, ModelAdapter, find_adapter
 from model_adapters.conventional import text_config
 from model_adapters.flash import takes_one_row
 from regate.config import Config
-from regate.errors import NonFiniteLossError, StoreMismatchError
+from regate.errors import ConfigError, NonFiniteLossError, StoreMismatchError
 from regate.labels import IGNORED, predicted, predictors
 from regate.memory.sharing import any_rank
 from regate.output.loss import Places, label_losses
@@ -39,7 +39,8 @@ from regate.training.sharding import refuse_sharded
 from regate_patch import is_sharded
 
 Source = Literal["copy", "4bit", "live", "given"]
-TeacherChoice = Literal["auto", "copy", "4bit", "first", "precomputed"] | nn.Module | None
+Named = Literal["auto", "copy", "4bit", "first", "precomputed"]
+TeacherChoice = Named | nn.Module | None
 
 
 def teacher_of(
@@ -51,7 +52,13 @@ def teacher_of(
     backend: regate_patch.Backend,
     on_unsupported: regate_patch.OnUnsupported,
 ) -> Teacher | None:
-    """The teacher that a user asked for (see `regate.apply`); None where no score needs one."""
+    """The teacher that a user asked for (see `regate.apply`); None where no score needs one.
+
+    Raises:
+        ConfigError: it is none of those that can be asked for.
+    """
+    if not (choice is None or isinstance(choice, nn.Module) or choice in get_args(Named)):
+        raise ConfigError(f"teacher must be one of {get_args(Named)}, a model, or None, got {choice!r}")
     if choice is None or config.reference_weight == 0 or config.selection == "random" or config.keep >= 1:
         return None
     source: Source = "copy"

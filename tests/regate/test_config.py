@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import regate
@@ -14,12 +15,17 @@ import regate
         ("warmup", -1), ("ema_decay", 1.0), ("student_weight", float("nan")),
         ("reference_weight", float("inf")), ("explore", -0.1), ("explore", 1.1), ("visual_keep", 0.0),
         ("selection", "best"), ("alignment", "token"), ("schedule", "cycle"), ("final_full_steps", 5),
+        ("keep", "0.5"), ("warmup", 0.1), ("total_steps", 1e3), ("seed", None), ("explore", True),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named(field: str, value: Any) -> None:
     wrong = "total_steps" if field == "final_full_steps" and value > 0 else field
     with pytest.raises(regate.RegateError, match=rf"Config\.{wrong} must be .*, got"):
         regate.Config(**{field: value})
+
+
+def test_numbers_of_other_packages_are_numbers() -> None:
+    assert regate.Config(keep=np.float32(0.5), warmup=np.int64(3)).is_full(2)
 
 
 def test_schedule() -> None:

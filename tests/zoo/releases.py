@@ -18,8 +18,10 @@ SINCE = {
 # Models that do not run in a release, with or without a gate, and what is wrong there.
 BROKEN = {
     ("aria", "transformers 5.17.0"): "its configuration sets a part up before it is made",
+    ("evolla", "transformers 5.17.0"): "the type is in its mapping without its configuration",
     ("glm5_next", "transformers 5.17.0"): "its configuration refuses its own kinds of layers",
     ("granite4_vision", "transformers 5.17.0"): "its projectors are as wide as their default, whatever is asked for",
+    ("vision-encoder-decoder", "transformers 5.17.0"): "its configuration takes no configurations of its parts",
     ("vipllava", "transformers 5.17.0"): "its vision tower hands no hidden states out",
     ("llama4", "transformers 5.24.0"): "its forward reads `image_outputs` of a causal model's output, which has none",
 }
@@ -41,9 +43,17 @@ def why_not(name: str) -> str | None:
     """Why this type cannot be examined here, or None."""
     if not exists(name):
         return f"{name} came with transformers {SINCE[name]}, and this is {transformers.__version__}"
-    here = (f"{package.__name__} {Version(package.__version__).base_version}" for package in (transformers, torch))
-    known = BROKEN | REFUSED
-    return next((f"{release}: {known[name, release]}" for release in here if (name, release) in known), None)
+    return _here(name, BROKEN | REFUSED)
+
+
+def broken(name: str) -> bool:
+    """Does this type not even run here?"""
+    return _here(name, BROKEN) is not None
+
+
+def _here(name: str, known: dict[tuple[str, str], str]) -> str | None:
+    releases = (f"{package.__name__} {Version(package.__version__).base_version}" for package in (transformers, torch))
+    return next((f"{release}: {known[name, release]}" for release in releases if (name, release) in known), None)
 
 
 def needs(name: str) -> None:
