@@ -52,6 +52,11 @@ IN_ROWS = (
     "laid end to end but filled up to the longest, and one full row makes all of them as long. One row per forward, or "
     "several samples packed in it, is not filled; else schedule='cycled' costs less"
 )
+ON_PADDING = (
+    "labels stand on padding, or on a first token that padding predicts: full steps train on them as the model does, "
+    "for which they run the decoder as it is, padding and all; sparse steps leave them out. If they are not meant, set "
+    "labels to -100 where attention_mask is 0, and on each row's first token"
+)
 _WAYS = 8  # in which a model may compute its loss, each of them proven
 
 
@@ -86,6 +91,7 @@ class Forward:
         self._asked, self._reader = reads.asked_for(self._call, self._target), reads.inner_reader(self._decoder)
         if self._asked or self._reader:
             install_recording(self._target, self._decoder)
+        self._on_padding = samples.on_padding if full else None
         self._kept = samples.candidates if full else parts.scorer.keep(samples, whole=whole)  # [N, L]
         kept = samples.segments.pack(self._kept)
         if due:
@@ -96,7 +102,9 @@ class Forward:
         if whole is not None:
             at_whole = samples.segments.pack(whole[:, None].expand_as(self._kept))
             beyond = torch.where(at_whole, self._beyond(True), beyond)
-        self.decision = Decision.of(layout, kept, parts.config, full=full, beyond=beyond, whole=at_whole)
+        self.decision = Decision.of(
+            layout, kept, parts.config, full=full, beyond=beyond, whole=at_whole, on_padding=self._on_padding
+        )
         self._reading = Reading.of(layout.labels, kept) if self.short else None
         self._places = Places.of(layout.labels, kept) if self._reading is None else self._reading.places
 
@@ -199,6 +207,10 @@ class Forward:
 
     def _reading_of(self, proven: Proven) -> tuple[Read, bool]:
         """What this forward computes, and whether its head runs at kept labels alone."""
+        if self._samples.on_padding is not None:
+            self.parts.note(ON_PADDING)
+        if self._on_padding is not None:
+            return Read.ALL, False
         why = self._asked or reads.logits_reader(self._head) or reads.output_reader(self.parts.between, self._decoder)
         if why is not None:
             self.parts.note(f"{reads.GIVEN_UP[Read.ALL]}: {why}")

@@ -143,7 +143,7 @@ class Parts:
             raise UnknownArchitectureError(str(error)) from error
         if stand_in(self.decoder) is not None and not called_by(self.decoder):
             check_boundaries(batch)
-        layout, segments = batches.on_host(batch, layout, vocabulary=self.vocabulary)
+        layout, segments, on_padding = batches.on_host(batch, layout, vocabulary=self.vocabulary)
         alone = segments.unpack_layout(layout)
         text = keys.text_keys(alone)
         given = self.outer.arguments | dict(batch)
@@ -152,7 +152,7 @@ class Parts:
         if visual is None and sample_ids is None:
             self.note(keys.UNKNOWN_IMAGES)
         names = keys.sample_keys(text, visual, sample_ids)
-        return layout, Samples(text, names, alone, self._apart(batch, segments), segments)
+        return layout, Samples(text, names, alone, self._apart(batch, segments), segments, on_padding)
 
     def _apart(self, batch: Batch, segments: Segments) -> Batch:
         """The batch with position ids of a row a sample."""
