@@ -29,6 +29,7 @@ from regate.pace.pace import Pace
 from regate.parts import Parts
 from regate.scoring.ahead import teach_all
 from regate.scoring.decision import Decision
+from regate.scoring.keys import NO_IDS
 from regate.scoring.scorer import Samples, Scorer
 from regate.scoring.turns import Turns
 from regate.teaching import teacher as teachers
@@ -272,7 +273,7 @@ class Gate:
         def read(batch: Batch) -> Samples:
             batch = {k: _moved(v, device) for k, v in batch.items() if k != "sample_ids"}
             call = inner_call(self.model, self._parts.target, batch)
-            return self._parts.read({**call, "sample_ids": ()})[1]  # by text alone: images need not be told apart
+            return self._parts.read({**call, "sample_ids": NO_IDS})[1]  # images need not be told apart
 
         split = split or (self._teacher is not None and self._teacher.together)
         teach_all(self.scorer, dataloader, read, steps=self._steps.made, progress=progress, split=split)

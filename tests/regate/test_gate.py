@@ -297,6 +297,16 @@ def test_sample_ids_are_for_the_gate_alone() -> None:
         model.eval()(**batch, sample_ids=["a", "b"])
 
 
+def test_as_many_sample_ids_as_samples() -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=2)
+    regate.apply(model, FULL, teacher=None)
+    row = {"input_ids": batch["input_ids"].view(1, -1), "labels": batch["labels"].view(1, -1)}
+    row["position_ids"] = torch.arange(batch["labels"].shape[1]).repeat(2)[None]
+    for call, ids in ((batch, ["a"]), (batch, []), (row | {"pixel_values": batch["pixel_values"]}, torch.tensor([7]))):
+        with pytest.raises(StoreError, match=rf"brings {len(ids)} `sample_ids` and 2 samples.*one for each sample"):
+            model(**call, sample_ids=ids)
+
+
 def test_difficulties_of_another_run_are_not_taken_over_silently(tmp_path: Path) -> None:
     batch = CORE["llava"].batch("none", rows=2)
     for run in range(2):
