@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from regate.errors import LabelsError
@@ -130,10 +131,11 @@ def _implied(s: Subject, read: Tensor) -> tuple[Read, str | None]:
     beyond = read & ~predict
     if not bool(beyond.any()):
         return Read.KEPT, None
-    if not bool((read & predict).any()):
+    if torch.equal(read, s.few) or not bool((read & predict).any()):
         raise LabelsError(
             f"the loss of {type(s.model).__name__} does not read the positions before its labels, as a causal language "
             "model's does; register an adapter whose `layout` lays labels along the decoder's positions"
+            + (", for the batch brings them shifted by one already" if torch.equal(read, s.few) else "")
         )
     row, position = beyond.nonzero()[0].tolist()
     why = f"the model's loss reads {int(beyond.sum())} positions that predict no label, such as {position} of row {row}"
