@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -204,6 +205,53 @@ def test_logits_within_an_output_say_so_too() -> None:
     assert inner.shape == (*batch["labels"].shape, 100)
     with pytest.raises(LogitsError, match=r"regate\.Config\(logits='all'\)"):
         inner.float().mean()
+
+
+@dataclass(frozen=True)
+class _Own:
+    loss: Tensor
+    scores: Tensor
+
+
+@dataclass(slots=True)
+class _Slots:
+    loss: Tensor
+    scores: Tensor
+
+
+class _Named(NamedTuple):
+    loss: Tensor
+    scores: Tensor
+
+
+@pytest.mark.parametrize(
+    ("made", "read"),
+    [
+        pytest.param(lambda o: [o.loss, o.logits], lambda output: (output[0], output[1]), id="list"),
+        pytest.param(
+            lambda o: {"loss": o.loss, "scores": o.logits}, lambda o: (o["loss"], o["scores"]), id="another name"
+        ),
+        pytest.param(lambda o: {"loss": o.loss, 0: o.logits}, lambda o: (o["loss"], o[0]), id="no name"),
+        pytest.param(lambda o: _Named(o.loss, o.logits), lambda o: (o.loss, o.scores), id="named tuple"),
+        pytest.param(lambda o: _Own(o.loss, o.logits), lambda o: (o.loss, o.scores), id="frozen"),
+        pytest.param(lambda o: _Slots(o.loss, o.logits), lambda o: (o.loss, o.scores), id="slots"),
+    ],
+)
+def test_logits_in_outputs_of_ones_own_say_so(made: Any, read: Any) -> None:
+    model, batch = _made("right")
+    forward = model.forward
+    model.forward = functools.wraps(forward)(lambda *args, **kwargs: made(forward(*args, **kwargs)))
+    objective: Objective = lambda model, output: read(output)[0]  # noqa: E731
+    expected = _step(model, batch, objective)
+    regate.apply(model, FULL, teacher=None)
+    _assert_same(_step(model, batch, objective), expected)
+    logits = read(model(**batch))[1]
+    assert logits.shape == (*batch["labels"].shape, 100)
+    with pytest.raises(LogitsError, match=r"regate\.Config\(logits='all'\)"):
+        logits.float().mean()
+    regate.apply(model, regate.Config(warmup=0, cycle=1, full_steps=0, logits="all"), teacher=None)
+    with pytest.raises(LogitsError, match=r"gate\.last\.labels_left"):
+        read(model(**batch))[1].pow(2).mean().backward()
 
 
 def test_logits_in_a_tuple_are_watched() -> None:
