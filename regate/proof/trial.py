@@ -122,7 +122,7 @@ def run(
             loss = loss_of(s.model.forward(**call))
         if loss is None or "leaf" not in seen:
             return None
-        head = s.lazy.trained() if s.lazy is not None and s.backward and reading is not None else []
+        head = [*s.lazy.trained().values()] if s.lazy is not None and s.backward and reading is not None else []
         by_hidden, *by_head = torch.autograd.grad(
             loss.sum(), [seen["leaf"], *head], allow_unused=True, retain_graph=True
         )
