@@ -107,9 +107,11 @@ class Parts:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
-        size = getattr(text_config(self.target), "vocab_size", None)
-        return size or max(shape[0] for p in self.head.parameters() if len(shape := whole_shape(p)) == 2)
+        """V, as the config says, or the head, where it was widened by hand."""
+        head = getattr(self.head, "projection", self.head)
+        told = getattr(text_config(self.target), "vocab_size", None), getattr(head, "out_features", None)
+        sizes = [size for size in told if isinstance(size, int)]
+        return max(sizes or (shape[0] for p in head.parameters() if len(shape := whole_shape(p)) == 2))
 
     @property
     def in_step(self) -> bool:

@@ -378,6 +378,19 @@ def test_bad_labels(labels: Any, says: str) -> None:
         model(**batch | {"labels": labels(batch["labels"])})
 
 
+def test_a_head_that_was_widened_by_hand() -> None:
+    """Its config does not know."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none")
+    model.lm_head = nn.Linear(32, 108, bias=False)
+    model.loss_function = lambda logits, labels, **others: nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
+    batch["labels"][0, -3] = 107
+    loss, _ = _step(model, batch)
+    regate.apply(model, FULL, teacher=None)
+    torch.testing.assert_close(_step(model, batch)[0], loss)
+
+
 def test_a_failed_forward_leaves_no_trace() -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch()
     gate = regate.apply(model, SPARSE)
