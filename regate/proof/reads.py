@@ -68,12 +68,13 @@ def output_reader(parts: Iterable[nn.Module], decoder: nn.Module) -> str | None:
     Or, by a hook, what the decoder hands out: such a hook may run after ours.
     """
     for part in parts:
-        for hook in (*part._forward_hooks.values(), *filter(None, [vars(part).get("forward")])):
+        hooks = (*part._forward_hooks.values(), *_of_gradients(part), *filter(None, [vars(part).get("forward")]))
+        for hook in hooks:
             if _origin(hook).partition(".")[0] not in _PLUMBING:
                 return f"{_origin(hook)} hangs on {type(part).__name__}, which hands on the decoder's output"
-    for hook in decoder._forward_hooks.values():
+    for hook in (*decoder._forward_hooks.values(), *_of_gradients(decoder)):
         if _origin(hook).partition(".")[0] not in _PLUMBING:
-            return f"a forward hook ({_origin(hook)}) hangs on {type(decoder).__name__}"
+            return f"a hook ({_origin(hook)}) hangs on {type(decoder).__name__}"
     return None
 
 
@@ -119,17 +120,22 @@ def _is_number(x: Any) -> bool:
 
 def _hooked(module: nn.Module, *, inside: bool) -> str | None:
     """A hook of the user's on the module or its parts; `inside`: what the module itself is given does not count."""
-    if not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+    if not any(p._forward_hooks or p._forward_pre_hooks or _of_gradients(p) for p in module.modules()):
         return None
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding):
             continue  # sees nothing of the output
         before = {} if inside and part is module else part._forward_pre_hooks
-        for hook in (*part._forward_hooks.values(), *before.values()):
+        for hook in (*part._forward_hooks.values(), *before.values(), *_of_gradients(part)):
             if _origin(hook).partition(".")[0] not in _PLUMBING:
                 where = f"{type(module).__name__}.{name}" if name else type(module).__name__
-                return f"a forward hook ({_origin(hook)}) hangs on {where}"
+                return f"a hook ({_origin(hook)}) hangs on {where}"
     return None
+
+
+def _of_gradients(module: nn.Module) -> tuple[Callable[..., Any], ...]:
+    """The hooks that see a module's gradients in the backward pass."""
+    return (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
 
 
 def _origin(hook: Callable[..., Any]) -> str:

@@ -91,7 +91,7 @@ def _hook_on_head(model: Any) -> None:
             _hook_on_norm,
             {},
             {},
-            r"a forward hook \(tests.regate.test_readers\) hangs on LlamaModel.norm",
+            r"a hook \(tests.regate.test_readers\) hangs on LlamaModel.norm",
         ),
         (_seen_by_hook, _hook_on_head, {}, {}, "hangs on Linear"),
         (lambda model, output: output.loss, _z_loss, {}, {}, "loss reads .* positions that predict no label"),
@@ -140,6 +140,20 @@ def test_hooks_see_the_whole_output(where: str, says: str, late: bool) -> None:
     for _ in range(2):
         _assert_same(_step(model, batch, objective), expected)
     assert f"hangs on {says}" in str(gate.report())
+
+
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_see_all_gradients(kind: str) -> None:
+    model, batch = _made("right")
+    seen: list[Tensor] = []
+    getattr(model.lm_head, kind)(lambda module, *gradients: seen.append(gradients[-1][0].detach()))
+    plain: Objective = lambda model, output: output.loss  # noqa: E731
+    expected, by_logits = _step(model, batch, plain), seen.pop()
+    gate = regate.apply(model, FULL, teacher=None)
+    for _ in range(2):
+        _assert_same(_step(model, batch, plain), expected)
+        torch.testing.assert_close(seen[-1], by_logits, atol=1e-8, rtol=0)
+    assert "hangs on Linear" in str(gate.report())
 
 
 def test_a_loss_that_reads_everything_is_right_on_padding_that_comes_later() -> None:
