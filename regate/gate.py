@@ -6,7 +6,6 @@ forwards with labels are touched; evaluation and generation run as they were.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 
 import regate_patch
 from model_adapters import Batch, ModelAdapter
+from model_adapters.conventional import signature
 from regate.config import Config
-from regate.errors import NotGatedError, StoreError
+from regate.errors import NotGatedError, StoreError, StoreMismatchError
 from regate.forward import Forward
 from regate.insight.report import Report
 from regate.memory import checkpoint
@@ -48,6 +48,11 @@ NO_COPY = (
 OF_ANOTHER_RUN = (
     "the store at {path} holds difficulties of {n} samples, learnt in another run, and this run goes by them until it "
     "has its own. gate.load continues a run; gate.store.clear('difficulty') forgets what others learnt"
+)
+OTHER_TEACHER = (
+    "the run that is continued had another teacher: by default it is the language model as it was when the gate was "
+    "applied. Apply the gate to the model as it was before training, and load its trained weights after that; or pass "
+    "the model of before (teacher=...); or load no state of the gate, and let the schedule go on by gate.step = ..."
 )
 OnUnsupported = Literal["raise", "warn"]
 
@@ -80,6 +85,7 @@ class Gate:
         self._forward: Forward | None = None  # the one that is running
         self._counted_step = -1
         self._notes: list[str] = []
+        self._fingerprint: dict[str, str] = {}  # the teacher's
         self.model = model
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
         handle = regate_patch.patch(
@@ -117,7 +123,6 @@ class Gate:
         )
         self._steps = Steps(model, target, on_step=self._on_step, on_missed=self._on_missed)
         gather_by_layer(decoder)
-        self._signature = inspect.signature(target.forward)
         self._hooks = [
             target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
             target.register_forward_hook(Hook(self._after), prepend=True, with_kwargs=True, always_call=True),
@@ -145,7 +150,8 @@ class Gate:
     @store.setter
     def store(self, store: Store) -> None:
         if self._teacher is not None:
-            store.bind(self._teacher.fingerprint())
+            self._fingerprint = self._teacher.fingerprint()
+            store.bind(self._fingerprint)
         self.exchange.store = store
 
     # -- hooks ----------------------------------------------------------------------------------------
@@ -238,8 +244,7 @@ class Gate:
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
-        batch = dict(self._signature.bind_partial(*args).arguments)
-        return batch | kwargs
+        return (dict(signature(self._parts.target).bind_partial(*args).arguments) if args else {}) | kwargs
 
     def note(self, note: str) -> None:
         """Tell the user something, once; the report says it again."""
@@ -335,6 +340,7 @@ class Gate:
             "counters": asdict(self.counters),
             "prior": self.scorer.prior.state_dict(),
             "references": 0 if self.scorer.lazily else self.store.count("reference"),
+            "teacher": dict(self._fingerprint) if self.scorer.lazily else {},
             "difficulty": checkpoint.pack(self.store.items("difficulty")),
             **turns,
             **({"reference": checkpoint.pack(self.store.items("reference"))} if irreplaceable else {}),
@@ -345,13 +351,17 @@ class Gate:
 
         Raises:
             StoreError: the run had reference losses that the store lacks, and the model is no longer what made them.
+            StoreMismatchError: the run had another teacher than this gate.
         """
+        had, has = state.get("teacher"), self._fingerprint
+        if self.scorer.lazily and had and has and had != has:
+            raise StoreMismatchError(OTHER_TEACHER)
         if "reference" in state:
             self.store.put("reference", dict(checkpoint.unpack(state["reference"])))
-        had, has = state.get("references", 0), self.store.count("reference")
-        if self._teacher is not None and not self.scorer.lazily and has < had:
+        n, now = state.get("references", 0), self.store.count("reference")
+        if self._teacher is not None and not self.scorer.lazily and now < n:
             raise StoreError(
-                f"the run had reference losses of {had} texts, and the store at {self.store.path} has {has}; a trained "
+                f"the run had reference losses of {n} texts, and the store at {self.store.path} has {now}; a trained "
                 "model cannot make them again. Give regate.apply the store of the run (store=...)"
             )
         self.scorer.forget()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter
 from model_adapters.attention import stand_in
-from model_adapters.conventional import text_config, way_to
+from model_adapters.conventional import signature, text_config, way_to
 from model_adapters.flash import called_by
 from regate.config import Config
 from regate.errors import HiddenStatesError, UnknownArchitectureError
@@ -48,7 +47,6 @@ class Parts:
         strays: of past backward passes, at how many positions hidden states were read that mean nothing, int64 [].
         lazy: makes the head's logits lazy.
         between: the modules through which `target` calls `decoder`.
-        takes_cache: may the call of `target` say whether it is to make a cache?
         note: tells the user something, once.
     """
 
@@ -70,14 +68,17 @@ class Parts:
     strays: list[Tensor] = field(default_factory=list)
     lazy: LazyHead | None = None
     between: list[nn.Module] = field(init=False)
-    takes_cache: bool = field(init=False)
     _in_step: bool | None = None
 
     def __post_init__(self) -> None:
         self.between = way_to(self.target, self.decoder)[1:-1]
-        parameters = inspect.signature(self.target.forward).parameters
+
+    @property
+    def takes_cache(self) -> bool:
+        """May the call of `target` say whether it is to make a cache? Its forward may have been replaced."""
+        parameters = signature(self.target).parameters
         others = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-        self.takes_cache = "use_cache" in parameters or (others and hasattr(self.target, "config"))
+        return "use_cache" in parameters or (others and hasattr(self.target, "config"))
 
     def count_stray(self, read: Tensor) -> None:
         """In a backward pass; a GPU is not waited for before the next forward."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import regate
-from regate.errors import LabelsError, StoreError
+from regate.errors import LabelsError, StoreError, StoreMismatchError
 from tests import oracle
 from tests.zoo import CORE
 
@@ -241,6 +241,47 @@ def test_users_own_compile_and_replaced_forward() -> None:
     report = gate.report()
     assert report["steps_sparse"] == 1
     assert report["attention_blocks"] == 2
+
+
+def test_forwards_that_are_replaced_with_other_arguments() -> None:
+    """Before and after `apply`: by one that says nothing of its arguments, or has them in another order."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    loss, _ = _step(model, batch)
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    gate = regate.apply(model, FULL, teacher=None)
+    torch.testing.assert_close(_step(model, batch)[0], loss)
+    of_class = ("input_ids", "pixel_values", "attention_mask")
+    positional = model(*(batch[name] for name in of_class), labels=batch["labels"])
+    torch.testing.assert_close(positional.loss, loss)
+
+    def own(labels: Tensor, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return forward(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, labels=labels)
+
+    model.forward = own
+    names = ("labels", "pixel_values", "input_ids", "attention_mask")
+    torch.testing.assert_close(model(*(batch[name] for name in names)).loss, loss)
+    assert gate.report()["labels_seen"] == 3 * int((batch["labels"] != -100).sum())
+
+
+def test_a_run_goes_on_with_its_own_teacher() -> None:
+    """Where a model is built from its checkpoint, the gate's copy of it is another."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    untrained = copy.deepcopy(model)
+    gate = regate.apply(model, SPARSE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    _step(model, batch)
+    optimizer.step()
+    trained, state = model.state_dict(), gate.state_dict()
+    resumed = CORE["llava"].build()
+    resumed.load_state_dict(trained)
+    with pytest.raises(StoreMismatchError, match="Apply the gate to the model as it was before training"):
+        regate.apply(resumed, SPARSE).load_state_dict(state)
+    regate.apply(resumed, SPARSE, teacher=untrained).load_state_dict(state)
+    regate.apply(resumed, SPARSE, teacher=None).load_state_dict(state)
+    early = CORE["llava"].build()
+    regate.apply(early, SPARSE).load_state_dict(state)
+    early.load_state_dict(trained)
 
 
 def test_state_survives(tmp_path: Path) -> None:
