@@ -30,7 +30,7 @@ from regate.errors import ConfigError, LogitsError
 from regate.labels import IGNORED, predicted, predictors
 from regate.memory.sharing import highest
 from regate.output import router
-from regate.output.head import Reading, embeddings, hidden_states, with_hidden_states
+from regate.output.head import Reading, embeddings, hidden_states, is_aside, with_hidden_states
 from regate.output.logits import LazyHead
 from regate.output.loss import Places
 from regate.output.outputs import kept_losses, loss_of, rescale, with_logits
@@ -271,12 +271,14 @@ class Forward:
         return to_device(self.decision.active, self._device)
 
     @torch.compiler.disable
-    def positions(self, *args: Any, **kwargs: Any) -> regate_patch.Active:
-        """What the decoder computes, now that it is called.
+    def positions(self, *args: Any, **kwargs: Any) -> regate_patch.Active | None:
+        """What the decoder computes, now that it is called; None where that is no part of the training.
 
         Raises:
             ConfigError: visual tokens are to be left out, but the decoder is not called with embeddings.
         """
+        if is_aside(args, kwargs, tuple(self.decision.labels.shape)):
+            return None
         start = time.perf_counter()
         if self.decision.spare is not None:
             found = embeddings(args, kwargs)
@@ -291,8 +293,10 @@ class Forward:
         self.parts.counters.gate_seconds += time.perf_counter() - start
         return self._active
 
-    def decoded(self, output: Any) -> Any:
+    def decoded(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """What the model goes on with instead of its decoder's output."""
+        if is_aside(args, kwargs, tuple(self.decision.labels.shape)):
+            return output
         if self._reading is not None:
             output = self._reading.shorten(output)
             left_out = self._reading.unread

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ import regate_patch
 from model_adapters import Batch, ModelAdapter
 from model_adapters.conventional import signature
 from regate.config import Config
-from regate.errors import NotGatedError, StoreError, StoreMismatchError
+from regate.errors import NotGatedError, StoreError, StoreMismatchError, UnknownArchitectureError
 from regate.forward import Forward
 from regate.insight.report import Report
 from regate.memory import checkpoint
@@ -35,7 +35,7 @@ from regate.scoring.turns import Turns
 from regate.teaching import teacher as teachers
 from regate.training.calls import OuterCall, inner_call
 from regate.training.counters import Counters, Stopwatch
-from regate.training.hooks import Hook, call_weakly
+from regate.training.hooks import Hook, call_weakly, is_inside, is_recomputed
 from regate.training.sharding import forget_layers, gather_by_layer, refuse_opaque
 from regate.training.steps import Steps
 
@@ -53,6 +53,16 @@ OTHER_TEACHER = (
     "the run that is continued had another teacher: by default it is the language model as it was when the gate was "
     "applied. Apply the gate to the model as it was before training, and load its trained weights after that; or pass "
     "the model of before (teacher=...); or load no state of the gate, and let the schedule go on by gate.step = ..."
+)
+NESTED = (
+    "{name} calls itself within a training forward, and with gradients: labels would be chosen from twice. Let it call "
+    "its `forward` for what belongs to the same loss, use torch.no_grad() where no gradients are needed, or add up the "
+    "losses of two calls outside"
+)
+RECOMPUTED = (
+    "the whole forward of {name} is checkpointed, and runs once more in the backward pass, where other labels would be "
+    "kept than before. Checkpoint its layers instead (model.gradient_checkpointing_enable()), or the whole with "
+    "use_reentrant=True"
 )
 OnUnsupported = Literal["raise", "warn"]
 
@@ -83,6 +93,7 @@ class Gate:
         self.exchange = Exchange(store)
         self.on_unsupported = on_unsupported
         self._forward: Forward | None = None  # the one that is running
+        self._gating = False  # is one running, or about to?
         self._counted_step = -1
         self._notes: list[str] = []
         self._fingerprint: dict[str, str] = {}  # the teacher's
@@ -126,7 +137,7 @@ class Gate:
         self._hooks = [
             target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
             target.register_forward_hook(Hook(self._after), prepend=True, with_kwargs=True, always_call=True),
-            decoder.register_forward_hook(Hook(self._after_decoder)),
+            decoder.register_forward_hook(Hook(self._after_decoder), with_kwargs=True),
         ]
 
     @property
@@ -157,6 +168,10 @@ class Gate:
     # -- hooks ----------------------------------------------------------------------------------------
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._gating and is_inside(module):
+            if torch.is_grad_enabled():
+                self._refuse(RECOMPUTED if is_recomputed() else NESTED)
+            return None  # without gradients: of another batch, or one more view of this one
         self._drop()  # what is left of a forward that was interrupted between its hooks
         batch = self._by_name(args, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name != "sample_ids"}  # ours, not the model's
@@ -172,6 +187,9 @@ class Gate:
             self._parts.pace.wait()
             self._parts.ready_to_prove(False)
             return args, kwargs
+        if is_recomputed():
+            self._refuse(RECOMPUTED)
+        self._gating = True
         self._steps.gated_forward()
         if self.counters.labels_seen == 0:  # sharding comes after `apply`, before the first step
             refuse_opaque(module, self._parts.decoder)
@@ -179,13 +197,16 @@ class Gate:
         if self._parts.handle.statistics.failed is None:  # else on_unsupported="warn": the decoder runs dense
             self._forward = Forward.begin(self._parts, batch, step=self.step)
         if self._forward is None:
+            self._gating = False
             self.counters.forwards_ungated += 1
             return args, kwargs
         self.last = self._forward.decision
         return (), self._forward.arguments()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        forward, self._forward = self._forward, None
+        if self._gating and is_inside(module):
+            return None
+        forward, self._forward, self._gating = self._forward, None, False
         if forward is None:
             return None
         try:
@@ -204,6 +225,7 @@ class Gate:
 
     def _anew(self, forward: Forward) -> tuple[Forward, Any]:
         """Run a forward again with more computed, in place of the one that has just run."""
+        self._gating = True
         self._forward = forward = forward.again()
         try:
             return forward, self._parts.target.forward(**forward.arguments())
@@ -211,10 +233,10 @@ class Gate:
             forward.close()
             raise
         finally:
-            self._forward = None
+            self._forward, self._gating = None, False
 
-    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return None if self._forward is None else self._forward.decoded(output)
+    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return None if self._forward is None else self._forward.decoded(args, kwargs, output)
 
     def _on_step(self) -> None:
         self.watch.step(full=self.config.is_full(self.step))
@@ -237,7 +259,11 @@ class Gate:
         if not self.store.temporary and checkpoint.rank() == 0 and (n := self.store.count("difficulty")):
             self.note(OF_ANOTHER_RUN.format(path=self.store.path, n=n))
 
+    def _refuse(self, why: str) -> NoReturn:
+        raise UnknownArchitectureError(why.format(name=type(self._parts.target).__name__))
+
     def _drop(self) -> None:
+        self._gating = False
         if self._forward is not None:
             self._forward.close()
             self._forward = None
