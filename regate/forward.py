@@ -33,7 +33,7 @@ from regate.output import router
 from regate.output.head import Reading, embeddings, hidden_states, is_aside, with_hidden_states
 from regate.output.logits import LazyHead
 from regate.output.loss import Places
-from regate.output.outputs import kept_losses, loss_of, rescale, with_logits
+from regate.output.outputs import hands_out, kept_losses, loss_of, rescale, with_logits
 from regate.output.withheld import WithheldLogits, watched
 from regate.parts import Parts
 from regate.proof import reads
@@ -211,7 +211,12 @@ class Forward:
             self.parts.note(ON_PADDING)
         if self._on_padding is not None:
             return Read.ALL, False
-        why = self._asked or reads.logits_reader(self._head) or reads.output_reader(self.parts.between, self._decoder)
+        why = (
+            self._asked
+            or self.parts.handed_out
+            or reads.logits_reader(self._head)
+            or reads.output_reader(self.parts.between, self._decoder)
+        )
         if why is not None:
             self.parts.note(f"{reads.GIVEN_UP[Read.ALL]}: {why}")
             return Read.ALL, False
@@ -321,6 +326,10 @@ class Forward:
         if elsewhere and self.read < Read.ALL and self._active is not None:
             parts.put_elsewhere = reads.PUT_ELSEWHERE.format(n=elsewhere)
             return True
+        if self._decoded is not None and (self.short or self.read < Read.ALL):
+            if hands_out(output, hidden_states(self._decoded)):
+                parts.handed_out = reads.HANDED_OUT
+                return True
         loss = loss_of(output)
         if loss is None or self._decoded is None or parts.in_step or not (self.short or self.read < Read.ALL):
             return False

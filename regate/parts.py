@@ -44,6 +44,7 @@ class Parts:
         proven: what full steps may leave out; None before the first forward.
         ways: in which the losses that it is proven for come from the decoder's output.
         put_elsewhere: who keeps values of the decoder that it does not return; None where nobody does.
+        handed_out: does the model return its decoder's output? Then how to say so.
         strays: of past backward passes, at how many positions hidden states were read that mean nothing, int64 [].
         lazy: makes the head's logits lazy.
         between: the modules through which `target` calls `decoder`.
@@ -65,6 +66,7 @@ class Parts:
     proven: Proven | None = None
     ways: set[Any] = field(default_factory=set)
     put_elsewhere: str | None = None
+    handed_out: str | None = None
     strays: list[Tensor] = field(default_factory=list)
     lazy: LazyHead | None = None
     between: list[nn.Module] = field(init=False)

@@ -105,6 +105,21 @@ def with_logits(output: Any, change: Callable[[Tensor], Tensor], *, shape: tuple
     return output if same else made(changed)
 
 
+def hands_out(output: Any, values: Tensor) -> bool:
+    """Does a model return these values, or a view of them, under whatever name?"""
+    if type(values) is not Tensor:
+        return False
+    waiting = [output] if isinstance(output, Tensor) else [*_entries(output)[0].values()]
+    while waiting:
+        entry = waiting.pop()
+        if isinstance(entry, dict | tuple | list):
+            waiting.extend(_entries(entry)[0].values())
+        elif type(entry) is Tensor and entry.device == values.device:
+            if entry.untyped_storage().data_ptr() == values.untyped_storage().data_ptr():
+                return True
+    return False
+
+
 def _entries(output: Any) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any]]:
     """What an output holds, by name or by place, and how an output like it is made of others; nothing of other kinds.
 

@@ -41,6 +41,7 @@ PUT_ELSEWHERE = (
     "{n} value(s) that the decoder computes leave it otherwise than by being returned: a wrapped layer or a hook on "
     "all modules keeps them"
 )
+HANDED_OUT = "the model returns its decoder's output to the caller"
 _FAR = 400  # operations of a loss that are looked at
 _ASKED = ("output_hidden_states", "output_attentions")
 _PLUMBING = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "regate", "regate_patch")

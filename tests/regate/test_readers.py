@@ -221,6 +221,34 @@ def test_logits_within_an_output_say_so_too() -> None:
         inner.float().mean()
 
 
+def test_hidden_states_that_a_model_returns_under_a_name_of_its_own() -> None:
+    """For a second network, say, that learns from them and sends no gradient back."""
+    model, batch = _made("right")
+    usual = type(model)
+
+    class Own(usual):  # type: ignore[valid-type, misc]
+        def forward(self, labels: Tensor, **others: Any) -> Any:
+            hidden = self.model(**others)[0]
+            logits = self.lm_head(hidden)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=100)
+            return {"loss": loss, "logits": logits, "parts": {"seen": hidden[:, 1:]}}
+
+    model.__class__ = Own
+    seen: list[Tensor] = []
+
+    def objective(model: Any, output: Any) -> Any:
+        seen.append(output["parts"]["seen"].detach())
+        return output["loss"]
+
+    expected = _step(model, batch, objective)
+    gate = regate.apply(model, FULL, teacher=None)
+    for _ in range(2):
+        _assert_same(_step(model, batch, objective), expected)
+        torch.testing.assert_close(seen[-1], seen[0], atol=1e-10, rtol=0)
+    assert "returns its decoder's output" in str(gate.report())
+    assert gate.report()["labels_seen"] == 2 * int((batch["labels"] != -100).sum())
+
+
 @dataclass(frozen=True)
 class _Own:
     loss: Tensor
