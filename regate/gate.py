@@ -27,6 +27,7 @@ from regate.memory.sharing import Exchange
 from regate.memory.store import Store
 from regate.pace.pace import Pace
 from regate.parts import Parts
+from regate.proof.reads import changes_call
 from regate.scoring.ahead import teach_all
 from regate.scoring.decision import Decision
 from regate.scoring.keys import NO_IDS
@@ -182,8 +183,12 @@ class Gate:
                 self._steps.forward_in_eval_mode()
             return args, kwargs
         self._parts.pace.wait(embedded=batch.get("input_ids") is None)  # an own wrapper's encoder ran before
-        if batch.get("labels") is None:
-            self._steps.forward_without_labels()
+        late = changes_call(module, self._hooks[0].id)
+        if batch.get("labels") is None or late is not None:
+            if late is None:
+                self._steps.forward_without_labels()
+            else:
+                self._go_last(late)
             self._parts.pace.wait()
             self._parts.ready_to_prove(False)
             return args, kwargs
@@ -258,6 +263,14 @@ class Gate:
         """Before the first forward of a run: whose memory is in it?"""
         if not self.store.temporary and checkpoint.rank() == 0 and (n := self.store.count("difficulty")):
             self.note(OF_ANOTHER_RUN.format(path=self.store.path, n=n))
+
+    def _go_last(self, late: str) -> None:
+        """A hook behind ours may change the batch: from the next forward on it comes first; this one is not gated."""
+        self.note(f"{late} since the gate was applied: the forward in which it was first seen ran ungated")
+        hooks, own = self._parts.target._forward_pre_hooks, self._hooks[0].id
+        hooks[own] = hooks.pop(own)
+        self._steps.gated_forward()
+        self.counters.forwards_ungated += 1
 
     def _refuse(self, why: str) -> NoReturn:
         raise UnknownArchitectureError(why.format(name=type(self._parts.target).__name__))

@@ -23,7 +23,7 @@ from torch import Tensor
 from regate.errors import LabelsError
 from regate.labels import predictors
 from regate.output.head import Reading
-from regate.proof.reads import GIVEN_UP, Read
+from regate.proof.reads import GIVEN_UP, LEFT_OUT, Read
 from regate.proof.trial import Run, Subject, agree, close, is_finite, run, tolerance, tried
 
 FEW = 64  # labels of each row that a proof looks at: enough to tell, and few enough to fit wherever training does
@@ -141,5 +141,5 @@ def _implied(s: Subject, read: Tensor) -> tuple[Read, str | None]:
     why = f"the model's loss reads {int(beyond.sum())} positions that predict no label, such as {position} of row {row}"
     for level, computed in ((Read.LIVE, s.live), (Read.VALID, s.valid)):
         if not bool((beyond & ~computed).any()) and not bool(computed.all()):  # else this batch cannot tell
-            return level, why
+            return level, f"{why}; {LEFT_OUT}"
     return Read.ALL, why

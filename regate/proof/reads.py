@@ -29,12 +29,14 @@ class Read(IntEnum):
     """Padding, too: full steps run the decoder as it is."""
 
 
+LEFT_OUT = (
+    "on sparse steps positions that are left out have the value with which the residual stream enters the first layer"
+)
 GIVEN_UP = {
     Read.KEPT: "nothing",
     Read.LIVE: "the last layer runs at every position before the last label",
     Read.VALID: "positions after the last label are computed",
-    Read.ALL: "full steps run the decoder as it is, padding and all; on sparse steps positions that are left out have "
-    "the value with which the residual stream enters the first layer",
+    Read.ALL: f"full steps run the decoder as it is, padding and all; {LEFT_OUT}",
 }
 
 PUT_ELSEWHERE = (
@@ -76,6 +78,15 @@ def output_reader(parts: Iterable[nn.Module], decoder: nn.Module) -> str | None:
     for hook in (*decoder._forward_hooks.values(), *_of_gradients(decoder)):
         if _origin(hook).partition(".")[0] not in _PLUMBING:
             return f"a hook ({_origin(hook)}) hangs on {type(decoder).__name__}"
+    return None
+
+
+def changes_call(module: nn.Module, own: int) -> str | None:
+    """Who may change, by a hook behind the one with this id, what the module is called with; None if nobody does."""
+    ids = list(module._forward_pre_hooks)
+    for i in ids[ids.index(own) + 1 :]:
+        if _origin(hook := module._forward_pre_hooks[i]).partition(".")[0] not in _PLUMBING:
+            return f"a forward pre-hook ({_origin(hook)}) hangs on {type(module).__name__}"
     return None
 
 

@@ -432,6 +432,30 @@ def test_a_head_that_was_widened_by_hand() -> None:
     torch.testing.assert_close(_step(model, batch)[0], loss)
 
 
+def test_a_hook_that_changes_the_batch_comes_first() -> None:
+    """Also one that was registered after the gate: labels of a curriculum, say. Its first forward is not gated."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    fewer = batch["labels"].clone()
+    fewer[:, :14] = -100
+
+    def change(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"labels": fewer}
+
+    dense, _ = _step(model, batch | {"labels": fewer})
+    gate = regate.apply(model, FULL, teacher=None)
+    _step(model, batch)
+    hook = model.register_forward_pre_hook(change, with_kwargs=True)
+    for _ in range(2):
+        torch.testing.assert_close(_step(model, batch)[0], dense)
+    assert gate.last is not None
+    assert gate.last.labels_seen == int((fewer != -100).sum())
+    assert gate.report()["forwards_ungated"] == 1
+    assert "(tests.regate.test_gate) hangs on LlavaForConditionalGeneration" in str(gate.report())
+    hook.remove()
+    regate.remove(model)
+    assert not any("regate" in type(h).__module__ for h in model._forward_pre_hooks.values())
+
+
 def test_a_failed_forward_leaves_no_trace() -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch()
     gate = regate.apply(model, SPARSE)

@@ -156,6 +156,24 @@ def test_hooks_see_all_gradients(kind: str) -> None:
     assert "hangs on Linear" in str(gate.report())
 
 
+def test_what_sparse_steps_leave_out_is_told_to_who_reads_it() -> None:
+    """A second head that predicts two ahead reads no padding, but positions that predict no kept label."""
+    model, batch = _made("right")
+    own = model.loss_function
+
+    def two_ahead(logits: Tensor, labels: Tensor, **others: Any) -> Any:
+        second = F.cross_entropy(logits[:, :-2].tanh().flatten(0, 1), labels[:, 2:].flatten())
+        return own(logits=logits, labels=labels, **others) + second
+
+    model.loss_function = two_ahead
+    plain: Objective = lambda model, output: output.loss  # noqa: E731
+    expected = _step(model, batch, plain)
+    gate = regate.apply(model, FULL, teacher=None)
+    _assert_same(_step(model, batch, plain), expected)
+    assert "predict no label" in str(gate.report())
+    assert "on sparse steps positions that are left out have" in str(gate.report())
+
+
 def test_a_loss_that_reads_everything_is_right_on_padding_that_comes_later() -> None:
     """The first batch has none, and cannot show that padding is read."""
     model, batch = _made("none")
