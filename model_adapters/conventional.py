@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -62,7 +63,15 @@ def language_model(model: nn.Module) -> Any:
 
 
 def _takes_labels(module: nn.Module) -> bool:
-    return "labels" in inspect.signature(module.forward).parameters
+    return "labels" in signature(module).parameters
+
+
+def signature(module: nn.Module) -> inspect.Signature:
+    """Of its forward, or of its class's where another stands in its place that takes whatever comes."""
+    own = inspect.signature(module.forward)
+    if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own.parameters.values()):
+        return inspect.signature(MethodType(type(module).forward, module))
+    return own
 
 
 def causal_lm(model: nn.Module) -> nn.Module:

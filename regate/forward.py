@@ -30,10 +30,10 @@ from regate.errors import ConfigError, LogitsError
 from regate.labels import IGNORED, predicted, predictors
 from regate.memory.sharing import highest
 from regate.output import router
-from regate.output.head import Reading, embeddings, hidden_states, with_hidden_states
+from regate.output.head import Reading, embeddings, hidden_states, is_aside, with_hidden_states
 from regate.output.logits import LazyHead
 from regate.output.loss import Places
-from regate.output.outputs import kept_losses, loss_of, rescale, with_logits
+from regate.output.outputs import hands_out, kept_losses, loss_of, rescale, with_logits
 from regate.output.withheld import WithheldLogits, watched
 from regate.parts import Parts
 from regate.proof import reads
@@ -51,6 +51,11 @@ IN_ROWS = (
     "full turns save no memory here: attention of this decoder says something else than causal order, so rows are not "
     "laid end to end but filled up to the longest, and one full row makes all of them as long. One row per forward, or "
     "several samples packed in it, is not filled; else schedule='cycled' costs less"
+)
+ON_PADDING = (
+    "labels stand on padding, or on a first token that padding predicts: full steps train on them as the model does, "
+    "for which they run the decoder as it is, padding and all; sparse steps leave them out. If they are not meant, set "
+    "labels to -100 where attention_mask is 0, and on each row's first token"
 )
 _WAYS = 8  # in which a model may compute its loss, each of them proven
 
@@ -86,6 +91,7 @@ class Forward:
         self._asked, self._reader = reads.asked_for(self._call, self._target), reads.inner_reader(self._decoder)
         if self._asked or self._reader:
             install_recording(self._target, self._decoder)
+        self._on_padding = samples.on_padding if full else None
         self._kept = samples.candidates if full else parts.scorer.keep(samples, whole=whole)  # [N, L]
         kept = samples.segments.pack(self._kept)
         if due:
@@ -96,7 +102,9 @@ class Forward:
         if whole is not None:
             at_whole = samples.segments.pack(whole[:, None].expand_as(self._kept))
             beyond = torch.where(at_whole, self._beyond(True), beyond)
-        self.decision = Decision.of(layout, kept, parts.config, full=full, beyond=beyond, whole=at_whole)
+        self.decision = Decision.of(
+            layout, kept, parts.config, full=full, beyond=beyond, whole=at_whole, on_padding=self._on_padding
+        )
         self._reading = Reading.of(layout.labels, kept) if self.short else None
         self._places = Places.of(layout.labels, kept) if self._reading is None else self._reading.places
 
@@ -199,7 +207,16 @@ class Forward:
 
     def _reading_of(self, proven: Proven) -> tuple[Read, bool]:
         """What this forward computes, and whether its head runs at kept labels alone."""
-        why = self._asked or reads.logits_reader(self._head) or reads.output_reader(self.parts.between, self._decoder)
+        if self._samples.on_padding is not None:
+            self.parts.note(ON_PADDING)
+        if self._on_padding is not None:
+            return Read.ALL, False
+        why = (
+            self._asked
+            or self.parts.handed_out
+            or reads.logits_reader(self._head)
+            or reads.output_reader(self.parts.between, self._decoder)
+        )
         if why is not None:
             self.parts.note(f"{reads.GIVEN_UP[Read.ALL]}: {why}")
             return Read.ALL, False
@@ -259,12 +276,14 @@ class Forward:
         return to_device(self.decision.active, self._device)
 
     @torch.compiler.disable
-    def positions(self, *args: Any, **kwargs: Any) -> regate_patch.Active:
-        """What the decoder computes, now that it is called.
+    def positions(self, *args: Any, **kwargs: Any) -> regate_patch.Active | None:
+        """What the decoder computes, now that it is called; None where that is no part of the training.
 
         Raises:
             ConfigError: visual tokens are to be left out, but the decoder is not called with embeddings.
         """
+        if is_aside(args, kwargs, tuple(self.decision.labels.shape)):
+            return None
         start = time.perf_counter()
         if self.decision.spare is not None:
             found = embeddings(args, kwargs)
@@ -279,8 +298,10 @@ class Forward:
         self.parts.counters.gate_seconds += time.perf_counter() - start
         return self._active
 
-    def decoded(self, output: Any) -> Any:
+    def decoded(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """What the model goes on with instead of its decoder's output."""
+        if is_aside(args, kwargs, tuple(self.decision.labels.shape)):
+            return output
         if self._reading is not None:
             output = self._reading.shorten(output)
             left_out = self._reading.unread
@@ -305,6 +326,10 @@ class Forward:
         if elsewhere and self.read < Read.ALL and self._active is not None:
             parts.put_elsewhere = reads.PUT_ELSEWHERE.format(n=elsewhere)
             return True
+        if self._decoded is not None and (self.short or self.read < Read.ALL):
+            if hands_out(output, hidden_states(self._decoded)):
+                parts.handed_out = reads.HANDED_OUT
+                return True
         loss = loss_of(output)
         if loss is None or self._decoded is None or parts.in_step or not (self.short or self.read < Read.ALL):
             return False

@@ -6,20 +6,20 @@ forwards with labels are touched; evaluation and generation run as they were.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 import regate_patch
 from model_adapters import Batch, ModelAdapter
+from model_adapters.conventional import signature
 from regate.config import Config
-from regate.errors import ConfigError, NotGatedError, StoreError
+from regate.errors import ConfigError, NotGatedError, StoreError, StoreMismatchError, UnknownArchitectureError
 from regate.forward import Forward
 from regate.insight.report import Report
 from regate.memory import checkpoint
@@ -27,14 +27,16 @@ from regate.memory.sharing import Exchange
 from regate.memory.store import Store
 from regate.pace.pace import Pace
 from regate.parts import Parts
+from regate.proof.reads import changes_call
 from regate.scoring.ahead import teach_all
 from regate.scoring.decision import Decision
+from regate.scoring.keys import NO_IDS
 from regate.scoring.scorer import Samples, Scorer
 from regate.scoring.turns import Turns
 from regate.teaching import teacher as teachers
 from regate.training.calls import OuterCall, inner_call
 from regate.training.counters import Counters, Stopwatch
-from regate.training.hooks import Hook, call_weakly
+from regate.training.hooks import Hook, call_weakly, is_inside, is_recomputed
 from regate.training.sharding import forget_layers, gather_by_layer, refuse_opaque
 from regate.training.steps import Steps
 
@@ -47,6 +49,21 @@ NO_COPY = (
 OF_ANOTHER_RUN = (
     "the store at {path} holds difficulties of {n} samples, learnt in another run, and this run goes by them until it "
     "has its own. gate.load continues a run; gate.store.clear('difficulty') forgets what others learnt"
+)
+OTHER_TEACHER = (
+    "the run that is continued had another teacher: by default it is the language model as it was when the gate was "
+    "applied. Apply the gate to the model as it was before training, and load its trained weights after that; or pass "
+    "the model of before (teacher=...); or load no state of the gate, and let the schedule go on by gate.step = ..."
+)
+NESTED = (
+    "{name} calls itself within a training forward, and with gradients: labels would be chosen from twice. Let it call "
+    "its `forward` for what belongs to the same loss, use torch.no_grad() where no gradients are needed, or add up the "
+    "losses of two calls outside"
+)
+RECOMPUTED = (
+    "the whole forward of {name} is checkpointed, and runs once more in the backward pass, where other labels would be "
+    "kept than before. Checkpoint its layers instead (model.gradient_checkpointing_enable()), or the whole with "
+    "use_reentrant=True"
 )
 OnUnsupported = Literal["raise", "warn"]
 
@@ -77,8 +94,10 @@ class Gate:
         self.exchange = Exchange(store)
         self.on_unsupported = on_unsupported
         self._forward: Forward | None = None  # the one that is running
+        self._gating = False  # is one running, or about to?
         self._counted_step = -1
         self._notes: list[str] = []
+        self._fingerprint: dict[str, str] = {}  # the teacher's
         self.model = model
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
         self._teacher = teachers.teacher_of(
@@ -116,11 +135,10 @@ class Gate:
         )
         self._steps = Steps(model, target, on_step=self._on_step, on_missed=self._on_missed)
         gather_by_layer(decoder)
-        self._signature = inspect.signature(target.forward)
         self._hooks = [
             target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
             target.register_forward_hook(Hook(self._after), prepend=True, with_kwargs=True, always_call=True),
-            decoder.register_forward_hook(Hook(self._after_decoder)),
+            decoder.register_forward_hook(Hook(self._after_decoder), with_kwargs=True),
         ]
 
     @property
@@ -166,12 +184,17 @@ class Gate:
     @store.setter
     def store(self, store: Store) -> None:
         if self._teacher is not None:
-            store.bind(self._teacher.fingerprint())
+            self._fingerprint = self._teacher.fingerprint()
+            store.bind(self._fingerprint)
         self.exchange.store = store
 
     # -- hooks ----------------------------------------------------------------------------------------
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._gating and is_inside(module):
+            if torch.is_grad_enabled():
+                self._refuse(RECOMPUTED if is_recomputed() else NESTED)
+            return None  # without gradients: of another batch, or one more view of this one
         self._drop()  # what is left of a forward that was interrupted between its hooks
         batch = self._by_name(args, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name != "sample_ids"}  # ours, not the model's
@@ -182,11 +205,18 @@ class Gate:
                 self._steps.forward_in_eval_mode()
             return args, kwargs
         self._parts.pace.wait(embedded=batch.get("input_ids") is None)  # an own wrapper's encoder ran before
-        if batch.get("labels") is None:
-            self._steps.forward_without_labels()
+        late = changes_call(module, self._hooks[0].id)
+        if batch.get("labels") is None or late is not None:
+            if late is None:
+                self._steps.forward_without_labels()
+            else:
+                self._go_last(late)
             self._parts.pace.wait()
             self._parts.ready_to_prove(False)
             return args, kwargs
+        if is_recomputed():
+            self._refuse(RECOMPUTED)
+        self._gating = True
         self._steps.gated_forward()
         if self.counters.labels_seen == 0:  # sharding comes after `apply`, before the first step
             refuse_opaque(module, self._parts.decoder)
@@ -194,13 +224,16 @@ class Gate:
         if self._parts.handle.statistics.failed is None:  # else on_unsupported="warn": the decoder runs dense
             self._forward = Forward.begin(self._parts, batch, step=self.step)
         if self._forward is None:
+            self._gating = False
             self.counters.forwards_ungated += 1
             return args, kwargs
         self.last = self._forward.decision
         return (), self._forward.arguments()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        forward, self._forward = self._forward, None
+        if self._gating and is_inside(module):
+            return None
+        forward, self._forward, self._gating = self._forward, None, False
         if forward is None:
             return None
         try:
@@ -219,6 +252,7 @@ class Gate:
 
     def _anew(self, forward: Forward) -> tuple[Forward, Any]:
         """Run a forward again with more computed, in place of the one that has just run."""
+        self._gating = True
         self._forward = forward = forward.again()
         try:
             return forward, self._parts.target.forward(**forward.arguments())
@@ -226,10 +260,10 @@ class Gate:
             forward.close()
             raise
         finally:
-            self._forward = None
+            self._forward, self._gating = None, False
 
-    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return None if self._forward is None else self._forward.decoded(output)
+    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return None if self._forward is None else self._forward.decoded(args, kwargs, output)
 
     def _on_step(self) -> None:
         self.watch.step(full=self.config.is_full(self.step))
@@ -252,15 +286,26 @@ class Gate:
         if not self.store.temporary and checkpoint.rank() == 0 and (n := self.store.count("difficulty")):
             self.note(OF_ANOTHER_RUN.format(path=self.store.path, n=n))
 
+    def _go_last(self, late: str) -> None:
+        """A hook behind ours may change the batch: from the next forward on it comes first; this one is not gated."""
+        self.note(f"{late} since the gate was applied: the forward in which it was first seen ran ungated")
+        hooks, own = self._parts.target._forward_pre_hooks, self._hooks[0].id
+        hooks[own] = hooks.pop(own)
+        self._steps.gated_forward()
+        self.counters.forwards_ungated += 1
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise UnknownArchitectureError(why.format(name=type(self._parts.target).__name__))
+
     def _drop(self) -> None:
+        self._gating = False
         if self._forward is not None:
             self._forward.close()
             self._forward = None
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
-        batch = dict(self._signature.bind_partial(*args).arguments)
-        return batch | kwargs
+        return (dict(signature(self._parts.target).bind_partial(*args).arguments) if args else {}) | kwargs
 
     def note(self, note: str) -> None:
         """Tell the user something, once; the report says it again."""
@@ -294,7 +339,7 @@ class Gate:
         def read(batch: Batch) -> Samples:
             batch = {k: _moved(v, device) for k, v in batch.items() if k != "sample_ids"}
             call = inner_call(self.model, self._parts.target, batch)
-            return self._parts.read({**call, "sample_ids": ()})[1]  # by text alone: images need not be told apart
+            return self._parts.read({**call, "sample_ids": NO_IDS})[1]  # images need not be told apart
 
         split = split or (self._teacher is not None and self._teacher.together)
         teach_all(self.scorer, dataloader, read, steps=self._steps.made, progress=progress, split=split)
@@ -356,6 +401,7 @@ class Gate:
             "counters": asdict(self.counters),
             "prior": self.scorer.prior.state_dict(),
             "references": 0 if self.scorer.lazily else self.store.count("reference"),
+            "teacher": dict(self._fingerprint) if self.scorer.lazily else {},
             "difficulty": checkpoint.pack(self.store.items("difficulty")),
             **turns,
             **({"reference": checkpoint.pack(self.store.items("reference"))} if irreplaceable else {}),
@@ -366,13 +412,17 @@ class Gate:
 
         Raises:
             StoreError: the run had reference losses that the store lacks, and the model is no longer what made them.
+            StoreMismatchError: the run had another teacher than this gate.
         """
+        had, has = state.get("teacher"), self._fingerprint
+        if self.scorer.lazily and had and has and had != has:
+            raise StoreMismatchError(OTHER_TEACHER)
         if "reference" in state:
             self.store.put("reference", dict(checkpoint.unpack(state["reference"])))
-        had, has = state.get("references", 0), self.store.count("reference")
-        if self._teacher is not None and not self.scorer.lazily and has < had:
+        n, now = state.get("references", 0), self.store.count("reference")
+        if self._teacher is not None and not self.scorer.lazily and now < n:
             raise StoreError(
-                f"the run had reference losses of {had} texts, and the store at {self.store.path} has {has}; a trained "
+                f"the run had reference losses of {n} texts, and the store at {self.store.path} has {now}; a trained "
                 "model cannot make them again. Give regate.apply the store of the run (store=...)"
             )
         self.scorer.forget()

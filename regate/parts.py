@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter
 from model_adapters.attention import stand_in
-from model_adapters.conventional import text_config, way_to
+from model_adapters.conventional import signature, text_config, way_to
 from model_adapters.flash import called_by
 from regate.config import Config
 from regate.errors import HiddenStatesError, UnknownArchitectureError
@@ -45,10 +44,10 @@ class Parts:
         proven: what full steps may leave out; None before the first forward.
         ways: in which the losses that it is proven for come from the decoder's output.
         put_elsewhere: who keeps values of the decoder that it does not return; None where nobody does.
+        handed_out: does the model return its decoder's output? Then how to say so.
         strays: of past backward passes, at how many positions hidden states were read that mean nothing, int64 [].
         lazy: makes the head's logits lazy.
         between: the modules through which `target` calls `decoder`.
-        takes_cache: may the call of `target` say whether it is to make a cache?
         note: tells the user something, once.
     """
 
@@ -67,17 +66,21 @@ class Parts:
     proven: Proven | None = None
     ways: set[Any] = field(default_factory=set)
     put_elsewhere: str | None = None
+    handed_out: str | None = None
     strays: list[Tensor] = field(default_factory=list)
     lazy: LazyHead | None = None
     between: list[nn.Module] = field(init=False)
-    takes_cache: bool = field(init=False)
     _in_step: bool | None = None
 
     def __post_init__(self) -> None:
         self.between = way_to(self.target, self.decoder)[1:-1]
-        parameters = inspect.signature(self.target.forward).parameters
+
+    @property
+    def takes_cache(self) -> bool:
+        """May the call of `target` say whether it is to make a cache? Its forward may have been replaced."""
+        parameters = signature(self.target).parameters
         others = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-        self.takes_cache = "use_cache" in parameters or (others and hasattr(self.target, "config"))
+        return "use_cache" in parameters or (others and hasattr(self.target, "config"))
 
     def count_stray(self, read: Tensor) -> None:
         """In a backward pass; a GPU is not waited for before the next forward."""
@@ -107,9 +110,11 @@ class Parts:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
-        size = getattr(text_config(self.target), "vocab_size", None)
-        return size or max(shape[0] for p in self.head.parameters() if len(shape := whole_shape(p)) == 2)
+        """V, as the config says, or the head, where it was widened by hand."""
+        head = getattr(self.head, "projection", self.head)
+        told = getattr(text_config(self.target), "vocab_size", None), getattr(head, "out_features", None)
+        sizes = [size for size in told if isinstance(size, int)]
+        return max(sizes or (shape[0] for p in head.parameters() if len(shape := whole_shape(p)) == 2))
 
     @property
     def in_step(self) -> bool:
@@ -143,7 +148,7 @@ class Parts:
             raise UnknownArchitectureError(str(error)) from error
         if stand_in(self.decoder) is not None and not called_by(self.decoder):
             check_boundaries(batch)
-        layout, segments = batches.on_host(batch, layout, vocabulary=self.vocabulary)
+        layout, segments, on_padding = batches.on_host(batch, layout, vocabulary=self.vocabulary)
         alone = segments.unpack_layout(layout)
         text = keys.text_keys(alone)
         given = self.outer.arguments | dict(batch)
@@ -152,7 +157,7 @@ class Parts:
         if visual is None and sample_ids is None:
             self.note(keys.UNKNOWN_IMAGES)
         names = keys.sample_keys(text, visual, sample_ids)
-        return layout, Samples(text, names, alone, self._apart(batch, segments), segments)
+        return layout, Samples(text, names, alone, self._apart(batch, segments), segments, on_padding)
 
     def _apart(self, batch: Batch, segments: Segments) -> Batch:
         """The batch with position ids of a row a sample."""

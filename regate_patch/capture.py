@@ -104,7 +104,10 @@ class GatedForward:
         if chosen is None or self.statistics.failed is not None:
             return self.forward(*args, **kwargs)
         if not isinstance(chosen, Active):
-            with active(chosen(*args, **kwargs)):
+            found = chosen(*args, **kwargs)
+            if found is None:
+                return self.forward(*args, **kwargs)
+            with active(found):
                 return self(*args, **kwargs)
         _check_length(chosen, args, kwargs)
         ran_before, graphs_before = len(chosen.ran), len(self.statistics.graphs) + self.statistics.other_graphs

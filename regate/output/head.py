@@ -83,6 +83,15 @@ def with_hidden_states(output: Any, hidden: Tensor) -> Any:
     return type(output)(**{**output, "last_hidden_state": hidden})
 
 
+def is_aside(args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
+    """Is this call of a decoder no part of the training on a batch [B, S], but one without gradients on another?"""
+    if torch.is_grad_enabled():
+        return False
+    found = embeddings(args, kwargs)
+    found = kwargs.get("input_ids") if found is None else found
+    return isinstance(found, Tensor) and tuple(found.shape[:2]) != shape
+
+
 def embeddings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The embeddings [B, S, D] that a decoder is called with, if it is."""
     found = kwargs.get("inputs_embeds", kwargs.get("hidden_states", args[0] if args else None))

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from regate.training.hooks import standing_in
@@ -63,9 +64,9 @@ class LazyHead:
         none = self.forward(args[0].detach().reshape(-1, args[0].shape[-1])[:0])
         return LazyLogits(args[0], self, none)
 
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that learn."""
-        return [p for p in self.head.parameters() if p.requires_grad]
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that learn, by name."""
+        return {name: p for name, p in self.head.named_parameters() if p.requires_grad}
 
     def rows(self, vocabulary: int) -> int:
         """How many rows are a chunk."""
@@ -196,11 +197,13 @@ class LazyLogits(Tensor):
                 losses = entropy(logits, target, reduction="none")
             found = entropy(logits, target, reduction=reduction)
         else:
+            trained = self._head.trained()
 
-            def some(hidden: Tensor, labels: Tensor) -> Tensor:
-                return entropy(self._logits(hidden), labels, reduction="none")
+            def some(hidden: Tensor, labels: Tensor, *parameters: Tensor) -> Tensor:
+                with _reparametrize_module(self._head.head, dict(zip(trained, parameters, strict=True))):
+                    return entropy(self._logits(hidden), labels, reduction="none")
 
-            losses = _InChunks.apply(some, n, self._hidden, target, *self._head.trained())
+            losses = _InChunks.apply(some, n, self._hidden, target, *trained.values())
             total = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
             mean = total / (target != ignore_index).sum()
             found = {"none": losses, "sum": total.to(losses.dtype), "mean": mean.to(losses.dtype)}[reduction]
@@ -209,7 +212,8 @@ class LazyLogits(Tensor):
 
 
 class _InChunks(torch.autograd.Function):
-    """`some(hidden, labels)` [N] of n rows at a time, computed again for the backward pass.
+    """`some(hidden, labels, *parameters)` [N] of n rows at a time, computed again for the backward pass: with the
+    parameters of then, for others may be in their place by now (`torch.func.functional_call`).
 
     Gradients of parameters are summed over chunks in float32: bfloat16 would lose what many chunks add.
     """
@@ -217,7 +221,7 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        some: Callable[[Tensor, Tensor], Tensor],
+        some: Callable[..., Tensor],
         n: int,
         hidden: Tensor,
         labels: Tensor,
@@ -225,7 +229,7 @@ class _InChunks(torch.autograd.Function):
     ) -> Tensor:
         ctx.some, ctx.n, ctx.context = some, n, _current_context(hidden.device.type)
         ctx.save_for_backward(hidden, labels, *parameters)
-        return torch.cat([some(*rows) for rows in zip(hidden.split(n), labels.split(n), strict=True)])
+        return torch.cat([some(*rows, *parameters) for rows in zip(hidden.split(n), labels.split(n), strict=True)])
 
     @staticmethod
     @once_differentiable
@@ -237,7 +241,7 @@ class _InChunks(torch.autograd.Function):
         for rows, of_rows, by_losses, by_rows in zip(*chunks, strict=True):
             leaf = rows.detach().requires_grad_()
             with ctx.context(), torch.enable_grad():
-                losses = ctx.some(leaf, of_rows)
+                losses = ctx.some(leaf, of_rows, *parameters)
             by_leaf, *found = torch.autograd.grad(losses, [leaf, *parameters], by_losses)
             by_rows.copy_(by_leaf)
             for total, x in zip(sums, found, strict=True):

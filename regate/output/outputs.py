@@ -89,31 +89,66 @@ def rescale(output: Any, candidates: Tensor, share: float) -> Any:
 def with_logits(output: Any, change: Callable[[Tensor], Tensor], *, shape: tuple[int, int, int]) -> Any:
     """The output with other logits in place of those it has, of this shape [B, S, V], wherever it has some.
 
-    Outputs within outputs have logits, too (BLIP-2's `language_model_outputs`); in tuples the shape tells them.
+    Outputs within outputs have logits, too (BLIP-2's `language_model_outputs`); where they have no name of their own,
+    or another one, the shape tells them.
+    """
+    entries, made = _entries(output)
+    changed = {
+        name: change(entry)
+        if _are_logits(name, entry, shape)
+        else with_logits(entry, change, shape=shape)
+        if isinstance(entry, dict | tuple)
+        else entry
+        for name, entry in entries.items()
+    }
+    same = all(changed[name] is entry for name, entry in entries.items())
+    return output if same else made(changed)
+
+
+def hands_out(output: Any, values: Tensor) -> bool:
+    """Does a model return these values, or a view of them, under whatever name?"""
+    if type(values) is not Tensor:
+        return False
+    waiting = [output] if isinstance(output, Tensor) else [*_entries(output)[0].values()]
+    while waiting:
+        entry = waiting.pop()
+        if isinstance(entry, dict | tuple | list):
+            waiting.extend(_entries(entry)[0].values())
+        elif type(entry) is Tensor and entry.device == values.device:
+            if entry.untyped_storage().data_ptr() == values.untyped_storage().data_ptr():
+                return True
+    return False
+
+
+def _entries(output: Any) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any]]:
+    """What an output holds, by name or by place, and how an output like it is made of others; nothing of other kinds.
+
+    Objects of one's own are changed where they are.
     """
     if isinstance(output, dict):
-        entries: dict[str, Any] = {}
-        for name, entry in output.items():
-            if name == "logits" and _are_rows(entry, shape[:2]):
-                entries[name] = change(entry)
-            elif isinstance(entry, dict):
-                entries[name] = with_logits(entry, change, shape=shape)
-            else:
-                entries[name] = entry
-        same = all(entries[name] is entry for name, entry in output.items())
-        return output if same else type(output)(**entries)
-    if type(output) is tuple:
-        return tuple(
-            change(entry)
-            if _are_rows(entry, shape[:2]) and entry.shape[2] == shape[2]
-            else with_logits(entry, change, shape=shape)
-            for entry in output
-        )
-    if _are_rows(getattr(output, "logits", None), shape[:2]):
-        output.logits = change(output.logits)
+        return dict(output), lambda changed: _like(output, changed)
+    if isinstance(output, tuple) and (names := getattr(output, "_fields", None)) is not None:
+        return dict(zip(names, output, strict=True)), lambda changed: type(output)(**changed)
+    if type(output) in (tuple, list):
+        return dict(enumerate(output)), lambda changed: type(output)(changed.values())
+    if isinstance(output, Tensor):
+        return {}, lambda changed: output
+    names = [*getattr(output, "__dict__", ()), *getattr(type(output), "__slots__", ())]
+    return {name: getattr(output, name) for name in names}, lambda changed: _set(output, changed)
+
+
+def _like(output: dict[Any, Any], changed: dict[Any, Any]) -> Any:
+    return type(output)(**changed) if all(isinstance(name, str) for name in changed) else type(output)(changed)
+
+
+def _set(output: Any, changed: dict[Any, Any]) -> Any:
+    for name, entry in changed.items():
+        object.__setattr__(output, name, entry)  # of a frozen dataclass, too
     return output
 
 
-def _are_rows(x: Any, shape: tuple[int, ...]) -> bool:
-    """Is it a tensor [B, S, ...]?"""
-    return isinstance(x, Tensor) and x.dim() == 3 and x.shape[:2] == shape
+def _are_logits(name: Any, entry: Any, shape: tuple[int, int, int]) -> bool:
+    """Is it a tensor [B, S, V], or [B, S, ...] of that name?"""
+    if not isinstance(entry, Tensor) or entry.dim() != 3 or entry.shape[:2] != shape[:2]:
+        return False
+    return name == "logits" or entry.shape[2] == shape[2]

@@ -17,12 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from regate.errors import LabelsError
 from regate.labels import predictors
 from regate.output.head import Reading
-from regate.proof.reads import GIVEN_UP, Read
+from regate.proof.reads import GIVEN_UP, LEFT_OUT, Read
 from regate.proof.trial import Run, Subject, agree, close, is_finite, run, tolerance, tried
 
 FEW = 64  # labels of each row that a proof looks at: enough to tell, and few enough to fit wherever training does
@@ -130,14 +131,15 @@ def _implied(s: Subject, read: Tensor) -> tuple[Read, str | None]:
     beyond = read & ~predict
     if not bool(beyond.any()):
         return Read.KEPT, None
-    if not bool((read & predict).any()):
+    if torch.equal(read, s.few) or not bool((read & predict).any()):
         raise LabelsError(
             f"the loss of {type(s.model).__name__} does not read the positions before its labels, as a causal language "
             "model's does; register an adapter whose `layout` lays labels along the decoder's positions"
+            + (", for the batch brings them shifted by one already" if torch.equal(read, s.few) else "")
         )
     row, position = beyond.nonzero()[0].tolist()
     why = f"the model's loss reads {int(beyond.sum())} positions that predict no label, such as {position} of row {row}"
     for level, computed in ((Read.LIVE, s.live), (Read.VALID, s.valid)):
         if not bool((beyond & ~computed).any()) and not bool(computed.all()):  # else this batch cannot tell
-            return level, why
+            return level, f"{why}; {LEFT_OUT}"
     return Read.ALL, why

@@ -29,18 +29,21 @@ class Read(IntEnum):
     """Padding, too: full steps run the decoder as it is."""
 
 
+LEFT_OUT = (
+    "on sparse steps positions that are left out have the value with which the residual stream enters the first layer"
+)
 GIVEN_UP = {
     Read.KEPT: "nothing",
     Read.LIVE: "the last layer runs at every position before the last label",
     Read.VALID: "positions after the last label are computed",
-    Read.ALL: "full steps run the decoder as it is, padding and all; on sparse steps positions that are left out have "
-    "the value with which the residual stream enters the first layer",
+    Read.ALL: f"full steps run the decoder as it is, padding and all; {LEFT_OUT}",
 }
 
 PUT_ELSEWHERE = (
     "{n} value(s) that the decoder computes leave it otherwise than by being returned: a wrapped layer or a hook on "
     "all modules keeps them"
 )
+HANDED_OUT = "the model returns its decoder's output to the caller"
 _FAR = 400  # operations of a loss that are looked at
 _ASKED = ("output_hidden_states", "output_attentions")
 _PLUMBING = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "regate", "regate_patch")
@@ -68,12 +71,22 @@ def output_reader(parts: Iterable[nn.Module], decoder: nn.Module) -> str | None:
     Or, by a hook, what the decoder hands out: such a hook may run after ours.
     """
     for part in parts:
-        for hook in (*part._forward_hooks.values(), *filter(None, [vars(part).get("forward")])):
+        hooks = (*part._forward_hooks.values(), *_of_gradients(part), *filter(None, [vars(part).get("forward")]))
+        for hook in hooks:
             if _origin(hook).partition(".")[0] not in _PLUMBING:
                 return f"{_origin(hook)} hangs on {type(part).__name__}, which hands on the decoder's output"
-    for hook in decoder._forward_hooks.values():
+    for hook in (*decoder._forward_hooks.values(), *_of_gradients(decoder)):
         if _origin(hook).partition(".")[0] not in _PLUMBING:
-            return f"a forward hook ({_origin(hook)}) hangs on {type(decoder).__name__}"
+            return f"a hook ({_origin(hook)}) hangs on {type(decoder).__name__}"
+    return None
+
+
+def changes_call(module: nn.Module, own: int) -> str | None:
+    """Who may change, by a hook behind the one with this id, what the module is called with; None if nobody does."""
+    ids = list(module._forward_pre_hooks)
+    for i in ids[ids.index(own) + 1 :]:
+        if _origin(hook := module._forward_pre_hooks[i]).partition(".")[0] not in _PLUMBING:
+            return f"a forward pre-hook ({_origin(hook)}) hangs on {type(module).__name__}"
     return None
 
 
@@ -119,17 +132,22 @@ def _is_number(x: Any) -> bool:
 
 def _hooked(module: nn.Module, *, inside: bool) -> str | None:
     """A hook of the user's on the module or its parts; `inside`: what the module itself is given does not count."""
-    if not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+    if not any(p._forward_hooks or p._forward_pre_hooks or _of_gradients(p) for p in module.modules()):
         return None
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding):
             continue  # sees nothing of the output
         before = {} if inside and part is module else part._forward_pre_hooks
-        for hook in (*part._forward_hooks.values(), *before.values()):
+        for hook in (*part._forward_hooks.values(), *before.values(), *_of_gradients(part)):
             if _origin(hook).partition(".")[0] not in _PLUMBING:
                 where = f"{type(module).__name__}.{name}" if name else type(module).__name__
-                return f"a forward hook ({_origin(hook)}) hangs on {where}"
+                return f"a hook ({_origin(hook)}) hangs on {where}"
     return None
+
+
+def _of_gradients(module: nn.Module) -> tuple[Callable[..., Any], ...]:
+    """The hooks that see a module's gradients in the backward pass."""
+    return (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
 
 
 def _origin(hook: Callable[..., Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regate.output.head import Reading, embeddings, hidden_states, with_hidden_states
+from regate.output.head import Reading, embeddings, hidden_states, is_aside, with_hidden_states
 from regate.output.logits import LazyHead
 from regate.output.outputs import loss_of
 from regate.proof.reads import Read
@@ -96,10 +96,15 @@ def run(
         rows = reading.index.numel() // 3 + 1  # so that there are several chunks
     seen: dict[str, Any] = {}
 
-    def enter(decoder: nn.Module, args: Any, kwargs: Any) -> None:
-        seen["input"] = embeddings(args, kwargs)
+    shape = tuple(s.labels.shape)
 
-    def leave(decoder: nn.Module, args: Any, made: Any) -> Any:
+    def enter(decoder: nn.Module, args: Any, kwargs: Any) -> None:
+        if not is_aside(args, kwargs, shape):
+            seen["input"] = embeddings(args, kwargs)
+
+    def leave(decoder: nn.Module, args: Any, kwargs: Any, made: Any) -> Any:
+        if is_aside(args, kwargs, shape):
+            return made
         hidden = hidden_states(made)
         leaf = hidden.detach().requires_grad_()
         seen.update(hidden=hidden, leaf=leaf, output=with_hidden_states(made, hidden.detach()))
@@ -122,7 +127,7 @@ def run(
             loss = loss_of(s.model.forward(**call))
         if loss is None or "leaf" not in seen:
             return None
-        head = s.lazy.trained() if s.lazy is not None and s.backward and reading is not None else []
+        head = [*s.lazy.trained().values()] if s.lazy is not None and s.backward and reading is not None else []
         by_hidden, *by_head = torch.autograd.grad(
             loss.sum(), [seen["leaf"], *head], allow_unused=True, retain_graph=True
         )
@@ -203,7 +208,10 @@ def _computed_in(x: Tensor) -> torch.dtype:
 
 @contextlib.contextmanager
 def _hooked(module: nn.Module, before: Any, after: Any) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
         yield
     finally:

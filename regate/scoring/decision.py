@@ -25,7 +25,9 @@ class Decision:
 
     Attributes:
         full: every label kept, by the schedule? A step with full turns of some samples is none.
-        labels: int64, as the batch brought them.
+        labels: int64, as the batch brought them, but for those that are no sample's.
+        on_padding: int64, those that belong to padding and enter the loss all the same, -100 elsewhere; None where
+            there are none, and on sparse steps, which leave them out.
         valid: bool, False on padding.
         kept: bool, labels that enter the loss.
         whole: bool, positions of samples that keep every label and every visual token.
@@ -49,6 +51,7 @@ class Decision:
     labels_seen: int
     labels_kept: int
     positions_seen: int
+    on_padding: Tensor | None = None
 
     @classmethod
     def of(
@@ -60,10 +63,11 @@ class Decision:
         full: bool,
         beyond: bool | Tensor,
         whole: Tensor | None = None,
+        on_padding: Tensor | None = None,
     ) -> Decision:
         """From a batch's layout and the labels kept, both on the CPU; `beyond` as in `active_positions`.
 
-        `whole` as above; if not given, all positions of a full step, and none of another.
+        `whole` as above; if not given, all positions of a full step, and none of another. `on_padding` is of the batch.
         """
         spare = None
         whole = torch.full_like(layout.valid, full) if whole is None else whole
@@ -77,7 +81,7 @@ class Decision:
         seen, labels_kept = int((layout.labels[:, 1:] != IGNORED).sum()), int(kept.sum())
         return cls(
             full, layout.labels, layout.valid, kept, whole, active, spare, computed.tolist(), kept.sum(1).tolist(),
-            seen, labels_kept, int(layout.valid.sum()),
+            seen, labels_kept, int(layout.valid.sum()), on_padding if full else None,
         )  # fmt: skip
 
     @property
@@ -98,7 +102,8 @@ class Decision:
     @property
     def labels_left(self) -> Tensor:
         """The labels, -100 where they are not kept."""
-        return torch.where(self.kept, self.labels, IGNORED)
+        left = torch.where(self.kept, self.labels, IGNORED)
+        return left if self.on_padding is None else torch.where(self.on_padding != IGNORED, self.on_padding, left)
 
     def thin(self, embeddings: Tensor, keep: float) -> Decision:
         """With the share `keep` of spare tokens, chosen by `embeddings` [B, S, D]."""

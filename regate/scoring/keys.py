@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from model_adapters import Batch, Layout, ModelAdapter
 from model_adapters.visual import TABLES, Seen
+from regate.errors import StoreError
 from regate.labels import IGNORED
 
 UNKNOWN_IMAGES = (
     "which image belongs to which row of the batch cannot be told: equal texts share one difficulty; pass sample_ids, "
     "or give regate.apply the model that is called with the images"
 )
+NO_IDS: tuple[object, ...] = ()  # in place of `sample_ids`, where samples are read for their texts alone
 _CHUNK = 1 << 22  # values that are digested at a time
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Inputs that are not padded with zeros: which of their values count, and along which axis.
@@ -51,9 +53,19 @@ def text_keys(layout: Layout) -> list[bytes]:
 
 
 def sample_keys(text: Sequence[bytes], visual: Sequence[bytes] | None, sample_ids: object = None) -> list[bytes]:
-    """Keys under which difficulties are kept: explicit ids where given, else text and visual input."""
+    """Keys under which difficulties are kept: explicit ids where given, else text and visual input.
+
+    Raises:
+        StoreError: there are not as many ids as samples.
+    """
     if sample_ids is not None:
-        ids = sample_ids.tolist() if isinstance(sample_ids, Tensor) else list(sample_ids)  # type: ignore[call-overload]
+        listed = getattr(sample_ids, "tolist", None)  # of a tensor or an array: plain numbers in any run
+        ids: list[Any] = listed() if listed is not None else list(sample_ids)  # type: ignore[call-overload]
+        if len(ids) != len(text) and sample_ids is not NO_IDS:
+            raise StoreError(
+                f"the call brings {len(ids)} `sample_ids` and {len(text)} samples; give one id per sample, in the "
+                "order in which they stand: one per row, or, where rows are packed, one for each sample of each row"
+            )
         return [blake2b(repr(i).encode(), digest_size=16, person=b"sample").digest() for i in ids]
     if visual is None:
         return list(text)

@@ -38,6 +38,7 @@ class Samples:
         layout: a row a sample, [N, L] on the CPU.
         batch: the arguments of the model's call, with position ids of a row a sample.
         segments: where the samples stand in the batch.
+        on_padding: labels of the batch that are no sample's (see `batches.on_host`), [B, S]; None where there are none.
     """
 
     text: list[bytes]
@@ -45,6 +46,7 @@ class Samples:
     layout: Layout
     batch: Batch
     segments: Segments
+    on_padding: Tensor | None = None
 
     @property
     def candidates(self) -> Tensor:

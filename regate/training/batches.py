@@ -13,10 +13,12 @@ from regate.labels import IGNORED
 from regate.training.segments import Segments, starts
 
 
-def on_host(batch: Batch, layout: Layout, *, vocabulary: int) -> tuple[Layout, Segments]:
-    """The layout on the CPU and where its samples stand, fetched in one piece.
+def on_host(batch: Batch, layout: Layout, *, vocabulary: int) -> tuple[Layout, Segments, Tensor | None]:
+    """The layout on the CPU and where its samples stand, fetched in one piece; labels that belong to padding.
 
-    A label with which a sample begins within a row is dropped: no position of one sample predicts one of the next.
+    A label with which a sample begins is dropped: no position of one sample predicts one of the next, and none the
+    first of a row. So are those that stand on padding or are predicted from there, which are no sample's: how many
+    there are depends on the batch. They are given back, int64 [B, S] and -100 elsewhere, or None where there are none.
 
     Args:
         batch: the arguments of the model's call.
@@ -34,11 +36,15 @@ def on_host(batch: Batch, layout: Layout, *, vocabulary: int) -> tuple[Layout, S
         [x.long() for x in (*fields, *([] if begins is None else [begins]))]
     ).cpu()
     _check_labels(labels, vocabulary)
-    if rest:
-        labels = labels.masked_fill(rest[0].bool(), IGNORED)
-    segments = Segments.of(rest[0].bool() if rest else None, (labels.shape[0], labels.shape[1]))
-    layout = replace(layout, input_ids=input_ids, labels=labels, valid=valid.bool(), visual=visual.bool())
-    return layout, segments
+    first = rest[0].bool() if rest else torch.zeros_like(valid, dtype=torch.bool)
+    segments = Segments.of(first if rest else None, (labels.shape[0], labels.shape[1]))
+    first[:, 0], valid = True, valid.bool()
+    labels = labels.masked_fill(first, IGNORED)
+    inside = valid & valid.roll(1, 1)
+    on_padding = labels.masked_fill(inside, IGNORED)
+    labels = labels.masked_fill(~inside, IGNORED)
+    layout = replace(layout, input_ids=input_ids, labels=labels, valid=valid, visual=visual.bool())
+    return layout, segments, on_padding if bool((on_padding != IGNORED).any()) else None
 
 
 def _check_shapes(layout: Layout) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from model_adapters import Batch
-from model_adapters.conventional import unwrap
+from model_adapters.conventional import signature, unwrap
 from regate.errors import UnsupportedShardingError
 from regate.training.hooks import Hook
 from regate_patch import is_sharded
@@ -33,15 +32,15 @@ class OuterCall:
         self._hooks = []
         outer = unwrap(model)
         if outer is not target:
-            self._signature = inspect.signature(outer.forward)
             self._hooks = [
                 outer.register_forward_pre_hook(Hook(self._called), with_kwargs=True),
                 outer.register_forward_hook(Hook(self._returned), always_call=True),
             ]
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        named = dict(self._signature.bind_partial(*args).arguments)
-        for parameter in self._signature.parameters.values():
+        own = signature(module)
+        named = dict(own.bind_partial(*args).arguments)
+        for parameter in own.parameters.values():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 named.pop(parameter.name, None)
         self.arguments = _spread(named | kwargs)
@@ -93,7 +92,7 @@ def inner_call(model: nn.Module, target: nn.Module, batch: Batch) -> Batch:
     seen: dict[str, Any] = {}
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.update(inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs)
+        seen.update(signature(module).bind_partial(*args).arguments, **kwargs)
         raise _Reached
 
     running = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]  # whose statistics are state
@@ -115,7 +114,7 @@ def inner_call(model: nn.Module, target: nn.Module, batch: Batch) -> Batch:
 def _fits(module: nn.Module, batch: Batch) -> bool:
     """Can the module be called with it?"""
     try:
-        inspect.signature(module.forward).bind(**batch)
+        signature(module).bind(**batch)
     except TypeError:
         return False
     return True

@@ -56,6 +56,27 @@ def run_inside(module: nn.Module, function: Callable[[], Any]) -> Any:
     return returned[0]
 
 
+def is_inside(module: nn.Module) -> bool:
+    """Asked by a hook of a module that is being called: is the call one within another of the same module?"""
+    calls, frame = 0, sys._getframe(1)
+    while frame is not None:
+        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls > 1
+
+
+def is_recomputed() -> bool:
+    """Does a checkpoint that was taken with its forward's graph (`use_reentrant=False`) run this once more?"""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "unpack_hook" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def call_weakly(method: Callable[..., None]) -> Callable[..., None]:
     """A global hook must not keep the model alive."""
     reference_to = weakref.WeakMethod(method)

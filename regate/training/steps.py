@@ -5,7 +5,9 @@ not: parameters may be updated by hand, inside the backward pass (LOMO) or throu
 values of trainable parameters are kept at each gated forward, and at the next they tell whether an update was made that
 no optimizer said. Beside an optimizer that has said one, a single such change may be a part of its step
 (sharpness-aware minimisation moves parameters there and back): it counts once a second one follows and the optimizer is
-still silent. What changes while an optimizer steps, between calls of its closure, is of that step.
+still silent. Values that are those of the step's first forward again, at a later one or when an optimizer steps, have
+been there and back, and what was counted on the way is taken back. What changes while an optimizer steps, between calls
+of its closure, is of that step.
 
 Values that are loaded (`load_state_dict`) are no update, nor is the step by which
 `torch.distributed.checkpoint.state_dict` makes an optimizer's states.
@@ -61,6 +63,8 @@ class Steps:
         self._values: Kept | None = None  # at the last forward; None once an optimizer has changed them
         self._moved_before = False  # they had changed when others were loaded
         self._unsaid = 0  # changes in a row that no optimizer said
+        self._home: Kept | None = None  # the values at the first forward since an optimizer said a step
+        self._counted = 0  # steps that changes since then were taken for
         self._hooks = [
             register_optimizer_step_pre_hook(call_weakly(self._before_optimizer)),
             register_optimizer_step_post_hook(call_weakly(self._after_optimizer)),
@@ -76,23 +80,26 @@ class Steps:
 
     def restart(self, step: int) -> None:
         """Go on at `step`, whatever was before."""
-        self.step, self._unsaid = step, 0
+        self.step = step
         self._stepped.clear()
         self._forget()
+        self._leave()
 
     def gated_forward(self) -> None:
         """A forward with labels: the first after an optimizer step begins the next one."""
         if self._stepped:
             self.step += 1
-            self._unsaid = 0
-        elif not self._stepping and (moved := self._moved()):
+            self._leave()
+        elif not self._stepping and (moved := self._moved()) and not self._back():
             if more := self._said_by_values(moved):
                 self._on_step()
             self.step += more
+            self._counted += more
             self._unsaid += 1
         self._stepped.clear()
         self._forget()
         self._values = some_values(self._model)
+        self._home = self._values if self._home is None else self._home
         self._ever_gated = True
         self._ungated = dict.fromkeys(self._ungated, 0)
 
@@ -130,8 +137,20 @@ class Steps:
         """Have parameters other values than at the last forward, and no optimizer of theirs said so?"""
         if self._values is None or self._moved_before:
             return self._moved_before
-        before, now = self._values, some_values(self._model)
-        return now[0] == before[0] and not torch.equal(now[1], before[1])  # other parameters say nothing
+        now = some_values(self._model)
+        return now[0] == self._values[0] and not _equal(now, self._values)  # other parameters say nothing
+
+    def _back(self) -> bool:
+        """Are values what they were at home? Then they have not been updated since."""
+        if self._home is None or not _equal(self._home, some_values(self._model)):
+            return False
+        self.step -= self._counted
+        self._unsaid = self._counted = 0
+        return True
+
+    def _leave(self) -> None:
+        """The next forward is at home."""
+        self._home, self._unsaid, self._counted = None, 0, 0
 
     def _forget(self) -> None:
         self._values, self._moved_before = None, False
@@ -143,8 +162,11 @@ class Steps:
     def _after_loading(self, *args: Any) -> None:
         if self._values is not None:
             self._values = some_values(self._model)
+        self._home, self._counted = None, 0
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._unsaid and not self._stepping and self._own(optimizer):
+            self._back()
         self._stepping.add(id(optimizer))
 
     def _own(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -208,6 +230,10 @@ def _makes_states() -> bool:
 
 
 Kept = tuple[list[tuple[str, torch.dtype, int]], Tensor]
+
+
+def _equal(some: Kept, others: Kept) -> bool:
+    return some[0] == others[0] and torch.equal(some[1], others[1])
 
 
 @torch.no_grad()

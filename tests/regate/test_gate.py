@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import regate
-from regate.errors import LabelsError, StoreError
+from regate.errors import LabelsError, StoreError, StoreMismatchError
 from tests import oracle
 from tests.zoo import CORE
 
@@ -243,6 +243,47 @@ def test_users_own_compile_and_replaced_forward() -> None:
     assert report["attention_blocks"] == 2
 
 
+def test_forwards_that_are_replaced_with_other_arguments() -> None:
+    """Before and after `apply`: by one that says nothing of its arguments, or has them in another order."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    loss, _ = _step(model, batch)
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    gate = regate.apply(model, FULL, teacher=None)
+    torch.testing.assert_close(_step(model, batch)[0], loss)
+    of_class = ("input_ids", "pixel_values", "attention_mask")
+    positional = model(*(batch[name] for name in of_class), labels=batch["labels"])
+    torch.testing.assert_close(positional.loss, loss)
+
+    def own(labels: Tensor, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return forward(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, labels=labels)
+
+    model.forward = own
+    names = ("labels", "pixel_values", "input_ids", "attention_mask")
+    torch.testing.assert_close(model(*(batch[name] for name in names)).loss, loss)
+    assert gate.report()["labels_seen"] == 3 * int((batch["labels"] != -100).sum())
+
+
+def test_a_run_goes_on_with_its_own_teacher() -> None:
+    """Where a model is built from its checkpoint, the gate's copy of it is another."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    untrained = copy.deepcopy(model)
+    gate = regate.apply(model, SPARSE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    _step(model, batch)
+    optimizer.step()
+    trained, state = model.state_dict(), gate.state_dict()
+    resumed = CORE["llava"].build()
+    resumed.load_state_dict(trained)
+    with pytest.raises(StoreMismatchError, match="Apply the gate to the model as it was before training"):
+        regate.apply(resumed, SPARSE).load_state_dict(state)
+    regate.apply(resumed, SPARSE, teacher=untrained).load_state_dict(state)
+    regate.apply(resumed, SPARSE, teacher=None).load_state_dict(state)
+    early = CORE["llava"].build()
+    regate.apply(early, SPARSE).load_state_dict(state)
+    early.load_state_dict(trained)
+
+
 def test_state_survives(tmp_path: Path) -> None:
     """Stopping and resuming gives the run that never stopped, to the bit."""
 
@@ -295,6 +336,16 @@ def test_sample_ids_are_for_the_gate_alone() -> None:
     assert gate.store.stats()["difficulty"] == 2
     with torch.no_grad():
         model.eval()(**batch, sample_ids=["a", "b"])
+
+
+def test_as_many_sample_ids_as_samples() -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=2)
+    regate.apply(model, FULL, teacher=None)
+    row = {"input_ids": batch["input_ids"].view(1, -1), "labels": batch["labels"].view(1, -1)}
+    row["position_ids"] = torch.arange(batch["labels"].shape[1]).repeat(2)[None]
+    for call, ids in ((batch, ["a"]), (batch, []), (row | {"pixel_values": batch["pixel_values"]}, torch.tensor([7]))):
+        with pytest.raises(StoreError, match=rf"brings {len(ids)} `sample_ids` and 2 samples.*one for each sample"):
+            model(**call, sample_ids=ids)
 
 
 def test_difficulties_of_another_run_are_not_taken_over_silently(tmp_path: Path) -> None:
@@ -366,6 +417,43 @@ def test_bad_labels(labels: Any, says: str) -> None:
     regate.apply(model, SPARSE)
     with pytest.raises(LabelsError, match=says):
         model(**batch | {"labels": labels(batch["labels"])})
+
+
+def test_a_head_that_was_widened_by_hand() -> None:
+    """Its config does not know."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none")
+    model.lm_head = nn.Linear(32, 108, bias=False)
+    model.loss_function = lambda logits, labels, **others: nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
+    batch["labels"][0, -3] = 107
+    loss, _ = _step(model, batch)
+    regate.apply(model, FULL, teacher=None)
+    torch.testing.assert_close(_step(model, batch)[0], loss)
+
+
+def test_a_hook_that_changes_the_batch_comes_first() -> None:
+    """Also one that was registered after the gate: labels of a curriculum, say. Its first forward is not gated."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    fewer = batch["labels"].clone()
+    fewer[:, :14] = -100
+
+    def change(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"labels": fewer}
+
+    dense, _ = _step(model, batch | {"labels": fewer})
+    gate = regate.apply(model, FULL, teacher=None)
+    _step(model, batch)
+    hook = model.register_forward_pre_hook(change, with_kwargs=True)
+    for _ in range(2):
+        torch.testing.assert_close(_step(model, batch)[0], dense)
+    assert gate.last is not None
+    assert gate.last.labels_seen == int((fewer != -100).sum())
+    assert gate.report()["forwards_ungated"] == 1
+    assert "(tests.regate.test_gate) hangs on LlavaForConditionalGeneration" in str(gate.report())
+    hook.remove()
+    regate.remove(model)
+    assert not any("regate" in type(h).__module__ for h in model._forward_pre_hooks.values())
 
 
 def test_a_failed_forward_leaves_no_trace() -> None:

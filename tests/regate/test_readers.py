@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def _hook_on_head(model: Any) -> None:
             _hook_on_norm,
             {},
             {},
-            r"a forward hook \(tests.regate.test_readers\) hangs on LlamaModel.norm",
+            r"a hook \(tests.regate.test_readers\) hangs on LlamaModel.norm",
         ),
         (_seen_by_hook, _hook_on_head, {}, {}, "hangs on Linear"),
         (lambda model, output: output.loss, _z_loss, {}, {}, "loss reads .* positions that predict no label"),
@@ -140,6 +141,38 @@ def test_hooks_see_the_whole_output(where: str, says: str, late: bool) -> None:
     for _ in range(2):
         _assert_same(_step(model, batch, objective), expected)
     assert f"hangs on {says}" in str(gate.report())
+
+
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_see_all_gradients(kind: str) -> None:
+    model, batch = _made("right")
+    seen: list[Tensor] = []
+    getattr(model.lm_head, kind)(lambda module, *gradients: seen.append(gradients[-1][0].detach()))
+    plain: Objective = lambda model, output: output.loss  # noqa: E731
+    expected, by_logits = _step(model, batch, plain), seen.pop()
+    gate = regate.apply(model, FULL, teacher=None)
+    for _ in range(2):
+        _assert_same(_step(model, batch, plain), expected)
+        torch.testing.assert_close(seen[-1], by_logits, atol=1e-8, rtol=0)
+    assert "hangs on Linear" in str(gate.report())
+
+
+def test_what_sparse_steps_leave_out_is_told_to_who_reads_it() -> None:
+    """A second head that predicts two ahead reads no padding, but positions that predict no kept label."""
+    model, batch = _made("right")
+    own = model.loss_function
+
+    def two_ahead(logits: Tensor, labels: Tensor, **others: Any) -> Any:
+        second = F.cross_entropy(logits[:, :-2].tanh().flatten(0, 1), labels[:, 2:].flatten())
+        return own(logits=logits, labels=labels, **others) + second
+
+    model.loss_function = two_ahead
+    plain: Objective = lambda model, output: output.loss  # noqa: E731
+    expected = _step(model, batch, plain)
+    gate = regate.apply(model, FULL, teacher=None)
+    _assert_same(_step(model, batch, plain), expected)
+    assert "predict no label" in str(gate.report())
+    assert "on sparse steps positions that are left out have" in str(gate.report())
 
 
 def test_a_loss_that_reads_everything_is_right_on_padding_that_comes_later() -> None:
@@ -206,6 +239,81 @@ def test_logits_within_an_output_say_so_too() -> None:
     assert inner.shape == (*batch["labels"].shape, 100)
     with pytest.raises(LogitsError, match=r"regate\.Config\(logits='all'\)"):
         inner.float().mean()
+
+
+def test_hidden_states_that_a_model_returns_under_a_name_of_its_own() -> None:
+    """For a second network, say, that learns from them and sends no gradient back."""
+    model, batch = _made("right")
+    usual = type(model)
+
+    class Own(usual):  # type: ignore[valid-type, misc]
+        def forward(self, labels: Tensor, **others: Any) -> Any:
+            hidden = self.model(**others)[0]
+            logits = self.lm_head(hidden)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=100)
+            return {"loss": loss, "logits": logits, "parts": {"seen": hidden[:, 1:]}}
+
+    model.__class__ = Own
+    seen: list[Tensor] = []
+
+    def objective(model: Any, output: Any) -> Any:
+        seen.append(output["parts"]["seen"].detach())
+        return output["loss"]
+
+    expected = _step(model, batch, objective)
+    gate = regate.apply(model, FULL, teacher=None)
+    for _ in range(2):
+        _assert_same(_step(model, batch, objective), expected)
+        torch.testing.assert_close(seen[-1], seen[0], atol=1e-10, rtol=0)
+    assert "returns its decoder's output" in str(gate.report())
+    assert gate.report()["labels_seen"] == 2 * int((batch["labels"] != -100).sum())
+
+
+@dataclass(frozen=True)
+class _Own:
+    loss: Tensor
+    scores: Tensor
+
+
+@dataclass(slots=True)
+class _Slots:
+    loss: Tensor
+    scores: Tensor
+
+
+class _Named(NamedTuple):
+    loss: Tensor
+    scores: Tensor
+
+
+@pytest.mark.parametrize(
+    ("made", "read"),
+    [
+        pytest.param(lambda o: [o.loss, o.logits], lambda output: (output[0], output[1]), id="list"),
+        pytest.param(
+            lambda o: {"loss": o.loss, "scores": o.logits}, lambda o: (o["loss"], o["scores"]), id="another name"
+        ),
+        pytest.param(lambda o: {"loss": o.loss, 0: o.logits}, lambda o: (o["loss"], o[0]), id="no name"),
+        pytest.param(lambda o: _Named(o.loss, o.logits), lambda o: (o.loss, o.scores), id="named tuple"),
+        pytest.param(lambda o: _Own(o.loss, o.logits), lambda o: (o.loss, o.scores), id="frozen"),
+        pytest.param(lambda o: _Slots(o.loss, o.logits), lambda o: (o.loss, o.scores), id="slots"),
+    ],
+)
+def test_logits_in_outputs_of_ones_own_say_so(made: Any, read: Any) -> None:
+    model, batch = _made("right")
+    forward = model.forward
+    model.forward = functools.wraps(forward)(lambda *args, **kwargs: made(forward(*args, **kwargs)))
+    objective: Objective = lambda model, output: read(output)[0]  # noqa: E731
+    expected = _step(model, batch, objective)
+    regate.apply(model, FULL, teacher=None)
+    _assert_same(_step(model, batch, objective), expected)
+    logits = read(model(**batch))[1]
+    assert logits.shape == (*batch["labels"].shape, 100)
+    with pytest.raises(LogitsError, match=r"regate\.Config\(logits='all'\)"):
+        logits.float().mean()
+    regate.apply(model, regate.Config(warmup=0, cycle=1, full_steps=0, logits="all"), teacher=None)
+    with pytest.raises(LogitsError, match=r"gate\.last\.labels_left"):
+        read(model(**batch))[1].pow(2).mean().backward()
 
 
 def test_logits_in_a_tuple_are_watched() -> None:

@@ -149,6 +149,28 @@ def test_many_chunks_lose_no_gradient(autocast: bool) -> None:
     assert errors[1] < 1.5 * errors[0]
 
 
+class _Model(nn.Module):
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return _shifted(self.head(hidden), labels)
+
+
+def test_parameters_that_were_others_in_the_forward() -> None:
+    """`torch.func.functional_call` puts them in for the forward alone; chunks are computed again in the backward."""
+    head, hidden, labels = _problem()
+    model = _Model(head)
+    others = {name: torch.randn_like(p, requires_grad=True) for name, p in model.named_parameters()}
+    found = []
+    for rows in (None, 3):
+        with LazyHead(head).standing_in(rows=rows):
+            loss = torch.func.functional_call(model, others, (hidden, labels))
+        found.append((loss, torch.autograd.grad(loss, [hidden, *others.values()])))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_a_metric_without_gradients_takes_none_away() -> None:
     head, hidden, labels = _problem()
     expected = torch.autograd.grad(_shifted(head(hidden), labels), hidden)[0]

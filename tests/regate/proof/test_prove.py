@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import regate
+from regate.errors import LabelsError
 from regate.forward import Forward
 from regate_patch import reference
 from regate_patch.context import current
@@ -102,6 +103,20 @@ def test_smoothed_labels() -> None:
     gate = regate.apply(model, FULL, teacher=None)
     _assert_same(_step(model, batch, lambda output: output.loss), dense)
     assert "note" not in str(gate.report())
+
+
+def test_labels_that_are_shifted_already_are_found_out() -> None:
+    """Where the model's loss does not shift them: a label is predicted where it stands."""
+    model, batch = _made()
+
+    def unshifted(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    model.loss_function = unshifted
+    batch["labels"] = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    regate.apply(model, SPARSE, teacher=None)
+    with pytest.raises(LabelsError, match="the batch brings them shifted by one already"):
+        model(**batch)
 
 
 def test_a_forward_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,6 +203,30 @@ def test_parameters_moved_there_and_back_within_a_step() -> None:
     assert steps == [1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_parameters_moved_there_and_back_from_the_first_step_on(ahead: int, micro_batches: int) -> None:
+    """Adversarial perturbations of weights, one or several in a row, before any optimizer has said a step."""
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer, steps = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    for _ in range(3):
+        for _ in range(micro_batches):
+            model(**BATCH).loss.backward()
+            steps.append(gate.step)
+            before = [p.detach().clone() for p in model.parameters()]
+            for _ in range(ahead):
+                for p in model.parameters():
+                    p.data.add_(torch.randn_like(p), alpha=1e-3)
+                model(**BATCH).loss.backward()
+            for p, x in zip(model.parameters(), before, strict=True):
+                p.data.copy_(x)
+        optimizer.step()
+        optimizer.zero_grad()
+    model(**BATCH)
+    assert [*steps, gate.step] == [step for step in range(3) for _ in range(micro_batches)] + [3]
+
+
 def test_a_closure_that_is_called_often_is_one_step() -> None:
     model: Any = CORE["llava"].build()
     gate = regate.apply(model, TWO, teacher=None)
