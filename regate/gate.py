@@ -38,7 +38,7 @@ from regate.training.calls import OuterCall, inner_call
 from regate.training.counters import Counters, Stopwatch
 from regate.training.hooks import Hook, call_weakly, is_inside, is_recomputed
 from regate.training.sharding import forget_layers, gather_by_layer, refuse_opaque
-from regate.training.steps import Steps
+from regate.training.steps import Steps, some_values
 
 log = logging.getLogger("regate")
 NO_COPY = (
@@ -49,6 +49,10 @@ NO_COPY = (
 OF_ANOTHER_RUN = (
     "the store at {path} holds difficulties of {n} samples, learnt in another run, and this run goes by them until it "
     "has its own. gate.load continues a run; gate.store.clear('difficulty') forgets what others learnt"
+)
+CHANGED_SINCE = (
+    "the language model's weights were changed after the gate was applied and before training: its teacher is a copy "
+    "of those of then. Load weights first, or apply the gate again"
 )
 OTHER_TEACHER = (
     "the run that is continued had another teacher: by default it is the language model as it was when the gate was "
@@ -106,6 +110,8 @@ class Gate:
         handle = regate_patch.patch(
             decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True, disable=config.disable
         )
+        copied = self._teacher is not None and self._teacher.source in ("copy", "4bit")
+        self._copied = some_values(decoder) if copied else None
         self.store = store
         self.scorer = Scorer(
             config,
@@ -220,7 +226,7 @@ class Gate:
         self._steps.gated_forward()
         if self.counters.labels_seen == 0:  # sharding comes after `apply`, before the first step
             refuse_opaque(module, self._parts.decoder)
-            self._look_into_store()
+            self._look_around()
         if self._parts.handle.statistics.failed is None:  # else on_unsupported="warn": the decoder runs dense
             self._forward = Forward.begin(self._parts, batch, step=self.step)
         if self._forward is None:
@@ -281,8 +287,13 @@ class Gate:
             raise NotGatedError(missed)
         self.note(missed)
 
-    def _look_into_store(self) -> None:
-        """Before the first forward of a run: whose memory is in it?"""
+    def _look_around(self) -> None:
+        """Before the first forward of a run: whose memory is in the store, and is the teacher still what it copied?"""
+        if self._copied is not None and self.step == 0:
+            now = some_values(self._parts.decoder)
+            if now[0] == self._copied[0] and not torch.equal(now[1].cpu(), self._copied[1].cpu()):
+                self.note(CHANGED_SINCE)
+        self._copied = None
         if not self.store.temporary and checkpoint.rank() == 0 and (n := self.store.count("difficulty")):
             self.note(OF_ANOTHER_RUN.format(path=self.store.path, n=n))
 

@@ -146,6 +146,16 @@ def test_precomputed_needs_every_sample() -> None:
         model(**CORE["llava"].batch(seed=1))
 
 
+@pytest.mark.parametrize("changed", [True, False])
+def test_weights_that_are_loaded_after_the_copy_was_taken_are_told(changed: bool) -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    weights = {name: x + 0.01 * changed for name, x in model.state_dict().items()}
+    gate = regate.apply(model)
+    model.load_state_dict(weights)
+    model(**batch).loss.backward()
+    assert ("Load weights first" in str(gate.report())) == changed
+
+
 def test_a_broken_teacher_says_so() -> None:
     model = CORE["llava"].build()
     with torch.no_grad():
