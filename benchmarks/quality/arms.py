@@ -73,6 +73,10 @@ ARMS = {
     "lastfullboth": Arm("the default, the last 40 steps full", {"final_full_steps": 40, "alignment": "both"}),
     "visual75": Arm("the default, 75% of visual tokens on sparse steps", {"visual_keep": 0.75, "alignment": "both"}),
     "visual50": Arm("the default, 50% of visual tokens on sparse steps", {"visual_keep": 0.5, "alignment": "both"}),
+    "visual50lastfull": Arm(
+        "the default, 50% of visual tokens on sparse steps, the last 40 steps full",
+        {"visual_keep": 0.5, "final_full_steps": 40, "alignment": "both"},
+    ),
     "visual25": Arm("the default, 25% of visual tokens on sparse steps", {"visual_keep": 0.25, "alignment": "both"}),
     "masking": Arm("the paper's choice, loss masking alone", elides=False),
 }

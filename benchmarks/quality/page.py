@@ -225,6 +225,7 @@ PAIRS = (
     ("regate", "paper", "for those positions"),
     ("interleaved", "paper", "for full samples in every step instead of full steps"),
     ("interleavedboth", "regate", "for full samples in every step instead of full steps"),
+    ("visual50lastfull", "visual50", "for full steps at the end"),
     ("paper", "student", "so what the reference adds"),
 )
 
