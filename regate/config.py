@@ -42,7 +42,7 @@ class Config:
         explore: share of the kept labels that is drawn at random, among those that the score leaves out.
         seed: of what is drawn at random.
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
-            have embeddings most like another's (see `regate.scoring.visual`).
+            have embeddings most like another's (see `regate.scoring.visual`). It costs quality (docs/evidence.md).
         logits: where training forwards compute them: at positions that predict "kept" labels, a chunk at a time, or,
             which takes more time and memory, at "all". With "kept" the loss and its gradients are the same up to
             rounding, and reading `outputs.logits` is an error that names this setting; with "all" full steps run the

@@ -243,9 +243,7 @@ def some_values(module: nn.Module) -> Kept:
     They are of trainable parameters that this rank holds a part of.
     """
     learning = [(name, p) for name, p in module.named_parameters() if p.requires_grad and local(p).numel()]
-    stride = (
-        max(len(learning) // _PARAMETERS, 1) | 1
-    )  # odd: adapters' parameters come in pairs, and one may stand still
+    stride = max(len(learning) // _PARAMETERS, 1) | 1  # odd: of adapters' pairs one may stand still
     some = learning[::stride][-_PARAMETERS:]
     found: list[Tensor] = []
     for _, parameter in some:
