@@ -35,7 +35,7 @@ def measure(args: argparse.Namespace, title: str, sample: Sample) -> dict[str, A
     data = batch(sample, args.rows, size.vocabulary, device=args.device)
     adapter = find_adapter(model)
     layout = adapter.layout(model, data)
-    on_host, _ = batches.on_host(data, layout, vocabulary=size.vocabulary)
+    on_host, *_ = batches.on_host(data, layout, vocabulary=size.vocabulary)
     teacher = Teacher(model, adapter, backend="auto", source="copy", on_unsupported="raise")
     step = arms.dense(model, "eager")["dense"]
     text = layout.valid & ~layout.visual
