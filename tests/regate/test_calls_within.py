@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import regate
 from regate.errors import UnknownArchitectureError
 from tests import oracle
+from tests.steps import assert_same, step
 from tests.zoo import CORE
 
 FULL = regate.Config(warmup=1000)
@@ -66,37 +67,24 @@ def _made(within: Any) -> tuple[Any, dict[str, Any]]:
     return model, oracle.double(CORE["llava"].batch("none"))
 
 
-def _step(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad(set_to_none=True)
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def _assert_same(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got[0], expected[0], atol=2e-6, rtol=0)  # transformers' losses are float32
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(got[1][name], gradient, atol=1e-8, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-
-
 @pytest.mark.parametrize("within", [_generates, _another_view, _text_alone])
 def test_calls_without_gradients(within: Any) -> None:
     model, batch = _made(within)
-    dense = _step(model, batch)
+    dense = step(model, batch)
     gate = regate.apply(model, FULL, teacher=None)
     for _ in range(2):
-        _assert_same(_step(model, batch), dense)
+        assert_same(step(model, batch), dense)
     assert gate.report()["labels_seen"] == 2 * int((batch["labels"] != -100).sum())
     gate = regate.apply(model, SPARSE, teacher=None)
-    loss, gradients = _step(model, batch)
+    loss, gradients = step(model, batch)
     last = gate.last
     assert last is not None
     assert 0 < int(last.active.sum()) < batch["labels"].numel()
     plain, _ = _made(lambda *others: 0.0)
     regate.apply(plain, SPARSE, teacher=None)
-    expected, by_expected = _step(plain, batch)
+    expected, by_expected = step(plain, batch)
     expected = expected + within(plain, type(plain).__base__, {k: v for k, v in batch.items() if k != "labels"})
-    _assert_same((loss, gradients), (expected.detach(), by_expected))
+    assert_same((loss, gradients), (expected.detach(), by_expected))
 
 
 def test_a_call_with_gradients_is_refused() -> None:

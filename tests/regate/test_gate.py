@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import regate
-from regate.errors import LabelsError, StoreError, StoreMismatchError
+from regate.errors import LabelsError, StoreError
 from tests import oracle
 from tests.zoo import CORE
 
@@ -264,58 +264,6 @@ def test_forwards_that_are_replaced_with_other_arguments() -> None:
     assert gate.report()["labels_seen"] == 3 * int((batch["labels"] != -100).sum())
 
 
-def test_a_run_goes_on_with_its_own_teacher() -> None:
-    """Where a model is built from its checkpoint, the gate's copy of it is another."""
-    model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    untrained = copy.deepcopy(model)
-    gate = regate.apply(model, SPARSE)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    _step(model, batch)
-    optimizer.step()
-    trained, state = model.state_dict(), gate.state_dict()
-    resumed = CORE["llava"].build()
-    resumed.load_state_dict(trained)
-    with pytest.raises(StoreMismatchError, match="Apply the gate to the model as it was before training"):
-        regate.apply(resumed, SPARSE).load_state_dict(state)
-    regate.apply(resumed, SPARSE, teacher=untrained).load_state_dict(state)
-    regate.apply(resumed, SPARSE, teacher=None).load_state_dict(state)
-    early = CORE["llava"].build()
-    regate.apply(early, SPARSE).load_state_dict(state)
-    early.load_state_dict(trained)
-
-
-def test_state_survives(tmp_path: Path) -> None:
-    """Stopping and resuming gives the run that never stopped, to the bit."""
-
-    def run(model: nn.Module, gate: regate.Gate, steps: range) -> list[float]:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        losses = []
-        for step in steps:
-            loss = model(**CORE["llava"].batch(seed=step % 3)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-        return losses
-
-    config = regate.Config(warmup=2, cycle=4, full_steps=1)
-    model = CORE["llava"].build()
-    base = copy.deepcopy(model)
-    gate = regate.apply(model, config)
-    whole = run(model, gate, range(10))
-    model = copy.deepcopy(base)
-    gate = regate.apply(model, config)
-    first = run(model, gate, range(5))
-    torch.save({"model": model.state_dict(), "gate": gate.state_dict()}, tmp_path / "state")
-    resumed = copy.deepcopy(base)
-    gate = regate.apply(resumed, config)
-    state = torch.load(tmp_path / "state", weights_only=False)
-    resumed.load_state_dict(state["model"])
-    gate.load_state_dict(state["gate"])
-    assert first + run(resumed, gate, range(5, 10)) == whole
-    assert gate.report()["steps_full"] + gate.report()["steps_sparse"] == 10
-
-
 def test_difficulties_tell_images_apart() -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1)
     gate = regate.apply(model, FULL)
@@ -346,21 +294,6 @@ def test_as_many_sample_ids_as_samples() -> None:
     for call, ids in ((batch, ["a"]), (batch, []), (row | {"pixel_values": batch["pixel_values"]}, torch.tensor([7]))):
         with pytest.raises(StoreError, match=rf"brings {len(ids)} `sample_ids` and 2 samples.*one for each sample"):
             model(**call, sample_ids=ids)
-
-
-def test_difficulties_of_another_run_are_not_taken_over_silently(tmp_path: Path) -> None:
-    batch = CORE["llava"].batch("none", rows=2)
-    for run in range(2):
-        model = CORE["llava"].build()
-        gate = regate.apply(model, FULL, teacher=None, store=str(tmp_path))
-        model(**batch).loss.backward()
-        gate.flush()
-        assert ("2 samples, learnt in another run" in str(gate.report())) == (run == 1)
-    state = gate.state_dict()
-    gate = regate.apply(model, FULL, teacher=None, store=str(tmp_path))
-    gate.load_state_dict(state)
-    model(**batch)
-    assert "another run" not in str(gate.report())
 
 
 def test_one_sample_id_for_two_samples_is_refused() -> None:

@@ -16,6 +16,7 @@ import regate
 from regate.errors import LabelsError, LogitsError
 from regate_patch import reference
 from tests import oracle
+from tests.steps import assert_same
 from tests.zoo import CORE, members
 from tests.zoo.releases import needs
 
@@ -34,13 +35,6 @@ def _step(model: Any, batch: dict[str, Any], objective: Objective) -> tuple[Tens
     loss = objective(model, model(**batch))
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def _assert_same(got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
-    torch.testing.assert_close(got[0], expected[0], atol=2e-6, rtol=0)  # transformers' losses are float32
-    assert got[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(got[1][name], gradient, atol=1e-8, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def _last_hidden(model: Any, output: Any) -> Tensor:
@@ -107,7 +101,7 @@ def test_full_steps_are_the_unpatched_model(
     expected = _step(model, batch | call, objective)
     gate = regate.apply(model, regate.Config(warmup=1000, **config), teacher=None)
     for _ in range(2):
-        _assert_same(_step(model, batch | call, objective), expected)
+        assert_same(_step(model, batch | call, objective), expected)
     if says is not None:
         with pytest.raises(AssertionError, match=says):  # the report names who reads
             assert str(gate.report()) == ""
@@ -139,7 +133,7 @@ def test_hooks_see_the_whole_output(where: str, says: str, late: bool) -> None:
     if late:
         hang()
     for _ in range(2):
-        _assert_same(_step(model, batch, objective), expected)
+        assert_same(_step(model, batch, objective), expected)
     assert f"hangs on {says}" in str(gate.report())
 
 
@@ -152,7 +146,7 @@ def test_hooks_see_all_gradients(kind: str) -> None:
     expected, by_logits = _step(model, batch, plain), seen.pop()
     gate = regate.apply(model, FULL, teacher=None)
     for _ in range(2):
-        _assert_same(_step(model, batch, plain), expected)
+        assert_same(_step(model, batch, plain), expected)
         torch.testing.assert_close(seen[-1], by_logits, atol=1e-8, rtol=0)
     assert "hangs on Linear" in str(gate.report())
 
@@ -170,7 +164,7 @@ def test_what_sparse_steps_leave_out_is_told_to_who_reads_it() -> None:
     plain: Objective = lambda model, output: output.loss  # noqa: E731
     expected = _step(model, batch, plain)
     gate = regate.apply(model, FULL, teacher=None)
-    _assert_same(_step(model, batch, plain), expected)
+    assert_same(_step(model, batch, plain), expected)
     assert "predict no label" in str(gate.report())
     assert "on sparse steps positions that are left out have" in str(gate.report())
 
@@ -184,7 +178,7 @@ def test_a_loss_that_reads_everything_is_right_on_padding_that_comes_later() -> 
     expected = _step(model, padded, plain)
     regate.apply(model, FULL, teacher=None)
     _step(model, batch, plain)
-    _assert_same(_step(model, padded, plain), expected)
+    assert_same(_step(model, padded, plain), expected)
 
 
 def test_reading_may_begin_at_any_step() -> None:
@@ -192,7 +186,7 @@ def test_reading_may_begin_at_any_step() -> None:
     expected = _step(model, batch | {"output_hidden_states": True}, _last_hidden)
     regate.apply(model, FULL, teacher=None)
     _step(model, batch, lambda model, output: output.loss)
-    _assert_same(_step(model, batch | {"output_hidden_states": True}, _last_hidden), expected)
+    assert_same(_step(model, batch | {"output_hidden_states": True}, _last_hidden), expected)
 
 
 @pytest.mark.parametrize("layer", [1, 2])
@@ -213,7 +207,7 @@ def test_hidden_states_of_sparse_steps_are_the_references(layer: int) -> None:
     regate.remove(model)
     masked = call | {"labels": torch.where(kept, batch["labels"], -100)}
     with reference.masked(model.model.language_model.layers, active):
-        _assert_same(got, _step(model, masked, objective))
+        assert_same(got, _step(model, masked, objective))
     assert "the residual stream enters the first layer" in str(gate.report())
     assert gate.report()["positions_computed"] < gate.report()["positions_seen"]
 
@@ -263,7 +257,7 @@ def test_hidden_states_that_a_model_returns_under_a_name_of_its_own() -> None:
     expected = _step(model, batch, objective)
     gate = regate.apply(model, FULL, teacher=None)
     for _ in range(2):
-        _assert_same(_step(model, batch, objective), expected)
+        assert_same(_step(model, batch, objective), expected)
         torch.testing.assert_close(seen[-1], seen[0], atol=1e-10, rtol=0)
     assert "returns its decoder's output" in str(gate.report())
     assert gate.report()["labels_seen"] == 2 * int((batch["labels"] != -100).sum())
@@ -306,7 +300,7 @@ def test_logits_in_outputs_of_ones_own_say_so(made: Any, read: Any) -> None:
     objective: Objective = lambda model, output: read(output)[0]  # noqa: E731
     expected = _step(model, batch, objective)
     regate.apply(model, FULL, teacher=None)
-    _assert_same(_step(model, batch, objective), expected)
+    assert_same(_step(model, batch, objective), expected)
     logits = read(model(**batch))[1]
     assert logits.shape == (*batch["labels"].shape, 100)
     with pytest.raises(LogitsError, match=r"regate\.Config\(logits='all'\)"):
@@ -363,7 +357,7 @@ def test_shifted_labels_are_masked_with_labels(name: str) -> None:
     regate.remove(model)
     masked = batch | {"labels": last.labels_left, "shift_labels": _shifted(last.labels_left)}
     with reference.masked(oracle.layers_of(gate.adapter.decoder(model)), last.active):
-        _assert_same(got, _step(model, masked, plain))
+        assert_same(got, _step(model, masked, plain))
 
 
 def _weighted(model: Any, name: str = "loss_weights", *, at_predictors: bool = False) -> None:
@@ -401,7 +395,7 @@ def test_weights_of_labels_are_masked_with_labels(name: str, at_predictors: bool
     gate = regate.apply(model, SPARSE if sparse else FULL, teacher=None)
     got = _step(model, batch, plain)
     if not sparse:
-        _assert_same(got, dense)
+        assert_same(got, dense)
         return
     last = gate.last
     assert last is not None
@@ -409,7 +403,7 @@ def test_weights_of_labels_are_masked_with_labels(name: str, at_predictors: bool
     kept = F.pad(last.kept, (0, 1))[:, 1:] if at_predictors else last.kept
     masked = batch | {"labels": last.labels_left, name: weights * kept}
     with reference.masked(oracle.layers_of(gate.adapter.decoder(model)), last.active):
-        _assert_same(got, _step(model, masked, plain))
+        assert_same(got, _step(model, masked, plain))
 
 
 def test_weights_of_a_shape_that_cannot_be_laid_along_labels() -> None:

@@ -16,6 +16,7 @@ from regate.forward import Forward
 from regate_patch import reference
 from regate_patch.context import current
 from tests import oracle
+from tests.steps import assert_same, step
 from tests.zoo import CORE
 
 FULL = regate.Config(warmup=1000)
@@ -40,19 +41,6 @@ def _made(returned: Callable[[Any], Any] = lambda output: output) -> tuple[Any, 
     return model, oracle.double(CORE["llava"].batch("right"))
 
 
-def _step(model: Any, batch: dict[str, Any], loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad(set_to_none=True)
-    value = loss(model(**batch))
-    value.backward()
-    return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def _assert_same(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got[0], expected[0], atol=2e-6, rtol=0)  # transformers' losses are float32
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(got[1][name], gradient, atol=1e-8, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-
-
 @pytest.mark.parametrize(
     ("returned", "loss"),
     [
@@ -63,16 +51,16 @@ def _assert_same(got: Any, expected: Any) -> None:
 )
 def test_outputs_without_names(returned: Callable[[Any], Any], loss: Loss) -> None:
     model, batch = _made(returned)
-    dense = _step(model, batch, loss)
+    dense = step(model, batch, loss)
     regate.apply(model, FULL, teacher=None)
-    _assert_same(_step(model, batch, loss), dense)
+    assert_same(step(model, batch, loss), dense)
     gate = regate.apply(model, SPARSE, teacher=None)
-    got, last = _step(model, batch, loss), gate.last
+    got, last = step(model, batch, loss), gate.last
     assert last is not None
     assert "note" not in str(gate.report())
     regate.remove(model)
     with reference.masked(model.model.language_model.layers, last.active):
-        _assert_same(got, _step(model, batch | {"labels": last.labels_left}, loss))
+        assert_same(got, step(model, batch | {"labels": last.labels_left}, loss))
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -85,9 +73,9 @@ def test_losses_that_callers_reduce(per_sample: bool) -> None:
         return losses.view(len(labels), -1).mean(1) if per_sample else losses
 
     model.loss_function = unreduced
-    dense = _step(model, batch, lambda output: output.loss.mean())
+    dense = step(model, batch, lambda output: output.loss.mean())
     gate = regate.apply(model, FULL, teacher=None)
-    _assert_same(_step(model, batch, lambda output: output.loss.mean()), dense)
+    assert_same(step(model, batch, lambda output: output.loss.mean()), dense)
     assert "the vocabulary projection runs at every position" in str(gate.report())
 
 
@@ -99,9 +87,9 @@ def test_smoothed_labels() -> None:
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1)
 
     model.loss_function = smoothed
-    dense = _step(model, batch, lambda output: output.loss)
+    dense = step(model, batch)
     gate = regate.apply(model, FULL, teacher=None)
-    _assert_same(_step(model, batch, lambda output: output.loss), dense)
+    assert_same(step(model, batch), dense)
     assert "note" not in str(gate.report())
 
 
@@ -139,10 +127,10 @@ def test_exact_mode_computes_what_is_read() -> None:
         return own + logits[:, -1].pow(2).mean()
 
     model.loss_function = with_last
-    dense = _step(model, batch, lambda output: output.loss)
+    dense = step(model, batch)
     gate = regate.apply(model, regate.Config.exact(warmup=0))
     for _ in range(2):
-        _assert_same(_step(model, batch, lambda output: output.loss), dense)
+        assert_same(step(model, batch), dense)
     assert gate.report()["steps_sparse"] == 0
 
 

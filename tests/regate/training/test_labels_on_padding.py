@@ -12,6 +12,7 @@ from torch import Tensor
 import regate
 from regate_patch import reference
 from tests import oracle
+from tests.steps import assert_same, step
 from tests.zoo import CORE
 from tests.zoo.common import IMAGE
 
@@ -35,27 +36,14 @@ def _batch(padding: Any, *, seed: int = 0, masked: bool) -> dict[str, Tensor]:
     return batch
 
 
-def _step(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad(set_to_none=True)
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def _assert_same(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got[0], expected[0], atol=2e-6, rtol=0)  # transformers' losses are float32
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(got[1][name], gradient, atol=1e-8, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-
-
 @pytest.mark.parametrize(("padding", "masked"), [("right", False), ("left", False), ("left", True)])
 def test_full_steps_are_the_unpatched_model(padding: Any, masked: bool) -> None:
     """Also where the first batch, on which the proof is made, has no padding."""
     model, batch = _made(), _batch(padding, seed=5, masked=masked)
-    dense = _step(model, batch)
+    dense = step(model, batch)
     gate = regate.apply(model, FULL, teacher=None)
-    _step(model, _batch("none", masked=masked))
-    _assert_same(_step(model, batch), dense)
+    step(model, _batch("none", masked=masked))
+    assert_same(step(model, batch), dense)
     assert "labels stand on padding" in str(gate.report())
     assert gate.last is not None
     assert torch.equal(gate.last.labels_left[:, 1:], batch["labels"][:, 1:])
@@ -65,23 +53,23 @@ def test_full_steps_are_the_unpatched_model(padding: Any, masked: bool) -> None:
 def test_sparse_steps_leave_them_out(padding: Any, masked: bool) -> None:
     model, batch = _made(), _batch(padding, masked=masked)
     gate = regate.apply(model, SPARSE, teacher=None)
-    got, last = _step(model, batch), gate.last
+    got, last = step(model, batch), gate.last
     assert last is not None
     inside = batch["attention_mask"].bool()
     assert not (last.kept & ~(inside & inside.roll(1, 1))).any()
     regate.remove(model)
     with reference.masked(oracle.layers_of(gate.adapter.decoder(model)), last.active):
-        _assert_same(got, _step(model, batch | {"labels": last.labels_left}))
+        assert_same(got, step(model, batch | {"labels": last.labels_left}))
 
 
 @pytest.mark.parametrize(("padding", "masked"), [("right", False), ("left", False), ("left", True)])
 def test_a_sample_is_itself_whatever_its_padding(padding: Any, masked: bool) -> None:
     model, batch = _made(), _batch(padding, masked=masked)
     gate = regate.apply(model, SPARSE)
-    _step(model, batch)
+    step(model, batch)
     inside = batch["attention_mask"][0].bool()
     alone = {name: x[:1] if name == "pixel_values" else x[:1, inside] for name, x in batch.items()}
-    _step(model, alone)
+    step(model, alone)
     gate.flush()
     assert gate.store.stats()["difficulty"] == len(batch["labels"])
 

@@ -1,0 +1,85 @@
+"""What a gate knows goes on with a run, and with its own alone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import regate
+from regate.errors import StoreMismatchError
+from tests.steps import step
+from tests.zoo import CORE
+
+FULL = regate.Config(warmup=1000)
+SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
+
+
+def test_a_run_goes_on_with_its_own_teacher() -> None:
+    """Where a model is built from its checkpoint, the gate's copy of it is another."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    untrained = copy.deepcopy(model)
+    gate = regate.apply(model, SPARSE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    step(model, batch)
+    optimizer.step()
+    trained, state = model.state_dict(), gate.state_dict()
+    resumed = CORE["llava"].build()
+    resumed.load_state_dict(trained)
+    with pytest.raises(StoreMismatchError, match="Apply the gate to the model as it was before training"):
+        regate.apply(resumed, SPARSE).load_state_dict(state)
+    regate.apply(resumed, SPARSE, teacher=untrained).load_state_dict(state)
+    regate.apply(resumed, SPARSE, teacher=None).load_state_dict(state)
+    early = CORE["llava"].build()
+    regate.apply(early, SPARSE).load_state_dict(state)
+    early.load_state_dict(trained)
+
+
+def test_state_survives(tmp_path: Path) -> None:
+    """Stopping and resuming gives the run that never stopped, to the bit."""
+
+    def run(model: nn.Module, gate: regate.Gate, steps: range) -> list[float]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for i in steps:
+            loss = model(**CORE["llava"].batch(seed=i % 3)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        return losses
+
+    config = regate.Config(warmup=2, cycle=4, full_steps=1)
+    model = CORE["llava"].build()
+    base = copy.deepcopy(model)
+    gate = regate.apply(model, config)
+    whole = run(model, gate, range(10))
+    model = copy.deepcopy(base)
+    gate = regate.apply(model, config)
+    first = run(model, gate, range(5))
+    torch.save({"model": model.state_dict(), "gate": gate.state_dict()}, tmp_path / "state")
+    resumed = copy.deepcopy(base)
+    gate = regate.apply(resumed, config)
+    state = torch.load(tmp_path / "state", weights_only=False)
+    resumed.load_state_dict(state["model"])
+    gate.load_state_dict(state["gate"])
+    assert first + run(resumed, gate, range(5, 10)) == whole
+    assert gate.report()["steps_full"] + gate.report()["steps_sparse"] == 10
+
+
+def test_difficulties_of_another_run_are_not_taken_over_silently(tmp_path: Path) -> None:
+    batch = CORE["llava"].batch("none", rows=2)
+    for run in range(2):
+        model = CORE["llava"].build()
+        gate = regate.apply(model, FULL, teacher=None, store=str(tmp_path))
+        model(**batch).loss.backward()
+        gate.flush()
+        assert ("2 samples, learnt in another run" in str(gate.report())) == (run == 1)
+    state = gate.state_dict()
+    gate = regate.apply(model, FULL, teacher=None, store=str(tmp_path))
+    gate.load_state_dict(state)
+    model(**batch)
+    assert "another run" not in str(gate.report())
