@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import regate
+from benchmarks.quality.elision import Elision
 from benchmarks.quality.tasks import Settings
 
 
@@ -17,13 +18,15 @@ class Arm:
         told: in words, for the page.
         config: changes to `regate.Config.paper()`; None trains without a gate.
         reweighted: grounded words get the share `Settings.grounded_share` of the loss.
-        elides: False computes every position and only masks the loss.
+        elision: what becomes of positions that are left out (`benchmarks.quality.elision`).
+        visual_at_random: visual tokens are left out at random, not by what they look like.
     """
 
     told: str
     config: dict[str, Any] | None = field(default_factory=dict)
     reweighted: bool = False
-    elides: bool = True
+    elision: Elision = "left out"
+    visual_at_random: bool = False
 
     @property
     def taught(self) -> bool:
@@ -78,5 +81,25 @@ ARMS = {
         {"visual_keep": 0.5, "final_full_steps": 40, "alignment": "both"},
     ),
     "visual25": Arm("the default, 25% of visual tokens on sparse steps", {"visual_keep": 0.25, "alignment": "both"}),
-    "masking": Arm("the paper's choice, loss masking alone", elides=False),
+    "visual50random": Arm(
+        "the default, 50% of visual tokens on sparse steps, drawn at random",
+        {"visual_keep": 0.5, "alignment": "both"},
+        visual_at_random=True,
+    ),
+    "visual50seen": Arm(
+        "the default, 50% of visual tokens on sparse steps, what is left out seen as it was embedded",
+        {"visual_keep": 0.5, "alignment": "both"},
+        elision="visible",
+    ),
+    "visual25seen": Arm(
+        "the default, 25% of visual tokens on sparse steps, what is left out seen as it was embedded",
+        {"visual_keep": 0.25, "alignment": "both"},
+        elision="visible",
+    ),
+    "seen": Arm(
+        "the default, what is left out seen as it was embedded",
+        {"alignment": "both"},
+        elision="visible",
+    ),
+    "masking": Arm("the paper's choice, loss masking alone", elision="computed"),
 }

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 import regate
 from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.context import losses_of_kept
+from benchmarks.quality.elision import elided, visual_at_random
 from benchmarks.quality.evaluate import evaluate, free_running, with_blank, with_shuffled
 from benchmarks.quality.start import endless, started
 from benchmarks.quality.tasks import Batch, Settings, Task, arguments
@@ -53,7 +53,7 @@ class Run:
             batches = self.task.train.batches(self.settings.batch_size)
             self.gate.precompute(map(arguments, batches), progress=False)
             self.teacher_seconds = time.process_time() - start
-        with contextlib.nullcontext() if self.arm.elides else everything_computed():
+        with self._elided():
             self._train()
             report = {} if self.gate is None else dict(self.gate.report())
             context = self._context()
@@ -69,6 +69,16 @@ class Run:
             "context": context,
             "report": report,
         }
+
+    @contextlib.contextmanager
+    def _elided(self) -> Iterator[None]:
+        """Inside, sparse steps leave out what the arm says, in its way."""
+        with contextlib.ExitStack() as scope:
+            if self.gate is not None:
+                scope.enter_context(elided(self.arm.elision, self.model, self.gate))
+            if self.arm.visual_at_random:
+                scope.enter_context(visual_at_random(self.seed))
+            yield
 
     def _train(self) -> None:
         settings, model = self.settings, self.model
@@ -159,10 +169,3 @@ def calibration(choices: list[tuple[int, int, int, int]], steps: int) -> list[Re
         if kept and grounded:
             quarters.append({"quarter": quarter, "precision": both / kept, "recall": both / grounded})
     return quarters
-
-
-@contextlib.contextmanager
-def everything_computed() -> Iterator[None]:
-    """Inside, a kept label activates every position that is no padding."""
-    with mock.patch("regate.scoring.decision.active_positions", lambda labels, kept, valid, **_: valid):
-        yield

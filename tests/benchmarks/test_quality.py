@@ -17,8 +17,9 @@ import benchmarks.quality.__main__ as quality
 import regate
 from benchmarks.quality import analysis, arms, page, results
 from benchmarks.quality.context import losses_of_kept
+from benchmarks.quality.elision import everything_computed, seen_as_keys, visual_at_random
 from benchmarks.quality.evaluate import with_blank, with_shuffled
-from benchmarks.quality.run import Run, calibration, everything_computed, reweighted
+from benchmarks.quality.run import Run, calibration, reweighted
 from benchmarks.quality.start import endless
 from benchmarks.quality.tasks import Settings, Task, arguments, captions, clips, photos
 from benchmarks.quality.tasks.registry import TASKS
@@ -30,10 +31,10 @@ SHORT = Settings(
 )  # fmt: skip
 
 
-def _captions(limit: int = 8) -> Task:
+def _captions(limit: int = 8, layers: int = 1) -> Task:
     task = captions.task(settings=SHORT, limit=limit)
     processor = task.train.processor
-    return dataclasses.replace(task, build=lambda seed: tiny.build_model(processor, width=16, layers=1, seed=seed))
+    return dataclasses.replace(task, build=lambda seed: tiny.build_model(processor, width=16, layers=layers, seed=seed))
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +89,17 @@ def _gather(folder: Path, *records: dict[str, Any]) -> set[tuple[str, str, int]]
     return results.ran(folder / "results")
 
 
-def test_losses_of_kept_words_with_and_without_the_elided_ones(task: Task) -> None:
+def _attentive(task: Task) -> Any:
+    """Untrained, a word's loss hardly depends on what is before it."""
     model = task.build(0).train()
     with torch.no_grad():
         for weights in model.parameters():
-            weights.mul_(5)  # untrained, a word's loss hardly depends on what is before it
+            weights.mul_(5)
+    return model
+
+
+def test_losses_of_kept_words_with_and_without_the_elided_ones(task: Task) -> None:
+    model = _attentive(task)
     gate = regate.apply(model, regate.Config(warmup=1, full_steps=0, selection="random"), backend="eager")
     gate.step = 1
     batches = task.train.batches(4)
@@ -105,6 +112,40 @@ def test_losses_of_kept_words_with_and_without_the_elided_ones(task: Task) -> No
     assert found["sparse"] == pytest.approx(found["full"], rel=1e-5)
     gate.step = 0
     assert losses_of_kept(model, gate, batches) is None, "on a full step nothing is elided"
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_positions_left_out_can_be_seen_as_they_were_embedded(layers: int) -> None:
+    """In a decoder of one layer that is what leaving nothing out is."""
+    task = _captions(layers=layers)
+    model, batch = _attentive(task), next(iter(task.train.batches(4)))
+    gate = regate.apply(model, regate.Config(warmup=0, full_steps=0, cycle=1, selection="random"), backend="eager")
+
+    def loss() -> float:
+        gate.counters.labels_seen = 0  # the same draws
+        return float(model(**arguments(batch), use_cache=False).loss.detach())
+
+    left_out = loss()
+    with everything_computed():
+        computed = loss()
+    with seen_as_keys(gate.adapter.decoder(model)):
+        seen = loss()
+    assert abs(left_out - seen) > 1e-3
+    assert (abs(computed - seen) < 1e-5) == (layers == 1)
+
+
+def test_visual_tokens_can_be_left_out_at_random(task: Task) -> None:
+    model = task.build(0).train()
+    gate = regate.apply(model, regate.Config(warmup=0, full_steps=0, cycle=1, visual_keep=0.5), backend="eager")
+    batch = next(iter(task.train.batches(4)))
+    active = []
+    for seed in range(2):
+        with visual_at_random(seed):
+            model(**arguments(batch), use_cache=False)
+        assert gate.last is not None
+        assert gate.last.active.sum(1).tolist() == gate.last.computed
+        active.append(gate.last.active)
+    assert not torch.equal(*active)
 
 
 def test_runs_are_added_to_those_before(tmp_path: Path) -> None:
