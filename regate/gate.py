@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -19,7 +18,7 @@ import regate_patch
 from model_adapters import Batch, ModelAdapter
 from model_adapters.conventional import signature
 from regate.config import Config
-from regate.errors import ConfigError, NotGatedError, StoreError, StoreMismatchError, UnknownArchitectureError
+from regate.errors import ConfigError, NotGatedError, UnknownArchitectureError
 from regate.forward import Forward
 from regate.insight.report import Report
 from regate.memory import checkpoint
@@ -33,6 +32,7 @@ from regate.scoring.decision import Decision
 from regate.scoring.keys import NO_IDS
 from regate.scoring.scorer import Samples, Scorer
 from regate.scoring.turns import Turns
+from regate.state import RunState
 from regate.teaching import teacher as teachers
 from regate.training.calls import OuterCall, inner_call
 from regate.training.counters import Counters, Stopwatch
@@ -53,11 +53,6 @@ OF_ANOTHER_RUN = (
 CHANGED_SINCE = (
     "the language model's weights were changed after the gate was applied and before training: its teacher is a copy "
     "of those of then. Load weights first, or apply the gate again"
-)
-OTHER_TEACHER = (
-    "the run that is continued had another teacher: by default it is the language model as it was when the gate was "
-    "applied. Apply the gate to the model as it was before training, and load its trained weights after that; or pass "
-    "the model of before (teacher=...); or load no state of the gate, and let the schedule go on by gate.step = ..."
 )
 NESTED = (
     "{name} calls itself within a training forward, and with gradients: labels would be chosen from twice. Let it call "
@@ -99,9 +94,7 @@ class Gate:
         self.on_unsupported = on_unsupported
         self._forward: Forward | None = None  # the one that is running
         self._gating = False  # is one running, or about to?
-        self._counted_step = -1
         self._notes: list[str] = []
-        self._fingerprint: dict[str, str] = {}  # the teacher's
         self.model = model
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
         self._teacher = teachers.teacher_of(
@@ -112,7 +105,6 @@ class Gate:
         )
         copied = self._teacher is not None and self._teacher.source in ("copy", "4bit")
         self._copied = some_values(decoder) if copied else None
-        self.store = store
         self.scorer = Scorer(
             config,
             exchange=self.exchange,
@@ -120,6 +112,7 @@ class Gate:
             teacher=self._teacher,
             lazily=teacher != "precomputed" and (self._teacher is None or self._teacher.lasts),
         )
+        self.store = store
         self.turns = Turns(config, self.exchange)
         self._backend, self._automatic = backend, teacher == "auto"
         self.first = self._teacher is not None and (teacher == "first" or (self._automatic and not self.scorer.lazily))
@@ -140,6 +133,7 @@ class Gate:
             note=call_weakly(self.note),
         )
         self._steps = Steps(model, target, on_step=self._on_step, on_missed=self._on_missed)
+        self._state = RunState(self._steps, self.scorer, self.turns)
         gather_by_layer(decoder)
         self._hooks = [
             target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
@@ -189,10 +183,7 @@ class Gate:
 
     @store.setter
     def store(self, store: Store) -> None:
-        if self._teacher is not None:
-            self._fingerprint = self._teacher.fingerprint()
-            store.bind(self._fingerprint)
-        self.exchange.store = store
+        self.scorer.use(store)
 
     # -- hooks ----------------------------------------------------------------------------------------
 
@@ -251,9 +242,7 @@ class Gate:
         finally:
             forward.close()
         self.last = forward.decision
-        if self.step != self._counted_step:
-            self._counted_step = self.step
-            self.counters.count_step(full=self.last.full)
+        self.counters.count_step(self.step, full=self.last.full)
         return output
 
     def _anew(self, forward: Forward) -> tuple[Forward, Any]:
@@ -402,21 +391,7 @@ class Gate:
 
         Reference losses, too, where they cannot be made again and the store goes with the process.
         """
-        self.flush()
-        turns: dict[str, Any] = {}
-        if self.turns.interleaved:
-            turns = {"ahead": self.turns.ahead, "owed": checkpoint.pack(self.store.items("owed"))}
-        irreplaceable = not self.scorer.lazily and self.store.temporary
-        return {
-            "step": self._steps.made,
-            "counters": asdict(self.counters),
-            "prior": self.scorer.prior.state_dict(),
-            "references": 0 if self.scorer.lazily else self.store.count("reference"),
-            "teacher": dict(self._fingerprint) if self.scorer.lazily else {},
-            "difficulty": checkpoint.pack(self.store.items("difficulty")),
-            **turns,
-            **({"reference": checkpoint.pack(self.store.items("reference"))} if irreplaceable else {}),
-        }
+        return self._state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; the store's difficulties become those of then.
@@ -425,27 +400,7 @@ class Gate:
             StoreError: the run had reference losses that the store lacks, and the model is no longer what made them.
             StoreMismatchError: the run had another teacher than this gate.
         """
-        had, has = state.get("teacher"), self._fingerprint
-        if self.scorer.lazily and had and has and had != has:
-            raise StoreMismatchError(OTHER_TEACHER)
-        if "reference" in state:
-            self.store.put("reference", dict(checkpoint.unpack(state["reference"])))
-        n, now = state.get("references", 0), self.store.count("reference")
-        if self._teacher is not None and not self.scorer.lazily and now < n:
-            raise StoreError(
-                f"the run had reference losses of {n} texts, and the store at {self.store.path} has {now}; a trained "
-                "model cannot make them again. Give regate.apply the store of the run (store=...)"
-            )
-        self.scorer.forget()
-        self._steps.restart(state["step"])
-        self.counters.load(state["counters"])
-        self._counted_step = self.step - 1
-        self.scorer.prior.load_state_dict(state["prior"])
-        self.store.clear("difficulty")
-        self.store.put("difficulty", dict(checkpoint.unpack(state["difficulty"])))
-        self.turns.ahead = state.get("ahead", 0)
-        self.store.clear("owed")
-        self.store.put("owed", dict(checkpoint.unpack(state["owed"])) if "owed" in state else {})
+        self._state.load_state_dict(state)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `state_dict` into a checkpoint's folder, atomically. With several ranks, every rank must call it.
@@ -453,12 +408,7 @@ class Gate:
         Raises:
             RankError: another rank is gone.
         """
-        self.flush()
-        self.exchange.finish()
-        state = self.state_dict()
-        if checkpoint.rank() != 0:
-            state = {k: v for k, v in state.items() if k not in checkpoint.OF_ALL_RANKS}  # rank 0 has all by now
-        checkpoint.save(folder, state)
+        self._state.save(folder)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continue from what `save` wrote, with as many ranks as there are now.
@@ -466,7 +416,7 @@ class Gate:
         Raises:
             CheckpointError: the folder holds no state of a gate, or it cannot be read.
         """
-        self.load_state_dict(checkpoint.load(folder))
+        self._state.load(folder)
 
     def remove(self) -> None:
         """Take the gate off; the model is as it was before `apply`."""

@@ -27,6 +27,7 @@ ROOMS = {
         "proof",
         "teaching",
         "scoring",
+        "state",
         "insight",
     ],
     "regate_patch": [

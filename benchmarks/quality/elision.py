@@ -54,7 +54,9 @@ def seen_as_keys(decoder: Any) -> Iterator[None]:
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             after: Tensor = own(hidden_states, *args, **kwargs)
-            return after if active is None else torch.where(active[..., None], after, hidden_states)
+            if active is None or not torch.is_grad_enabled():  # nothing is left out, or it is looked at
+                return after
+            return torch.where(active[..., None], after, hidden_states)
 
         return forward
 

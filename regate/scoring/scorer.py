@@ -89,6 +89,7 @@ class Scorer:
     ) -> None:
         self.config, self.exchange, self.counters = config, exchange, counters
         self.teacher, self.lazily = teacher, lazily
+        self.taught_by: dict[str, str] = {}  # the teacher's fingerprint
         self.prior = difficulty.VocabularyPrior(decay=config.ema_decay)
         self.recurrence = Recurrence()
         self._pending: list[_Pending] = []
@@ -98,6 +99,17 @@ class Scorer:
     def store(self) -> Store:
         """Of reference losses and difficulties."""
         return self.exchange.store
+
+    def use(self, store: Store) -> None:
+        """Take another store; its reference losses must be this teacher's.
+
+        Raises:
+            StoreMismatchError: they are another's.
+        """
+        if self.teacher is not None:
+            self.taught_by = self.teacher.fingerprint()
+            store.bind(self.taught_by)
+        self.exchange.store = store
 
     def prepare(self, samples: Samples, *, full: bool, whole: Tensor | None = None) -> None:
         """See that the samples of a training forward have reference losses; one without labels is a forward, too.

@@ -40,7 +40,14 @@ class Counters:
     teacher_samples: int = 0
     nonfinite_losses: int = 0
 
-    def count_step(self, *, full: bool) -> None:
+    def __post_init__(self) -> None:
+        self._latest = -1  # the last step that was counted
+
+    def count_step(self, step: int, *, full: bool) -> None:
+        """Once, however many forwards it has."""
+        if step == self._latest:
+            return
+        self._latest = step
         self.steps_full += full
         self.steps_sparse += not full
 
@@ -71,6 +78,7 @@ class Counters:
         self.flops_computed += 3 * (dense if active is None else decoder.flops_of(active)) + per_position * projected
 
     def load(self, state: Mapping[str, Number]) -> None:
+        self._latest = -1
         for field in fields(self):
             setattr(self, field.name, state.get(field.name, getattr(self, field.name)))
 

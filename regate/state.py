@@ -1,0 +1,84 @@
+"""What a run must know of its gate to go on: taken, put back, written beside its checkpoints and read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from regate.errors import StoreError, StoreMismatchError
+from regate.memory import checkpoint
+from regate.scoring.scorer import Scorer
+from regate.scoring.turns import Turns
+from regate.training.steps import Steps
+
+OTHER_TEACHER = (
+    "the run that is continued had another teacher: by default it is the language model as it was when the gate was "
+    "applied. Apply the gate to the model as it was before training, and load its trained weights after that; or pass "
+    "the model of before (teacher=...); or load no state of the gate, and let the schedule go on by gate.step = ..."
+)
+LACKING = (
+    "the run had reference losses of {n} texts, and the store at {path} has {now}; a trained model cannot make them "
+    "again. Give regate.apply the store of the run (store=...)"
+)
+
+
+class RunState:
+    """The schedule's position, and all that was learnt. What the methods give, take and raise is said at `Gate`'s."""
+
+    def __init__(self, steps: Steps, scorer: Scorer, turns: Turns) -> None:
+        self._steps, self._scorer, self._turns = steps, scorer, turns
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of now, with what earlier forwards taught."""
+        scorer, store = self._scorer, self._scorer.store
+        scorer.flush()
+        turns: dict[str, Any] = {}
+        if self._turns.interleaved:
+            turns = {"ahead": self._turns.ahead, "owed": checkpoint.pack(store.items("owed"))}
+        irreplaceable = not scorer.lazily and store.temporary
+        return {
+            "step": self._steps.made,
+            "counters": asdict(scorer.counters),
+            "prior": scorer.prior.state_dict(),
+            "references": 0 if scorer.lazily else store.count("reference"),
+            "teacher": dict(scorer.taught_by) if scorer.lazily else {},
+            "difficulty": checkpoint.pack(store.items("difficulty")),
+            **turns,
+            **({"reference": checkpoint.pack(store.items("reference"))} if irreplaceable else {}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; what was learnt since is forgotten."""
+        scorer, store = self._scorer, self._scorer.store
+        had, has = state.get("teacher"), scorer.taught_by
+        if scorer.lazily and had and has and had != has:
+            raise StoreMismatchError(OTHER_TEACHER)
+        if "reference" in state:
+            store.put("reference", dict(checkpoint.unpack(state["reference"])))
+        n, now = state.get("references", 0), store.count("reference")
+        if scorer.teacher is not None and not scorer.lazily and now < n:
+            raise StoreError(LACKING.format(n=n, path=store.path, now=now))
+        scorer.forget()
+        self._steps.restart(state["step"])
+        scorer.counters.load(state["counters"])
+        scorer.prior.load_state_dict(state["prior"])
+        store.clear("difficulty")
+        store.put("difficulty", dict(checkpoint.unpack(state["difficulty"])))
+        self._turns.ahead = state.get("ahead", 0)
+        store.clear("owed")
+        store.put("owed", dict(checkpoint.unpack(state["owed"])) if "owed" in state else {})
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Into a checkpoint's folder; by every rank."""
+        self._scorer.flush()
+        self._scorer.exchange.finish()
+        state = self.state_dict()
+        if checkpoint.rank() != 0:
+            state = {k: v for k, v in state.items() if k not in checkpoint.OF_ALL_RANKS}  # rank 0 has all by now
+        checkpoint.save(folder, state)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """From there."""
+        self.load_state_dict(checkpoint.load(folder))
