@@ -17,7 +17,7 @@ from typing import get_args
 from transformers import AutoConfig, PretrainedConfig
 
 from regate import run
-from regate.config import Alignment, Config, Logits, Schedule
+from regate.config import Alignment, Config, Elided, Logits, Schedule
 from regate.errors import ConfigError, RegateError
 from regate.insight.estimate import build_on_meta, costs_of, estimate, inspect
 
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default = getattr(Config(), name)
         estimating.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     estimating.add_argument("--alignment", choices=get_args(Alignment), default=Config().alignment)
+    estimating.add_argument("--elided", choices=get_args(Elided), default=Config().elided)
     estimating.add_argument("--schedule", choices=get_args(Schedule), default=Config().schedule)
     estimating.add_argument("--rows", type=int, help="of one forward on one device, for the peak of memory")
     estimating.add_argument("--logits", choices=get_args(Logits), default=Config().logits)
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _estimate(model: PretrainedConfig, args: argparse.Namespace) -> str:
-    config = Config(**{name: getattr(args, name) for name in (*_NUMBERS, "alignment", "schedule", "logits")})
+    config = Config(**{name: getattr(args, name) for name in (*_NUMBERS, "alignment", "elided", "schedule", "logits")})
     if args.counts:
         samples = [tuple(json.loads(line)) for line in args.counts.read_text().splitlines() if line.strip()]
         copies = 1

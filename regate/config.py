@@ -13,6 +13,7 @@ from regate.errors import ConfigError
 Schedule = Literal["cycled", "interleaved"]
 Selection = Literal["score", "random"]
 Alignment = Literal["predictor", "both"]
+Elided = Literal["hidden", "visible"]
 Logits = Literal["kept", "all"]
 
 
@@ -41,8 +42,12 @@ class Config:
             do not see what was kept.
         explore: share of the kept labels that is drawn at random, among those that the score leaves out.
         seed: of what is drawn at random.
+        elided: what the computed positions of a sparse step see of those that are left out. "hidden" is nothing, as in
+            the paper. With "visible" they attend to them as they are in front of the first layer, for which each layer
+            makes their keys and values: little work where heads share these (grouped-query attention).
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
-            have embeddings most like another's (see `regate.scoring.visual`). It costs quality (docs/evidence.md).
+            have embeddings most like another's (see `regate.scoring.visual`). Hiding them costs quality; with
+            elided="visible" no loss was seen (docs/evidence.md).
         logits: where training forwards compute them: at positions that predict "kept" labels, a chunk at a time, or,
             which takes more time and memory, at "all". With "kept" the loss and its gradients are the same up to
             rounding, and reading `outputs.logits` is an error that names this setting; with "all" full steps run the
@@ -67,6 +72,7 @@ class Config:
     explore: float = 0.0
     alignment: Alignment = "both"
     seed: int = 0
+    elided: Elided = "hidden"
     visual_keep: float = 1.0
     logits: Logits = "kept"
     disable: tuple[str, ...] = ()
@@ -95,6 +101,7 @@ class Config:
         self._require("explore", 0 <= self.explore <= 1, "in [0, 1]")
         self._require("selection", self.selection in get_args(Selection), f"one of {get_args(Selection)}")
         self._require("alignment", self.alignment in get_args(Alignment), f"one of {get_args(Alignment)}")
+        self._require("elided", self.elided in get_args(Elided), f"one of {get_args(Elided)}")
         self._require("visual_keep", 0 < self.visual_keep <= 1, "in (0, 1]")
         self._require("logits", self.logits in get_args(Logits), f"one of {get_args(Logits)}")
 
@@ -113,7 +120,7 @@ class Config:
         settings: dict[str, Any] = {
             "cycle": 128, "full_steps": 16, "schedule": "cycled", "keep": 0.5, "warmup": 100, "final_full_steps": 0,
             "ema_decay": 0.9, "student_weight": 1.0, "reference_weight": 0.5, "selection": "score", "explore": 0.0,
-            "alignment": "predictor", "visual_keep": 1.0,
+            "alignment": "predictor", "elided": "hidden", "visual_keep": 1.0,
         }  # fmt: skip
         return cls(**(settings | changes))
 

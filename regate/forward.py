@@ -48,9 +48,9 @@ from regate.undisturbed import without_dropout
 from regate_patch import is_sharded, to_device
 
 IN_ROWS = (
-    "full turns save no memory here: attention of this decoder says something else than causal order, so rows are not "
-    "laid end to end but filled up to the longest, and one full row makes all of them as long. One row per forward, or "
-    "several samples packed in it, is not filled; else schedule='cycled' costs less"
+    "full turns save no memory here: attention says something else than causal order ({why}), so rows are not laid end "
+    "to end but filled up to the longest, and one full row makes all of them as long. One row per forward, or several "
+    "samples packed in it, is not filled; else schedule='cycled' costs less"
 )
 ON_PADDING = (
     "labels stand on padding, or on a first token that padding predicts: full steps train on them as the model does, "
@@ -294,7 +294,10 @@ class Forward:
                 )
             self.decision = self.decision.thin(found, self.parts.config.visual_keep)
         device = next(x.device for x in (*kwargs.values(), *args) if isinstance(x, Tensor))
-        self._active = self.decision.positions(device, read=self._tail, owner=self._samples.segments.owner)
+        visible = self.parts.config.elided == "visible" and not self.decision.full
+        self._active = self.decision.positions(
+            device, read=self._tail, owner=self._samples.segments.owner, visible=visible
+        )
         self.parts.counters.gate_seconds += time.perf_counter() - start
         return self._active
 
@@ -388,7 +391,8 @@ class Forward:
         parts.counters.add(numbers)
         filled = not all(rewritten.end_to_end for rewritten in parts.handle.statistics.last)
         if filled and len(self.layout.labels) > 1 and bool(whole.any()):
-            parts.note(IN_ROWS)
+            visible = parts.config.elided == "visible"
+            parts.note(IN_ROWS.format(why="elided='visible'" if visible else "in this decoder"))
 
     def close(self) -> None:
         """End what `arguments` began."""

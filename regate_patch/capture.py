@@ -137,13 +137,16 @@ class GatedForward:
         """The private backend."""
 
         @functools.cache
-        def variant(any_length: bool, samples: bool, rows: bool) -> tuple[Rewrite, Callable[..., Any]] | None:
+        def variant(
+            any_length: bool, samples: bool, rows: bool, visible: bool
+        ) -> tuple[Rewrite, Callable[..., Any]] | None:
             rewritten = rewrite(
                 gm,
                 whole=not self.allow_graph_breaks,
                 padding_elided=self.padding_elided,
                 any_length=any_length,
                 samples=samples,
+                visible=visible,
                 disable=self.disable | ({"end_to_end"} if rows else set()) | self._of_no_use(),
                 observe=self.observe,
             )
@@ -153,7 +156,9 @@ class GatedForward:
             return rewritten, self._inner(rewritten.module, rewritten.layers)
 
         def best(chosen: Active) -> tuple[Rewrite, Callable[..., Any]] | None:
-            wanted = {"samples": chosen.samples is not None, "rows": chosen.empty}  # no product takes no rows at all
+            visible = chosen.visible is not None
+            samples = chosen.samples is not None and not visible
+            wanted = {"samples": samples, "rows": chosen.empty, "visible": visible}  # no product takes no rows at all
             usual = variant(any_length=False, **wanted)
             if usual is None or usual[0].longest == inf or 0 < chosen.length <= usual[0].longest:
                 return usual
@@ -195,6 +200,10 @@ class GatedForward:
     def _indices(self, chosen: Active, rewritten: Rewrite) -> tuple[torch.Tensor | int, ...]:
         if rewritten.tail and rewritten not in self.whole:
             chosen = replace(chosen, read=None)  # it may be one of several graphs, and the next reads everything
+        if rewritten.visible:
+            assert chosen.visible is not None
+            first = (chosen.index, chosen.valid, chosen.visible)
+            return (*first, *chosen.indices[2:]) if rewritten.tail else first
         if rewritten.end_to_end:
             return chosen.end_to_end(apart=rewritten.apart)[: 5 if rewritten.tail else 4]
         if not rewritten.tail:

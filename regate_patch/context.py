@@ -35,6 +35,8 @@ class Active:
         counts: how many each row has, where a host knows it.
         samples: how many each sample has, row after row, where rows may hold several and a host knows it. A sample's
             position ids go on by one, and the next one's do not go on from there.
+        visible: bool [B, S], positions that active ones may see, themselves among them: those that are not computed as
+            they are in front of the first block. None hides what is not computed.
         ran: the `Rewrite`s that ran on these positions, one entry per run.
         laid: what `end_to_end` has found out, once for all graphs that ask.
     """
@@ -45,6 +47,7 @@ class Active:
     length: int = 0
     counts: tuple[int, ...] | None = None
     samples: tuple[int, ...] | None = None
+    visible: Tensor | None = None
     ran: list[Any] = field(default_factory=list, init=False, compare=False)  # of this one alone: `replace` begins anew
     laid: dict[bool, Laid] = field(default_factory=dict, init=False, compare=False, repr=False)
 
@@ -101,7 +104,8 @@ class Active:
         """The same on `device`."""
         read = None if self.read is None else self.read.to(device)
         index, valid = to_device(self.index, device), to_device(self.valid, device)
-        return replace(self, index=index, valid=valid, read=read)
+        visible = None if self.visible is None else to_device(self.visible, device)
+        return replace(self, index=index, valid=valid, read=read, visible=visible)
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, counts: Sequence[int] | None = None) -> Active:

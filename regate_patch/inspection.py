@@ -14,8 +14,10 @@ from regate_patch.passes.rewrite import rewrite, switched_off
 from regate_patch.statistics import Statistics
 
 
-def inspect(decoder: nn.Module, *args: Any, **kwargs: Any) -> Statistics:
+def inspect(decoder: nn.Module, *args: Any, visible: bool = False, **kwargs: Any) -> Statistics:
     """Capture and rewrite `decoder` as called with these arguments, padding elided, and run the call dense.
+
+    If `visible`, for active positions that see those that are not computed.
 
     Decoder and arguments may be on the "meta" device, where no weight exists and nothing is computed.
 
@@ -28,7 +30,7 @@ def inspect(decoder: nn.Module, *args: Any, **kwargs: Any) -> Statistics:
     statistics = Statistics()
 
     def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        if (rewritten := rewrite(gm, padding_elided=True, disable=switched_off())) is None:
+        if (rewritten := rewrite(gm, padding_elided=True, visible=visible, disable=switched_off())) is None:
             statistics.other_graphs += 1
         else:
             statistics.graphs.append(rewritten)

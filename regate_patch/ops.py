@@ -142,6 +142,27 @@ def hide_filling(mask: Tensor | None, valid: Tensor, sinks: int = 0) -> Tensor:
     return torch.where(idle, torch.zeros_like(hidden), hidden)
 
 
+def hide_invisible(mask: Tensor | None, visible: Tensor, index: Tensor, valid: Tensor, causal: bool) -> Tensor:
+    """An attention mask [B, 1 or H, K, S] under which active queries see what is visible, and no position later than
+    themselves where `causal`.
+
+    Args:
+        mask: [B or 1, 1 or H, K or 1, S], bool or added to scores: what else it hides; None for nothing.
+        visible: [B, S] bool.
+        index, valid: [B, K]. The filling's queries see everything: nobody reads them.
+        causal: is the kernel's own order to be put into the mask?
+    """
+    seen, idle = visible[:, None, None, :], ~valid[:, None, :, None]
+    if causal:
+        seen = seen & (torch.arange(visible.shape[1], device=index.device) <= index[:, None, :, None])
+    if mask is None:
+        return seen | idle
+    if mask.dtype == torch.bool:
+        return (mask & seen) | idle
+    hidden = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+    return torch.where(idle, torch.zeros_like(hidden), hidden)
+
+
 def choose_no_filling(hidden: Tensor, valid: Tensor) -> Tensor:
     """A gathered [B, ..., K, K] mask that is True where a key is hidden, True for every key of the filling too."""
     keys = valid.reshape(valid.shape[:1] + (1,) * (hidden.dim() - 2) + valid.shape[1:])

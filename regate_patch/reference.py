@@ -73,13 +73,23 @@ class _HideInactiveKeys(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def masked(layers: Iterable[nn.Module], active: Tensor) -> Iterator[None]:
+def masked(layers: Iterable[nn.Module], active: Tensor, visible: Tensor | None = None) -> Iterator[None]:
     """Run decoder layers so that inactive positions take no part in them.
 
     Args:
         layers: the decoder layers, each mapping hidden states [B, S, D] (its first argument) to new ones.
         active: [B, S] bool.
+        visible: [B, S] bool, positions that can be seen as keys; where they are inactive, every layer sees them as the
+            first does. None: the active ones.
     """
+    first: list[Tensor] = []
+
+    def stand_still(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not first:
+            first.append(hidden)
+        still = torch.where(active[..., None], hidden, first[0])
+        return ((still, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": still})
 
     def put_back(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         before = args[0] if args else kwargs["hidden_states"]
@@ -87,9 +97,12 @@ def masked(layers: Iterable[nn.Module], active: Tensor) -> Iterator[None]:
         kept = torch.where(active[..., None], after, before)
         return (kept, *output[1:]) if isinstance(output, tuple) else kept
 
+    layers = list(layers)
     hooks = [layer.register_forward_hook(put_back, with_kwargs=True) for layer in layers]
+    if visible is not None:
+        hooks += [layer.register_forward_pre_hook(stand_still, with_kwargs=True) for layer in layers]
     try:
-        with _HideInactiveKeys(active):
+        with _HideInactiveKeys(active if visible is None else visible):
             yield
     finally:
         for hook in hooks:

@@ -57,14 +57,19 @@ class Statistics:
         """The same for a call on these positions, the filling of short rows included where it is computed."""
         rows = len(active.index)
         read = active if active.read is None else active.read
+        if active.visible is not None:
+            return self._flops([active.longest] * rows, rows * read.longest, seen=active.visible.shape[1])
         if active.counts is None or read.counts is None or not all(rewritten.end_to_end for rewritten in self.last):
             return self._flops([active.longest] * rows, rows * read.longest)
         lengths = active.samples if self.apart and active.samples else active.counts
         return self._flops(lengths, sum(read.counts))
 
-    def _flops(self, lengths: Sequence[int], read: int) -> int:
-        positions, squares = sum(lengths), sum(n * n for n in lengths)
+    def _flops(self, lengths: Sequence[int], read: int, seen: int = 0) -> int:
+        positions, pairs = sum(lengths), sum(n * (seen or n) for n in lengths)
         return sum(
-            r.flops_linear * positions + r.flops_quadratic * squares - r.flops_tail * (positions - read)
+            r.flops_linear * positions
+            + r.flops_quadratic * pairs
+            + r.flops_at_rest * seen * len(lengths)
+            - r.flops_tail * (positions - read)
             for r in self.last
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,18 @@ class Run:
 
 def double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def norms_in_double(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models compute norms in float32: where one stands twice in a graph, its gradients are rounded apart."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        eps = getattr(self, "variance_epsilon", None) or self.eps
+        scale = 1 + self.weight if "Gemma" in type(self).__name__ else self.weight
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * scale
+
+    for norm in {type(m) for m in model.modules() if type(m).__name__.endswith("RMSNorm")}:
+        monkeypatch.setattr(norm, "forward", forward)
 
 
 def random_active(batch: dict[str, Tensor], seed: int = 0, share: float = 0.6) -> Tensor:
@@ -77,18 +90,25 @@ def run(model: nn.Module, batch: dict[str, Tensor], scope: Any, active: Tensor) 
 
 
 def engine(
-    model: nn.Module, batch: dict[str, Tensor], active: Tensor, *, backend: str = "eager", **options: Any
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    active: Tensor,
+    *,
+    backend: str = "eager",
+    visible: Tensor | None = None,
+    **options: Any,
 ) -> Run:
     handle = regate_patch.patch(conventional.decoder(model), backend=backend, **options)
+    chosen = replace(regate_patch.Active.from_mask(active), visible=visible)
     try:
-        return run(model, batch, regate_patch.active(active), active)
+        return run(model, batch, regate_patch.active(chosen), active)
     finally:
         handle.remove()
 
 
-def masked(model: nn.Module, batch: dict[str, Tensor], active: Tensor) -> Run:
+def masked(model: nn.Module, batch: dict[str, Tensor], active: Tensor, *, visible: Tensor | None = None) -> Run:
     layers = layers_of(conventional.decoder(model))
-    return run(model, batch, reference.masked(layers, active), active)
+    return run(model, batch, reference.masked(layers, active, visible), active)
 
 
 def dense(model: nn.Module, batch: dict[str, Tensor], active: Tensor) -> Run:

@@ -43,17 +43,20 @@ class Sample(NamedTuple):
 @dataclass(frozen=True)
 class Costs:
     """Forward FLOPs of a language model: `linear*n + quadratic*n**2` for a row of n positions, `tail` less for each of
-    them that is not read, and `head` for each position that is projected onto the vocabulary, computed or not."""
+    them that is not read, and `head` for each position that is projected onto the vocabulary, computed or not. Where it
+    sees S positions, n of them computed, `quadratic*n*S` and `at_rest*S`."""
 
     linear: float
     quadratic: float
     tail: float
     head: float
     vocabulary: int
+    at_rest: float = 0
 
-    def forward(self, positions: float, projected: float) -> float:
-        unread = max(positions - projected, 0)
-        return self.linear * positions + self.quadratic * positions**2 - self.tail * unread + self.head * projected
+    def forward(self, positions: float, projected: float, seen: float | None = None) -> float:
+        unread, keys = max(positions - projected, 0), positions if seen is None else seen
+        blocks = self.linear * positions + self.quadratic * positions * keys + self.at_rest * keys
+        return blocks - self.tail * unread + self.head * projected
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,11 @@ def estimate(
         ceil(config.visual_keep * s.visual - 1e-6) + s.prompt + answer_positions(s.answer, k, config)
         for s, k in zip(counted, kept, strict=True)
     ]
+    visible = config.elided == "visible"
+    of_sparse = costs_of(model, inspect(model, visible=True)) if visible else costs
     sparse = 3 * sum(
-        costs.forward(n, s.total if everywhere else k) for s, n, k in zip(counted, computed, kept, strict=True)
+        of_sparse.forward(n, s.total if everywhere else k, s.total if visible else n)
+        for s, n, k in zip(counted, computed, kept, strict=True)
     )
     teacher = sum(costs.forward(s.prompt + s.answer, s.answer) for s in counted)
     if config.reference_weight == 0 or config.selection == "random":
@@ -226,12 +232,13 @@ def costs_of(model: nn.Module, found: regate_patch.Statistics) -> Costs:
         linear=sum(graph.flops_linear for graph in found.graphs),
         quadratic=sum(graph.flops_quadratic for graph in found.graphs),
         tail=sum(graph.flops_tail for graph in found.graphs),
+        at_rest=sum(graph.flops_at_rest for graph in found.graphs),
         head=2.0 * weight.numel(),
         vocabulary=weight.shape[0],
     )
 
 
-def inspect(model: nn.Module) -> regate_patch.Statistics:
+def inspect(model: nn.Module, *, visible: bool = False) -> regate_patch.Statistics:
     """What the engine finds in a model's decoder; the model may have no weights (be on the "meta" device)."""
     try:
         adapter = find_adapter(model)
@@ -242,7 +249,9 @@ def inspect(model: nn.Module) -> regate_patch.Statistics:
     inputs = torch.zeros(2, 64, text_config(model).hidden_size, device=weight.device, dtype=weight.dtype)
     mask = torch.ones(2, 64, device=weight.device, dtype=torch.int64)
     with adapter.followable(model, decoder):
-        return regate_patch.inspect(decoder, inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+        return regate_patch.inspect(
+            decoder, inputs_embeds=inputs, attention_mask=mask, use_cache=False, visible=visible
+        )
 
 
 def _projection(model: nn.Module) -> Tensor:

@@ -113,11 +113,12 @@ class Decision:
         surely = to_device(self.active & ~self.spare, embeddings.device)
         return replace(self, active=surely | stay, spare=None)
 
-    def positions(self, device: torch.device, *, read: bool, owner: Tensor) -> Active:
+    def positions(self, device: torch.device, *, read: bool, owner: Tensor, visible: bool = False) -> Active:
         """For the engine, on `device`; with `read`, only predictors of kept labels are read in the output.
 
         Args:
             owner: int64 [B, S] on the CPU, the sample of each position.
+            visible: are positions that are left out seen, but for padding?
         """
         chosen = Active.from_mask(self.active, counts=self.computed)
         if self.active.device == owner.device:  # else nobody knows yet which are left
@@ -126,4 +127,6 @@ class Decision:
             chosen = replace(chosen, samples=tuple(of_samples.tolist()))
         if read:
             chosen = chosen.reading(to_device(predictors(self.kept), self.active.device), counts=self.read)
+        if visible:
+            chosen = replace(chosen, visible=self.valid)
         return chosen.to(device)

@@ -20,14 +20,15 @@ _LENGTHS = (1024, 2048, 4096)
 _PRODUCTS = (torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
 
 
-def _count(node: fx.Node) -> sympy.Expr:
+def _count(node: fx.Node, masked: bool) -> sympy.Expr:
     if not is_tensor(node):
         return sympy.Integer(0)
     if is_call(node, *_LINEAR):
         return 2 * sympy.prod(shape(node)) * shape(node.args[0])[-1]
     if is_call(node, *SDPA):
         q, k = shape(argument(node, 0, "query")), shape(argument(node, 1, "key"))
-        return (2 if argument(node, 5, "is_causal", False) is True else 4) * sympy.prod(q) * k[-2]
+        half = not masked and argument(node, 5, "is_causal", False) is True
+        return (2 if half else 4) * sympy.prod(q) * k[-2]
     if is_call(node, *_PRODUCTS) or "grouped_mm" in str(node.target):
         left = next(n for n in nodes_in(node.args) if is_tensor(n))
         return 2 * sympy.prod(shape(node)) * shape(left)[-1]
@@ -36,13 +37,14 @@ def _count(node: fx.Node) -> sympy.Expr:
     return sympy.Integer(0)
 
 
-def polynomial(nodes: list[fx.Node], tokens: Tokens) -> tuple[int, int]:
+def polynomial(nodes: list[fx.Node], tokens: Tokens, *, masked: bool = False) -> tuple[int, int]:
     """(linear, quadratic): a row that computes n positions costs `linear * n + quadratic * n**2` FLOPs.
 
-    Other sizes, such as the number of visual keys in cross-attention, count as what they were at capture.
+    Other sizes, such as the number of visual keys in cross-attention, count as what they were at capture. All attention
+    counts in full if it will be `masked`.
     """
     n = sympy.Symbol("n", positive=True)
-    total = sum((_count(node) for node in nodes), start=sympy.Integer(0))
+    total = sum((_count(node, masked) for node in nodes), start=sympy.Integer(0))
     total = total.subs({tokens.length: n} | ({tokens.batch: 1} if tokens.batch.is_Symbol else {}))
     total = total.subs(_sizes_at_capture(nodes, total.free_symbols - {n}))
     # Through three lengths of whole chunks: recurrences pad to chunks, so the cost as written is no polynomial.

@@ -14,6 +14,7 @@ import operator
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from regate_patch.passes.insert import insert
 from regate_patch.passes.layers import outline_layers
 from regate_patch.passes.mutations import name_mutations
 from regate_patch.passes.tail import find_tail
+from regate_patch.passes.visible import AtRest, Visible, find_at_rest
 
 DISABLE = "REGATE_DISABLE"  # environment variable: names of passes to switch off, with commas between
 
@@ -45,13 +47,14 @@ class State:
 
     Attributes:
         gm: the graph.
-        whole, padding_elided, any_length, samples: as `rewrite` was asked.
+        whole, padding_elided, any_length, samples, visible: as `rewrite` was asked.
         found: does the graph hold attention? If not, no pass has more to do.
         tokens: what axes are tokens.
         span: from the first block to the last.
         tail: the part of the span that runs where the output is read, if it can be cut off.
         causal, longest, apart: see `Rewrite`.
-        flops: its `flops_linear, flops_quadratic, flops_tail`.
+        at_rest: keys and values of positions that are not computed, where they are to be seen.
+        flops: its `flops_linear, flops_quadratic, flops_tail, flops_at_rest`.
         end_to_end: lay rows end to end, if nothing needs rows of its own; then, whether they are.
         put_in: its `gathers, scatters`.
         layers: see `Rewrite`.
@@ -62,6 +65,7 @@ class State:
     padding_elided: bool
     any_length: bool
     samples: bool
+    visible: bool
     found: bool = True
     tokens: Tokens = None  # type: ignore[assignment]  # from the pass that finds it on
     span: Span = None  # type: ignore[assignment]
@@ -69,7 +73,8 @@ class State:
     causal: int = 0
     longest: float = inf
     apart: bool = False
-    flops: tuple[int, int, int] = (0, 0, 0)
+    at_rest: AtRest | None = None
+    flops: tuple[int, int, int, int] = (0, 0, 0, 0)
     end_to_end: bool = False
     put_in: tuple[int, int] = (0, 0)
     layers: tuple[str, ...] = ()
@@ -95,7 +100,7 @@ def _check(state: State) -> None:
 
 
 def _causal(state: State) -> None:
-    if state.padding_elided:
+    if state.padding_elided and not state.visible:
         state.causal, state.longest, state.apart = use_causal_kernels(
             state.gm, state.span, state.tokens, any_length=state.any_length, samples=state.samples
         )
@@ -106,19 +111,28 @@ def _tail(state: State) -> None:
         state.tail = find_tail(state.gm.graph, state.span, state.tokens)
 
 
+def _visible(state: State) -> None:
+    if state.visible:
+        state.at_rest = find_at_rest(state.gm.graph, state.span, state.tokens)
+
+
 def _end_to_end(state: State) -> None:
-    state.end_to_end = can_be_laid(state.span, state.tokens)
+    state.end_to_end = not state.visible and can_be_laid(state.span, state.tokens)
     if state.apart and not state.end_to_end:
         raise NotEndToEndError("samples were to be kept apart by laying them end to end")
 
 
 def _measure(state: State) -> None:
     of_tail = flops.polynomial(state.tail.nodes, state.tokens)[0] if state.tail else 0
-    state.flops = (*flops.polynomial(state.span.nodes, state.tokens), of_tail)
+    at_rest = flops.polynomial(state.at_rest.nodes, state.tokens)[0] if state.at_rest else 0
+    of_span = flops.polynomial(state.span.nodes, state.tokens, masked=state.visible)
+    state.flops = (*of_span, of_tail, at_rest)
 
 
 def _insert(state: State) -> None:
-    kinds = {"outer": EndToEnd, "inner": Within} if state.end_to_end else {}
+    kinds: dict[str, Any] = {"outer": EndToEnd, "inner": Within} if state.end_to_end else {}
+    if state.at_rest is not None:
+        kinds = {"outer": partial(Visible, at_rest=state.at_rest)}
     state.gm = insert(state.gm, state.span, state.tail, state.tokens, **kinds)
     state.put_in = count(state.gm)
 
@@ -156,6 +170,7 @@ PASSES = (
     Pass("check", _check, "needed", "operations that would be something else on part of the positions are refused"),
     Pass("causal", _causal, "saves", "masks that say no more than causal order give way to `is_causal`"),
     Pass("tail", _tail, "saves", "what comes after the last attention is found, to run where the output is read"),
+    Pass("visible", _visible, "needed", "keys and values of positions that are left out, if they are to be seen"),
     Pass("end_to_end", _end_to_end, "saves", "rows are laid end to end, where all attention is in causal order"),
     Pass("measure", _measure, "needed", "what a position costs in FLOPs, for reports"),
     Pass("insert", _insert, "needed", "one gather in front of the span, one scatter behind it, side inputs gathered"),
@@ -187,7 +202,8 @@ class Rewrite:
     Attributes:
         module: takes `(active_index, active_valid, *inputs of the captured graph)`, with a tail
             `(active_index, active_valid, read_index, read_valid, *inputs of the captured graph)`; where rows are laid
-            end to end, `(rows, places, starts, longest, *inputs)`, with a tail `(.., longest, read, *inputs)`.
+            end to end, `(rows, places, starts, longest, *inputs)`, with a tail `(.., longest, read, *inputs)`; where
+            positions that are not computed are seen, `visible` stands behind `active_valid`.
         attention, mlp: number of blocks of each kind.
         recurrences: operations other than attention that run along the sequence (convolutions, linear attention);
             they run over the active positions in their order.
@@ -196,10 +212,13 @@ class Rewrite:
         gathers, scatters: how many the rewriter put in: one gather per live-in, one for the stream; with a tail, one
             more for the attention's result and one for the stream, and one scatter.
         causal: attentions whose mask gave way to `is_causal` (see `regate_patch.passes.causal`).
+        flops_at_rest: and what a row costs more for each of its S positions where those that are not computed are seen;
+            `flops_quadratic` is then for each pair of n and S.
         longest: the sequence length up to which that is right: within it, no window hides anything.
         tail: does what comes after the last attention run at positions that are read (see `regate_patch.passes.tail`)?
         end_to_end: are rows laid end to end (see `regate_patch.passes.end_to_end`)?
         apart: is that what keeps samples of one row apart (see `Active.samples`)?
+        visible: are positions that are not computed seen (see `regate_patch.passes.visible`)?
         handed_out: values per token that the graph gives to whoever called it: what the decoder returns, and what its
             code or a wrapped part of it puts elsewhere.
         layers: names of the submodules that the graph is made of, to be compiled each on its own (see
@@ -218,8 +237,10 @@ class Rewrite:
     longest: float = inf
     tail: bool = False
     flops_tail: int = 0
+    flops_at_rest: int = 0
     end_to_end: bool = False
     apart: bool = False
+    visible: bool = False
     handed_out: int = 0
     layers: tuple[str, ...] = ()
 
@@ -234,6 +255,7 @@ def rewrite(
     padding_elided: bool = False,
     any_length: bool = True,
     samples: bool = False,
+    visible: bool = False,
     disable: Collection[str] = (),
     observe: Observer | None = None,
 ) -> Rewrite | None:
@@ -245,17 +267,18 @@ def rewrite(
         padding_elided: no active position is one that the attention mask hides.
         any_length: the rewritten graph must serve sequences of any length, else those up to its `longest`.
         samples: whoever runs it knows how many active positions each sample has, where rows hold several.
+        visible: active positions see those that are not computed, as `Active.visible` says when it runs.
         disable: names of passes to leave out.
         observe: called with "captured" and then each pass's name, and the graph after it (for tests and debugging).
 
     Raises:
         UnsupportedGraphError: see `regate_patch.analysis.blocks`, `refusals` and `regate_patch.passes.insert`.
     """
-    samples = samples and "end_to_end" not in disable
+    samples = samples and not visible and "end_to_end" not in disable
     try:
-        return _walk(State(_copy(gm), whole, padding_elided, any_length, samples), disable, observe)
+        return _walk(State(_copy(gm), whole, padding_elided, any_length, samples, visible), disable, observe)
     except NotEndToEndError:
-        state = State(_copy(gm), whole, padding_elided, any_length, samples=False)
+        state = State(_copy(gm), whole, padding_elided, any_length, samples=False, visible=visible)
         return _walk(state, {*disable, "end_to_end"}, observe)
 
 
@@ -273,7 +296,7 @@ def _walk(state: State, disable: Collection[str], observe: Observer | None) -> R
 
 def _summary(state: State) -> Rewrite:
     span = state.span
-    linear, quadratic, of_tail = state.flops
+    linear, quadratic, of_tail, at_rest = state.flops
     gathers, scatters = state.put_in
     return Rewrite(
         module=state.gm,
@@ -288,8 +311,10 @@ def _summary(state: State) -> Rewrite:
         longest=state.longest,
         tail=state.tail is not None,
         flops_tail=of_tail,
+        flops_at_rest=at_rest,
         end_to_end=state.end_to_end,
         apart=state.apart,
+        visible=state.visible,
         handed_out=span.handed_out,
         layers=state.layers,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.zoo import CORE, members
 
 FULL = regate.Config(warmup=1000, reference_weight=0)
 SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0, reference_weight=0)
+VISIBLE = replace(SPARSE, elided="visible", visual_keep=0.5)
 Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
@@ -69,10 +71,11 @@ def test_steps_are_those_of_the_same_model_with_kernels_that_can_be_followed(
     assert calls
     _assert_same(_step(model, batch, FULL), untouched)
     assert _chosen(model) == "flash_attention_2"
-    sparse = _step(model, batch, SPARSE)
+    sparse = [_step(model, batch, config) for config in (SPARSE, VISIBLE)]
     model.set_attn_implementation({"text_config": "sdpa"})
     assert _chosen(model) == "sdpa"
-    _assert_same(sparse, _step(model, batch, SPARSE))
+    for step, config in zip(sparse, (SPARSE, VISIBLE), strict=True):
+        _assert_same(step, _step(model, batch, config))
 
 
 @pytest.mark.parametrize("implementation", ["flash_attention_3", "flash_attention_4", flash.OF_THE_HUB])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -181,15 +182,17 @@ def test_full_steps_are_internvls_own_on_packed_rows(told: str, checkpointing: b
     assert graph.apart  # no [K, K] mask
 
 
-@pytest.mark.parametrize(("teacher", "seed"), [("copy", 0), ("first", 1)])
+@pytest.mark.parametrize(("teacher", "seed", "elided"), [("copy", 0, "hidden"), ("first", 1, "visible")])
 @pytest.mark.parametrize("told", TOLD)
-def test_internvls_packed_samples_are_those_of_rows_of_their_own(told: str, teacher: str, seed: int) -> None:
+def test_internvls_packed_samples_are_those_of_rows_of_their_own(
+    told: str, teacher: str, seed: int, elided: Any
+) -> None:
     """Losses, gradients, choices, difficulties and the teacher's losses."""
-    samples = [_samples(seed + 10 * step) for step in range(2)]
+    samples, config = [_samples(seed + 10 * step) for step in range(2)], replace(SPARSE, elided=elided)
     together, packed = _learn(
-        _internvl(told, packed=True), [_in_one(some, told, padding=seed) for some in samples], SPARSE, teacher=teacher
+        _internvl(told, packed=True), [_in_one(some, told, padding=seed) for some in samples], config, teacher=teacher
     )
-    alone, rows = _learn(_internvl(told, packed=False), [_in_rows(some) for some in samples], SPARSE, teacher=teacher)
+    alone, rows = _learn(_internvl(told, packed=False), [_in_rows(some) for some in samples], config, teacher=teacher)
     _assert_same(together, alone)
     for table in ("reference", "difficulty"):
         mine, expected = (

@@ -169,16 +169,21 @@ ORACLES: list[tuple[str, dict[str, Any]]] = [
     ("llava", {"visual_keep": 0.5}),
     ("llava", {"alignment": "both", "explore": 0.5}),
     ("qwen2_5_vl", {"visual_keep": 0.5}),
+    ("qwen2_5_vl", {"visual_keep": 0.5, "elided": "visible"}),
 ]
 
 
 @pytest.mark.parametrize(("name", "changes"), ORACLES)
-def test_a_step_with_full_rows_is_the_oracles(name: str, changes: dict[str, Any]) -> None:
+def test_a_step_with_full_rows_is_the_oracles(
+    name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the per-layer masked reference with masked labels; full rows keep all, the others their share."""
     torch._dynamo.reset()
     model, batch = CORE[name].build().double(), oracle.double(CORE[name].batch("right", rows=4))
+    oracle.norms_in_double(model, monkeypatch)
     plain = copy.deepcopy(model)
     gate = regate.apply(model, replace(HALF, logits="all", **changes))
+    valid = batch["attention_mask"].bool() if "elided" in changes else None
     image, labels = gate.adapter.layout(model, batch).visual, batch["labels"][:, 1:] != -100
     had = []
     for _ in range(2):
@@ -194,7 +199,7 @@ def test_a_step_with_full_rows_is_the_oracles(name: str, changes: dict[str, Any]
         assert (seen[whole] == 1).all()
         assert (seen[~whole] < 0.7).all() == ("visual_keep" in changes)
         masked = {**batch, "labels": torch.where(last.kept, batch["labels"], -100)}
-        with reference.masked(plain.model.language_model.layers, last.active):
+        with reference.masked(plain.model.language_model.layers, last.active, valid):
             expected, expected_grads = _step(plain, masked)
         torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
         for n, grad in expected_grads.items():
@@ -204,7 +209,7 @@ def test_a_step_with_full_rows_is_the_oracles(name: str, changes: dict[str, Any]
     assert (report["samples_whole"], report["samples_sparse"]) == (4, 4)
     assert (report["steps_sparse"], report["recompiles"]) == (1, 0)
     assert "4 of 8 samples of sparse steps kept every label (50%)" in str(report)
-    assert "laid end to end" not in str(report)
+    assert ("laid end to end" in str(report)) == ("elided" in changes)
 
 
 def test_with_logits_at_kept_labels_alone() -> None:

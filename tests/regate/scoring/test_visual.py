@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import ceil
+from typing import Any
 
 import pytest
 import torch
@@ -42,12 +43,14 @@ def test_count(keep: float) -> None:
     assert not (stay & ~visual).any()
 
 
+@pytest.mark.parametrize("elided", ["hidden", "visible"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
-def test_loss_and_gradients_are_the_oracles(name: str) -> None:
+def test_loss_and_gradients_are_the_oracles(name: str, elided: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions, M-RoPE and deepstack features stay with the tokens they belong to."""
     torch._dynamo.reset()
     model, batch = CORE[name].double(), oracle.double(CORE[name].batch("right"))
-    gate = regate.apply(model, SPARSE, teacher=None)
+    oracle.norms_in_double(model, monkeypatch)
+    gate = regate.apply(model, replace(SPARSE, elided=elided), teacher=None)
     loss = model(**batch).loss
     loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -60,7 +63,8 @@ def test_loss_and_gradients_are_the_oracles(name: str) -> None:
     regate.remove(model)
     model.zero_grad()
     batch["labels"] = torch.where(gate.last.kept, batch["labels"], -100)
-    with reference.masked(oracle.layers_of(gate.adapter.decoder(model)), gate.last.active):
+    seen = batch["attention_mask"].bool() if elided == "visible" else None
+    with reference.masked(oracle.layers_of(gate.adapter.decoder(model)), gate.last.active, seen):
         expected = model(**batch).loss
         expected.backward()
     torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.packing import packed, rows_of
 from tests.zoo import CORE
 
 SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
+VISIBLE = replace(SPARSE, elided="visible", visual_keep=0.5)
 
 
 def _learn(name: str, config: regate.Config | None, lay: Any, *, steps: int = 3, teacher: Any = "auto") -> Any:
@@ -50,11 +52,12 @@ def _assert_same(got: Any, expected: Any) -> None:
             torch.testing.assert_close(grads[n], gradient, atol=1e-8, rtol=0, msg=lambda m, n=n: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("config", [SPARSE, VISIBLE], ids=["hidden", "visible"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
-def test_packed_samples_are_those_of_rows_of_their_own(name: str) -> None:
+def test_packed_samples_are_those_of_rows_of_their_own(name: str, config: regate.Config) -> None:
     """Losses, gradients, choices and difficulties, the teacher's losses among what they are made of."""
-    alone, difficulties = _learn(name, SPARSE, _own_rows)
-    together, the_same = _learn(name, SPARSE, packed)
+    alone, difficulties = _learn(name, config, _own_rows)
+    together, the_same = _learn(name, config, packed)
     _assert_same(together, alone)
     assert len(difficulties) == 6
     assert the_same.keys() == difficulties.keys()

@@ -1,0 +1,148 @@
+"""Pass: positions that are not computed can be seen, as they are in front of the span.
+
+A position that is left out stands still: in front of every block it is what it is in front of the first. So all that it
+costs is its keys and values, and active positions attend to the whole sequence.
+
+Terms
+    at rest    of a value in the span: what it is where every block leaves the stream as it found it.
+
+Pseudo-code
+    for every attention, its key and value at rest: the nodes that make them once more, with the span's entry in the
+        place of the stream
+    key = scatter(key at rest, key); value = scatter(value at rest, value)        all S positions, in their order
+    mask = its rows of active queries; hidden is padding, and what comes later where the kernel knew that
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from regate_patch import ops
+from regate_patch.analysis.blocks import Span
+from regate_patch.analysis.graph import argument, is_call, shape, where
+from regate_patch.analysis.mixers import SDPA, attends_to_tokens
+from regate_patch.analysis.refusals import chooses_positions
+from regate_patch.analysis.tokens import Tokens
+from regate_patch.errors import UnsupportedGraphError
+from regate_patch.passes.insert import Inserter
+
+_OTHERWISE = "positions that are left out cannot stay visible here; let them be hidden"
+
+
+@dataclass
+class AtRest:
+    """What was found.
+
+    Attributes:
+        keys: by attention, its key and value at rest.
+        first: attentions in front of which the stream has not changed: their own are those at rest.
+        nodes: all that was put in, in graph order; they read nothing of the span.
+    """
+
+    keys: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    first: set[fx.Node] = field(default_factory=set)
+    nodes: list[fx.Node] = field(default_factory=list)
+
+
+def find_at_rest(graph: fx.Graph, span: Span, tokens: Tokens) -> AtRest:
+    """Make keys and values at rest.
+
+    Raises:
+        UnsupportedGraphError: tokens meet elsewhere than in fused attentions over the sequence, or keys are not made
+            from the stream alone.
+    """
+    found, inside = AtRest(), set(span.nodes)
+    if any(chooses_positions(node, tokens) for node in span.nodes):
+        raise UnsupportedGraphError(f"an attention that chooses what it sees: {_OTHERWISE}")
+    stream = {n for b in span.blocks for n in (b.entry, b.exit) if shape(n) == shape(span.entry)} | {span.entry}
+    made: dict[fx.Node, fx.Node] = dict.fromkeys(stream, span.entry)
+    for core in span.mixers:
+        if not is_call(core, *SDPA) or not attends_to_tokens(core, tokens):
+            raise UnsupportedGraphError(f"tokens do not meet in fused attention: {_OTHERWISE}: {where(core)}")
+        ends = (argument(core, 1, "key"), argument(core, 2, "value"))
+        behind = _behind(ends, inside, stream, span)
+        if not behind & (stream - {span.entry}):
+            found.first.add(core)
+        for node in span.nodes:
+            if node in behind and node not in made:
+                with graph.inserting_after(node):
+                    made[node] = graph.node_copy(node, lambda n: made.get(n, n))
+                found.nodes.append(made[node])
+        found.keys[core] = (made[ends[0]], made[ends[1]])
+    return found
+
+
+def _behind(ends: tuple[Any, ...], inside: set[fx.Node], stream: set[fx.Node], span: Span) -> set[fx.Node]:
+    """What of the span these are made of, back to the stream and it included."""
+    found: set[fx.Node] = set()
+    frontier = list(ends)
+    while frontier:
+        node = frontier.pop()
+        if node in found or not (node in inside or node is span.entry):
+            continue
+        found.add(node)
+        if node in stream:
+            continue
+        if node in span.mixers:
+            raise UnsupportedGraphError(f"keys are made of what another attention gives: {_OTHERWISE}: {where(node)}")
+        frontier.extend(node.all_input_nodes)
+    return found
+
+
+class Visible(Inserter):
+    """Queries at active positions, keys and values at all."""
+
+    def __init__(self, graph: fx.Graph, span: Span, tokens: Tokens, name: str, *, at_rest: AtRest) -> None:
+        super().__init__(graph, span, tokens, name)
+        self.at_rest = at_rest
+        self.compact |= set(at_rest.nodes)
+        self.seen: dict[fx.Node, tuple[Any, bool]] = {}  # by attention: its mask, and whether the kernel knew the order
+
+    def told(self, name: str) -> tuple[fx.Node, fx.Node]:
+        index, valid, self.visible = self.inputs(f"{name}_index", f"{name}_valid", "visible")
+        return index, valid
+
+    def insert(self, nodes: list[fx.Node]) -> None:
+        resting = set(self.at_rest.nodes)
+        super().insert([node for node in nodes if node not in resting])
+
+    def enter(self, node: fx.Node) -> None:
+        if node in self.at_rest.keys:
+            of_call = {name: argument(node, i, name, None) for i, name in enumerate(_ARGUMENTS)}
+            mask = of_call["attn_mask"]
+            if isinstance(mask, fx.Node) and mask in self.compact:
+                raise UnsupportedGraphError(f"a mask that is made of what tokens hold: {_OTHERWISE}: {where(mask)}")
+            self.seen[node] = (mask, of_call["is_causal"] is True)
+            plain = {"attn_mask": None, "is_causal": False}
+            node.args, node.kwargs = (), {k: v for k, v in (of_call | plain).items() if v is not None}
+        super().enter(node)
+
+    def attend(self, core: fx.Node) -> None:
+        mask, causal = self.seen[core]
+        if mask is not None and shape(mask)[-2] == self.tokens.length:
+            mask = self.gathered(self.canonical(mask), (len(shape(mask)) - 2,), core)
+        key = ("seen", mask, causal)
+        args = (mask, self.visible, self.index, self.valid, causal)
+        core.kwargs = {
+            **core.kwargs,
+            "key": self.everywhere(core, 0),
+            "value": self.everywhere(core, 1),
+            "attn_mask": self.make(key, core, ops.hide_invisible, args, self.seen[core][0] or core),
+        }
+
+    def everywhere(self, core: fx.Node, which: int) -> fx.Node:
+        """A key or value [.., S, D], at rest where it is not computed."""
+        resting = self.at_rest.keys[core][which]
+        if core in self.at_rest.first:
+            return resting
+        own = core.kwargs[_ARGUMENTS[1 + which]]
+        dim = len(shape(resting)) - 2
+        still = self.gathered(resting, (dim,), core)
+        args = (resting, self.index, self.valid, own, still, dim, 0)
+        return self.make(("everywhere", resting, own), core, ops.scatter_tokens, args, resting)
+
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")

@@ -1,0 +1,52 @@
+"""Positions that are not computed but seen: the engine against the per-layer reference, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests import oracle
+from tests.zoo import CORE
+from tests.zoo.common import Padding
+
+
+def _model(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    model = CORE[name].double()
+    oracle.norms_in_double(model, monkeypatch)
+    return model
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "none"])
+@pytest.mark.parametrize("name", CORE)
+def test_random_positions(name: str, padding: Padding, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = _model(name, monkeypatch), oracle.double(CORE[name].batch(padding))
+    active, visible = oracle.random_active(batch), batch["attention_mask"].bool()
+    expected = oracle.masked(model, batch, active, visible=visible)
+    oracle.assert_same(oracle.engine(model, batch, active, visible=visible, padding_elided=True), expected)
+    hidden = oracle.masked(model, batch, active)
+    assert not torch.allclose(expected.output, hidden.output)
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_with_checkpointing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = _model(name, monkeypatch), oracle.double(CORE[name].batch("right", seed=1))
+    active, visible = oracle.random_active(batch, seed=1), batch["attention_mask"].bool()
+    expected = oracle.masked(model, batch, active, visible=visible)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    oracle.assert_same(oracle.engine(model, batch, active, visible=visible, padding_elided=True), expected)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_with_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = _model(name, monkeypatch), oracle.double(CORE[name].batch("left", seed=1))
+    active, visible = oracle.random_active(batch, seed=1), batch["attention_mask"].bool()
+    expected = oracle.masked(model, batch, active, visible=visible)
+    oracle.assert_same(oracle.engine(model, batch, active, backend="inductor", visible=visible), expected)
+
+
+def test_without_what_is_left_out_all_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = _model("llava", monkeypatch), oracle.double(CORE["llava"].batch("left"))
+    everything = batch["attention_mask"].bool()
+    expected = oracle.dense(model, batch, everything)
+    oracle.assert_same(oracle.engine(model, batch, everything, visible=everything), expected)
