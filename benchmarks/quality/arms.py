@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import regate
-from benchmarks.quality.elision import Elision
 from benchmarks.quality.tasks import Settings
 
 
@@ -18,14 +17,14 @@ class Arm:
         told: in words, for the page.
         config: changes to `regate.Config.paper()`; None trains without a gate.
         reweighted: grounded words get the share `Settings.grounded_share` of the loss.
-        elision: what becomes of positions that are left out (`benchmarks.quality.elision`).
+        elides: False computes every position and only masks the loss.
         visual_at_random: visual tokens are left out at random, not by what they look like.
     """
 
     told: str
     config: dict[str, Any] | None = field(default_factory=dict)
     reweighted: bool = False
-    elision: Elision = "left out"
+    elides: bool = True
     visual_at_random: bool = False
 
     @property
@@ -86,20 +85,23 @@ ARMS = {
         {"visual_keep": 0.5, "alignment": "both"},
         visual_at_random=True,
     ),
-    "visual50seen": Arm(
-        "the default, 50% of visual tokens on sparse steps, what is left out seen as it was embedded",
-        {"visual_keep": 0.5, "alignment": "both"},
-        elision="visible",
+    "visible": Arm("the default, what is left out visible", {"elided": "visible", "alignment": "both"}),
+    "visual50visible": Arm(
+        "the default, 50% of visual tokens on sparse steps, what is left out visible",
+        {"visual_keep": 0.5, "elided": "visible", "alignment": "both"},
     ),
-    "visual25seen": Arm(
-        "the default, 25% of visual tokens on sparse steps, what is left out seen as it was embedded",
-        {"visual_keep": 0.25, "alignment": "both"},
-        elision="visible",
+    "visual25visible": Arm(
+        "the default, 25% of visual tokens on sparse steps, what is left out visible",
+        {"visual_keep": 0.25, "elided": "visible", "alignment": "both"},
     ),
-    "seen": Arm(
-        "the default, what is left out seen as it was embedded",
-        {"alignment": "both"},
-        elision="visible",
+    "visual10visible": Arm(
+        "the default, 10% of visual tokens on sparse steps, what is left out visible",
+        {"visual_keep": 0.1, "elided": "visible", "alignment": "both"},
     ),
-    "masking": Arm("the paper's choice, loss masking alone", elision="computed"),
+    "visual25visiblerandom": Arm(
+        "the default, 25% of visual tokens on sparse steps, drawn at random, what is left out visible",
+        {"visual_keep": 0.25, "elided": "visible", "alignment": "both"},
+        visual_at_random=True,
+    ),
+    "masking": Arm("the paper's choice, loss masking alone", elides=False),
 }

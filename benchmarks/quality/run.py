@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 import regate
 from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.context import losses_of_kept
-from benchmarks.quality.elision import elided, visual_at_random
+from benchmarks.quality.elision import everything_computed, visual_at_random
 from benchmarks.quality.evaluate import evaluate, free_running, with_blank, with_shuffled
 from benchmarks.quality.start import endless, started
 from benchmarks.quality.tasks import Batch, Settings, Task, arguments
@@ -74,8 +74,8 @@ class Run:
     def _elided(self) -> Iterator[None]:
         """Inside, sparse steps leave out what the arm says, in its way."""
         with contextlib.ExitStack() as scope:
-            if self.gate is not None:
-                scope.enter_context(elided(self.arm.elision, self.model, self.gate))
+            if not self.arm.elides:
+                scope.enter_context(everything_computed())
             if self.arm.visual_at_random:
                 scope.enter_context(visual_at_random(self.seed))
             yield
