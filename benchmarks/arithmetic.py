@@ -27,6 +27,7 @@ class Arithmetic:
     Attributes:
         per_position, after_attention, per_logit: forward, of the layers' weights, of those after the last attention,
             and of the vocabulary projection.
+        per_key: forward, of the weights that make keys and values.
         per_pair: forward, of attention for a pair of positions one of which sees the other.
         weights: passes over products with weights, forward, backward and recomputed ones.
         attention: passes over attention.
@@ -36,6 +37,7 @@ class Arithmetic:
     per_position: float
     after_attention: float
     per_logit: float
+    per_key: float
     per_pair: float
     weights: int
     attention: int
@@ -52,16 +54,19 @@ class Arithmetic:
             per_position=2.0 * _products(layers),
             after_attention=2.0 * (_products(last.self_attn.o_proj) + _products(last.mlp)),
             per_logit=2.0 * inner.lm_head.weight.numel(),
+            per_key=2.0 * sum(_products(p) for x in layers for p in (x.self_attn.k_proj, x.self_attn.v_proj)),
             per_pair=4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim,
             weights=(2 if frozen else 3) + recomputed,  # no gradient of frozen weights
             attention=3 + recomputed,
             head=2 if frozen else 3,
         )
 
-    def flops(self, positions: int, predictions: int) -> float:
-        """Of a row with so many positions, of which so many are projected onto the vocabulary."""
-        unread = self.after_attention * (positions - predictions)
-        return self.whole(positions, predictions) - self.weights * unread
+    def flops(self, positions: int, predictions: int, seen: int | None = None) -> float:
+        """Of a row with so many positions, of which so many are projected onto the vocabulary; and which see so many,
+        those that are not computed evenly among them."""
+        unread, still = self.after_attention * (positions - predictions), 0 if seen is None else seen - positions
+        keys = self.weights * self.per_key * still + self.attention * self.per_pair * positions * still / 2
+        return self.whole(positions, predictions) - self.weights * unread + keys
 
     def whole(self, positions: int, predictions: int) -> float:
         """The same with all of the last layer at every position, as dense models compute it."""
@@ -71,7 +76,7 @@ class Arithmetic:
 
 
 def decided(data: dict[str, Tensor], kept: Tensor) -> dict[str, Decision]:
-    """What a full, a sparse, a thinned sparse and an exact step compute of a batch of which these labels are kept."""
+    """What each kind of step computes of a batch of which these labels are kept."""
     ids, labels, valid = (data[name].cpu() for name in ("input_ids", "labels", "attention_mask"))
     layout = Layout(ids, labels, valid.bool(), ids == VISUAL_ID)
 
@@ -84,6 +89,8 @@ def decided(data: dict[str, Tensor], kept: Tensor) -> dict[str, Decision]:
         "exact": decide(every, arms.EXACT, full=False),
         "sparse": decide(kept, arms.SPARSE_AFTER_ONE, full=False),
         "thinned": decide(kept, arms.THINNED, full=False),
+        "half": decide(kept, arms.HALF, full=False),
+        "quarter": decide(kept, arms.QUARTER, full=False),
     }
 
 
@@ -97,7 +104,8 @@ def needed(arithmetic: Arithmetic, data: dict[str, Tensor], kept: Tensor) -> dic
         "unpadded": sum(arithmetic.whole(n, m) for n, m in zip(positions, labels, strict=True)),
     }
     for kind, step in decided(data, kept).items():
-        found[kind] = sum(arithmetic.flops(n, m) for n, m in zip(step.computed, step.read, strict=True))
+        seen = positions if kind in ("half", "quarter") else step.computed
+        found[kind] = sum(arithmetic.flops(n, m, s) for n, m, s in zip(step.computed, step.read, seen, strict=True))
     return found
 
 

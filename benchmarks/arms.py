@@ -25,6 +25,7 @@ Step = Callable[[Batch, Tensor], None]
 Maker = Callable[[nn.Module, str], dict[str, Step]]
 SPARSE_AFTER_ONE = regate.Config.paper(warmup=1, cycle=1_000_000, full_steps=0)  # step 0 is full, all others sparse
 THINNED = replace(SPARSE_AFTER_ONE, visual_keep=0.5)
+HALF, QUARTER = (replace(SPARSE_AFTER_ONE, visual_keep=share, elided="visible") for share in (0.5, 0.25))
 EXACT = regate.Config.exact(warmup=1, cycle=1_000_000, full_steps=0)
 
 
@@ -88,6 +89,16 @@ def gated(model: nn.Module, backend: str) -> dict[str, Step]:
 def thinned(model: nn.Module, backend: str) -> dict[str, Step]:
     """A sparse step that computes half of the visual tokens."""
     return {"regate thinned": Gated(model, backend, THINNED).sparse}
+
+
+def half(model: nn.Module, backend: str) -> dict[str, Step]:
+    """The same, what is left out visible."""
+    return {"regate half": Gated(model, backend, HALF).sparse}
+
+
+def quarter(model: nn.Module, backend: str) -> dict[str, Step]:
+    """A sparse step that computes a quarter of the visual tokens, what is left out visible."""
+    return {"regate quarter": Gated(model, backend, QUARTER).sparse}
 
 
 def exact(model: nn.Module, backend: str) -> dict[str, Step]:
@@ -198,7 +209,7 @@ def liger_gated(model: nn.Module, backend: str) -> dict[str, Step]:
 
 # Those with Liger Kernel come last: it replaces functions of whole modules.
 MAKERS: tuple[Maker, ...] = (
-    dense, optimizer_alone, per_layer_gather, random_ltd, gated, exact, thinned, liger, liger_gated,
+    dense, optimizer_alone, per_layer_gather, random_ltd, gated, exact, thinned, half, quarter, liger, liger_gated,
 )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ SIZES = {
     "tiny": Size("qwen3", 2, 64, 128, 4, 2, 16, 256),  # to try the benchmark itself
     "narrow": Size("llama", 6, 64, 192, 4, 4, 16, 512),  # for memory: of the next one's proportions, an eighth as wide
     "small": Size("llama", 6, 512, 1536, 8, 8, 64, 4096),
+    "grouped": Size("llama", 6, 512, 1536, 8, 2, 64, 4096),  # the same with keys shared by four heads, as in real ones
     "qwen2.5-3b": Size("qwen2", 36, 2048, 11008, 16, 2, 128, 151936, tied=True),
     "qwen2.5-vl-7b": Size("qwen2", 28, 3584, 18944, 28, 4, 128, 152064),
     "internvl3.5-8b": Size("qwen3", 36, 4096, 12288, 32, 8, 128, 151936),

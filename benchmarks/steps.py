@@ -82,7 +82,7 @@ class Bench:
             return False
         if "liger" in maker.__name__:
             return self.args.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-        return maker is not arms.thinned or self.sample.visual > 0
+        return maker not in (arms.thinned, arms.half, arms.quarter) or self.sample.visual > 0
 
     def of(self, backend: str) -> dict[str, Measured]:
         """By arms' names."""

@@ -102,6 +102,24 @@ def strongest(result: dict[str, Any], backend: str) -> str:
     return "\n".join(lines)
 
 
+def visual(result: dict[str, Any], backend: str) -> str:
+    """Gains of steps that leave visual tokens out, over the fastest dense step; in brackets what arithmetic allows. And
+    of the whole schedule, over that step and over the padded one. Empty where no such step was timed."""
+    kinds = {"thinned": "half, hidden", "half": "half, visible", "quarter": "a quarter, visible"}
+    heads = ["V/P/A", *kinds.values(), "whole schedule, a quarter, visible", "over padded dense"]
+    lines = [_row(heads), _row(["---"] * len(heads))]
+    for name, found in result["workloads"].items():
+        arms, possible = _of(backend, found), found["possible"]
+        if any(f"regate {kind}" not in arms for kind in kinds):
+            continue
+        gains = {kind: arms[f"regate {kind}"]["ratio_to_strongest"] for kind in kinds}
+        cells = [f"{gain:.2f}x ({possible[kind] / possible['unpadded']:.2f}x)" for kind, gain in gains.items()]
+        full, sparse = arms["regate full"], arms["regate quarter"]
+        schedule = [_schedule(full[over], sparse[over]) for over in ("ratio_to_strongest", "ratio_to_dense")]
+        lines.append(_row([name, *cells, *(f"**{gain:.2f}x**" for gain in schedule)]))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def mixed(result: dict[str, Any]) -> str:
     """Gains over padded dense training of the same rows, and over the fastest dense way."""
     batches = result["batches"]
@@ -251,7 +269,7 @@ KINDS = {
     "checks": report.checks,
     "starts": report.starts,
 }
-OF_STEPS = {"": table, "strongest ": strongest, "roofline ": roofline, "estimate ": predictions}
+OF_STEPS = {"": table, "strongest ": strongest, "visual ": visual, "roofline ": roofline, "estimate ": predictions}
 
 
 def write_all(folder: Path) -> str:

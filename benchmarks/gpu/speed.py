@@ -13,7 +13,7 @@ from benchmarks import peak, steps
 from benchmarks.gpu.part import Check, Record
 from benchmarks.workloads import WORKLOADS, label
 
-ARMS = ["dense", "optimizer_alone", "gated", "exact", "thinned", "liger", "liger_gated"]
+ARMS = ["dense", "optimizer_alone", "gated", "exact", "thinned", "half", "quarter", "liger", "liger_gated"]
 FEW = ["dense", "optimizer_alone", "gated", "exact"]
 SAMPLES = {label(sample): (title, sample) for title, sample in WORKLOADS.items()}
 LARGE = "qwen2.5-vl-7b"

@@ -32,8 +32,8 @@ from regate_patch.analysis.graph import ancestors, is_call, is_tensor, shape, va
 from regate_patch.analysis.tokens import Tokens
 from regate_patch.errors import UnsupportedGraphError
 
-_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-_SAME_VALUE = (
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+SAME_VALUE = (
     operator.mul, operator.truediv, operator.imul, torch.mul, F.dropout, "mul", "div", "to", "clone", "contiguous",
     "float", "type_as", "view", "reshape",
 )  # fmt: skip
@@ -149,7 +149,7 @@ class _Search:
 
     def skip_side(self, node: fx.Node, inner: fx.Node) -> Any:
         """Of an addition of two token-carrying values, one of which depends on `inner`: the other."""
-        if not is_call(node, *_ADD) or len(node.args) < 2 or not self.tokens.carried_by(node):
+        if not is_call(node, *ADDITIONS) or len(node.args) < 2 or not self.tokens.carried_by(node):
             return None
         if not all(self.tokens.carried_by(a) for a in node.args[:2]):
             return None
@@ -162,7 +162,7 @@ class _Search:
         """The nearest value behind `node`, through scalings and casts only, that `is_goal`."""
         while not is_goal(node):
             sources = [a for a in node.all_input_nodes if self.tokens.carried_by(a)]
-            if not is_call(node, *_SAME_VALUE) or len(sources) != 1:
+            if not is_call(node, *SAME_VALUE) or len(sources) != 1:
                 return None
             node = sources[0]
         return node if self.tokens.carried_by(node) else None
@@ -180,7 +180,7 @@ class _Search:
     def head(self, following: Block) -> Block | None:
         """The block of which `following.entry` is the joint, if it has a matrix product in it."""
         joint = following.entry
-        if not is_call(joint, *_ADD) or len(joint.args) < 2:
+        if not is_call(joint, *ADDITIONS) or len(joint.args) < 2:
             return None
         if not all(self.tokens.carried_by(a) for a in joint.args[:2]):
             return None
@@ -197,7 +197,7 @@ class _Search:
         """The next joint after a block's exit that has a matrix product in it."""
         end = previous.exit
         for node in self.order[self.position[end] + 1 :]:
-            if not is_call(node, *_ADD) or len(node.args) < 2 or not self.depends(node, end):
+            if not is_call(node, *ADDITIONS) or len(node.args) < 2 or not self.depends(node, end):
                 continue
             if not all(self.tokens.carried_by(a) for a in node.args[:2]):
                 continue

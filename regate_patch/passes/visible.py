@@ -15,20 +15,24 @@ Pseudo-code
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import fx
 
 from regate_patch import ops
-from regate_patch.analysis.blocks import Span
+from regate_patch.analysis.blocks import ADDITIONS, SAME_VALUE, Span
 from regate_patch.analysis.graph import argument, is_call, shape, where
-from regate_patch.analysis.mixers import SDPA, attends_to_tokens
+from regate_patch.analysis.mixers import SDPA, attends_to_tokens, is_attention
 from regate_patch.analysis.refusals import chooses_positions
 from regate_patch.analysis.tokens import Tokens
 from regate_patch.errors import UnsupportedGraphError
 from regate_patch.passes.insert import Inserter
 
+_PLACED = (ops.write, ops.after, operator.getitem, "masked_scatter", "index_put", torch.where)  # at some positions
 _OTHERWISE = "positions that are left out cannot stay visible here; let them be hidden"
 
 
@@ -55,12 +59,15 @@ def find_at_rest(graph: fx.Graph, span: Span, tokens: Tokens) -> AtRest:
             from the stream alone.
     """
     found, inside = AtRest(), set(span.nodes)
+    _check_stream(span, tokens)
     if any(chooses_positions(node, tokens) for node in span.nodes):
         raise UnsupportedGraphError(f"an attention that chooses what it sees: {_OTHERWISE}")
     stream = {n for b in span.blocks for n in (b.entry, b.exit) if shape(n) == shape(span.entry)} | {span.entry}
     made: dict[fx.Node, fx.Node] = dict.fromkeys(stream, span.entry)
     for core in span.mixers:
-        if not is_call(core, *SDPA) or not attends_to_tokens(core, tokens):
+        if is_attention(core) and not attends_to_tokens(core, tokens):
+            continue  # what it sees are no positions
+        if not is_call(core, *SDPA):
             raise UnsupportedGraphError(f"tokens do not meet in fused attention: {_OTHERWISE}: {where(core)}")
         ends = (argument(core, 1, "key"), argument(core, 2, "value"))
         behind = _behind(ends, inside, stream, span)
@@ -73,6 +80,23 @@ def find_at_rest(graph: fx.Graph, span: Span, tokens: Tokens) -> AtRest:
                 found.nodes.append(made[node])
         found.keys[core] = (made[ends[0]], made[ends[1]])
     return found
+
+
+def _check_stream(span: Span, tokens: Tokens) -> None:
+    """Is what each block reads what the one before it read, and something added? Only then can it stand still."""
+    ends = [span.entry, *(end for block in span.blocks for end in (block.entry, block.exit))]
+    for before, after in pairwise(ends):
+        seen, frontier = set(), [after]
+        while frontier and before not in seen:
+            node = frontier.pop()
+            seen.add(node)
+            carriers = [n for n in node.all_input_nodes if tokens.carried_by(n)]
+            if is_call(node, *ADDITIONS, *_PLACED) or (is_call(node, *SAME_VALUE) and len(carriers) == 1):
+                frontier.extend(n for n in carriers if n not in seen)
+        if before not in seen:
+            raise UnsupportedGraphError(
+                f"layers change what they read, and do not only add to it: {_OTHERWISE}: {where(after)}"
+            )
 
 
 def _behind(ends: tuple[Any, ...], inside: set[fx.Node], stream: set[fx.Node], span: Span) -> set[fx.Node]:

@@ -26,10 +26,12 @@ def test_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     result = json.loads(out.read_text())
     found = result["workloads"][WORKLOAD]
     expected = (*DENSE, "loss masking", "AdamW alone", "per-layer gather", "random-LTD")
-    expected += ("regate full", "regate sparse", "regate exact", "regate thinned")
+    expected += ("regate full", "regate sparse", "regate exact", "regate thinned", "regate half", "regate quarter")
     assert {f"{arm} eager" for arm in expected} <= set(found["arms"])
     assert found["refused"] == {}
     assert found["possible"]["exact"] == found["possible"]["full"] > found["possible"]["unpadded"] > 1
+    assert found["possible"]["quarter"] > found["possible"]["half"] > found["possible"]["sparse"]
+    assert found["possible"]["thinned"] > found["possible"]["half"]
     assert found["possible"]["thinned"] > found["possible"]["sparse"] > found["possible"]["full"] > 1
     arms = found["arms"]
     assert arms["regate sparse eager"]["graphs"] == 1
