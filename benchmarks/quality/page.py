@@ -226,6 +226,9 @@ PAIRS = (
     ("interleaved", "paper", "for full samples in every step instead of full steps"),
     ("interleavedboth", "regate", "for full samples in every step instead of full steps"),
     ("visual50lastfull", "visual50", "for full steps at the end"),
+    ("visual50visible", "visual50", "for seeing what is left out"),
+    ("visual25visible", "visual50", "the same with half as many"),
+    ("visual50random", "visual50", "for drawing them at random"),
     ("paper", "student", "so what the reference adds"),
 )
 

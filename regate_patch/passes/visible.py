@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from regate_patch import ops
-from regate_patch.analysis.blocks import ADDITIONS, SAME_VALUE, Span
+from regate_patch.analysis.blocks import ADDITIONS, SAME_VALUE, Block, Span
 from regate_patch.analysis.graph import argument, is_call, shape, where
 from regate_patch.analysis.mixers import SDPA, attends_to_tokens, is_attention
 from regate_patch.analysis.refusals import chooses_positions
@@ -42,12 +42,10 @@ class AtRest:
 
     Attributes:
         keys: by attention, its key and value at rest.
-        first: attentions in front of which the stream has not changed: their own are those at rest.
         nodes: all that was put in, in graph order; they read nothing of the span.
     """
 
     keys: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
-    first: set[fx.Node] = field(default_factory=set)
     nodes: list[fx.Node] = field(default_factory=list)
 
 
@@ -58,28 +56,42 @@ def find_at_rest(graph: fx.Graph, span: Span, tokens: Tokens) -> AtRest:
         UnsupportedGraphError: tokens meet elsewhere than in fused attentions over the sequence, or keys are not made
             from the stream alone.
     """
-    found, inside = AtRest(), set(span.nodes)
+    cores = _fused(span, tokens)
     _check_stream(span, tokens)
-    if any(chooses_positions(node, tokens) for node in span.nodes):
-        raise UnsupportedGraphError(f"an attention that chooses what it sees: {_OTHERWISE}")
+    found, inside = AtRest(), set(span.nodes)
     stream = {n for b in span.blocks for n in (b.entry, b.exit) if shape(n) == shape(span.entry)} | {span.entry}
     made: dict[fx.Node, fx.Node] = dict.fromkeys(stream, span.entry)
-    for core in span.mixers:
-        if is_attention(core) and not attends_to_tokens(core, tokens):
-            continue  # what it sees are no positions
-        if not is_call(core, *SDPA):
-            raise UnsupportedGraphError(f"tokens do not meet in fused attention: {_OTHERWISE}: {where(core)}")
+    for core in cores:
         ends = (argument(core, 1, "key"), argument(core, 2, "value"))
         behind = _behind(ends, inside, stream, span)
-        if not behind & (stream - {span.entry}):
-            found.first.add(core)
         for node in span.nodes:
             if node in behind and node not in made:
                 with graph.inserting_after(node):
                     made[node] = graph.node_copy(node, lambda n: made.get(n, n))
                 found.nodes.append(made[node])
         found.keys[core] = (made[ends[0]], made[ends[1]])
+        if not behind & (stream - {span.entry}):  # in the first layer all positions are at rest
+            for own in ends:
+                core.replace_input_with(own, made[own])
+            for node in [n for n in reversed(span.nodes) if n in behind]:
+                if not node.users:
+                    graph.erase_node(node)
+    left = set(graph.nodes)
+    parts: list[Span | Block] = [span, *span.blocks]
+    for part in parts:
+        part.nodes = [node for node in part.nodes if node in left]
     return found
+
+
+def _fused(span: Span, tokens: Tokens) -> list[fx.Node]:
+    """Where tokens meet: fused attentions alone. What else a cross-attention sees is no position."""
+    if any(chooses_positions(node, tokens) for node in span.nodes):
+        raise UnsupportedGraphError(f"an attention that chooses what it sees: {_OTHERWISE}")
+    meeting = [m for m in span.mixers if not is_attention(m) or attends_to_tokens(m, tokens)]
+    for mixer in meeting:
+        if not is_call(mixer, *SDPA):
+            raise UnsupportedGraphError(f"tokens do not meet in fused attention: {_OTHERWISE}: {where(mixer)}")
+    return meeting
 
 
 def _check_stream(span: Span, tokens: Tokens) -> None:
@@ -160,13 +172,17 @@ class Visible(Inserter):
     def everywhere(self, core: fx.Node, which: int) -> fx.Node:
         """A key or value [.., S, D], at rest where it is not computed."""
         resting = self.at_rest.keys[core][which]
-        if core in self.at_rest.first:
+        own: Any = core.kwargs[_ARGUMENTS[1 + which]]
+        if own is resting:
             return resting
-        own = core.kwargs[_ARGUMENTS[1 + which]]
         dim = len(shape(resting)) - 2
         still = self.gathered(resting, (dim,), core)
         args = (resting, self.index, self.valid, own, still, dim, 0)
-        return self.make(("everywhere", resting, own), core, ops.scatter_tokens, args, resting)
+        everywhere = self.make(("everywhere", resting, own), core, ops.scatter_tokens, args, resting)
+        for node in (still, everywhere):  # recomputed together with what they are made of
+            if "checkpoint" in own.meta:
+                node.meta["checkpoint"] = own.meta["checkpoint"]
+        return everywhere
 
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")

@@ -47,6 +47,18 @@ def test_arithmetic(w: Sample, alignment: Any) -> None:
     assert found.dense_flops == pytest.approx(3 * 3 * dense, rel=1e-6)
 
 
+def test_arithmetic_of_what_stays_visible() -> None:
+    """Keys and values of all positions, the first layer's once; every query against all keys."""
+    d, layers, v, p, a = 512, 3, 576, 60, 300
+    n, s, k = v // 4 + p + 225, v + p + a, 150
+    products = layers * 2 * n * (4 * d * d + 3 * d * 1536) - 2 * n * 2 * d * d + layers * 2 * s * 2 * d * d
+    unread = 2 * (n - k) * (d * d + 3 * d * 1536)
+    sparse = products + layers * 4 * n * s * d - unread + 2 * k * d * 4096
+    found = regate.estimate(LLAMA, [(v, p, a)], regate.Config(visual_keep=0.25, elided="visible"))
+    dense = found.dense_flops / 3
+    assert found.sparse == pytest.approx(dense / sparse, rel=1e-6)
+
+
 def test_verdicts() -> None:
     schedule = {"steps": 10_000}
     assert regate.estimate(LLAMA, [(0, 100, 900)], epochs=3, **schedule).verdict.startswith("worth it")
