@@ -32,8 +32,9 @@ from regate_patch.analysis.tokens import Tokens
 from regate_patch.errors import UnsupportedGraphError
 from regate_patch.passes.insert import Inserter
 
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _PLACED = (ops.write, ops.after, operator.getitem, "masked_scatter", "index_put", torch.where)  # at some positions
-_OTHERWISE = "positions that are left out cannot stay visible here; let them be hidden"
+_OTHERWISE = "what is left out cannot stay visible here (a gate's elided='visible'): let it be hidden"
 
 
 @dataclass
@@ -183,6 +184,3 @@ class Visible(Inserter):
             if "checkpoint" in own.meta:
                 node.meta["checkpoint"] = own.meta["checkpoint"]
         return everywhere
-
-
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")

@@ -66,6 +66,7 @@ CELLS = [
 CELLS += [Cell("fsdp2", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")]
 CELLS.append(Cell("fsdp2", "lora", False, batches="unlabelled first"))
 CELLS += [Cell(wrap, "full", False, batches="full rows") for wrap in ("ddp", "fsdp2")]
+CELLS += [Cell("ddp", "full", False, batches="visible"), Cell("fsdp2", "lora", True, batches="visible")]
 TEXT = ("text alone", "text alone in turns")  # rank 1 never has an image; each rank has none once
 CELLS += [Cell("fsdp2", "full", False, batches=TEXT[0])]
 CELLS += [
@@ -210,6 +211,8 @@ def train(cell: Cell, rank: int | None, folder: Path | None = None) -> dict[str,
     config = CONFIG if cell.batches == "alike" else replace(CONFIG, logits="kept")
     if cell.batches == "full rows":  # one in each batch after the first step
         config = replace(config, cycle=2, full_steps=1, schedule="interleaved")
+    if cell.batches == "visible":
+        config = replace(config, elided="visible", visual_keep=0.5)
     if cell.batches.startswith("unlabelled") or cell.batches == TEXT[1]:  # of unseen samples, one process knows more
         config = replace(config, student_weight=0.0)
     ahead, teacher = parts or cell.teacher == "first", "precomputed" if parts else cell.teacher
