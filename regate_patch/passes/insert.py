@@ -60,7 +60,7 @@ def insert(
 ) -> fx.GraphModule:
     """See the module's description. Adds inputs in front: which positions are active, as `outer` wants to be told.
 
-    With a `tail` (see `tail.py`) that runs on fewer of the active positions, then which of these are read, for `inner`.
+    With a `tail` (`analysis.tail`) on fewer of the active positions, then which of these are read, for `inner`.
 
     Raises:
         UnsupportedGraphError: a value whose token axis cannot be followed.

@@ -27,6 +27,7 @@ from regate_patch.analysis.blocks import Span, find_span
 from regate_patch.analysis.graph import erase_dead, expr, is_call, is_scalar, value
 from regate_patch.analysis.mixers import find_mixers, is_attention, sequence_candidates
 from regate_patch.analysis.refusals import check
+from regate_patch.analysis.tail import find_tail
 from regate_patch.analysis.tokens import Tokens, find_tokens
 from regate_patch.errors import UnknownPassError
 from regate_patch.passes.causal import use_causal_kernels
@@ -35,7 +36,6 @@ from regate_patch.passes.end_to_end import EndToEnd, NotEndToEndError, Within, c
 from regate_patch.passes.insert import insert
 from regate_patch.passes.layers import outline_layers
 from regate_patch.passes.mutations import name_mutations
-from regate_patch.passes.tail import find_tail
 from regate_patch.passes.visible import AtRest, Visible, find_at_rest
 
 DISABLE = "REGATE_DISABLE"  # environment variable: names of passes to switch off, with commas between
@@ -215,7 +215,7 @@ class Rewrite:
         flops_at_rest: and what a row costs more for each of its S positions where those that are not computed are seen;
             `flops_quadratic` is then for each pair of n and S.
         longest: the sequence length up to which that is right: within it, no window hides anything.
-        tail: does what comes after the last attention run at positions that are read (see `regate_patch.passes.tail`)?
+        tail: does what comes after the last attention run at positions that are read (`regate_patch.analysis.tail`)?
         end_to_end: are rows laid end to end (see `regate_patch.passes.end_to_end`)?
         apart: is that what keeps samples of one row apart (see `Active.samples`)?
         visible: are positions that are not computed seen (see `regate_patch.passes.visible`)?

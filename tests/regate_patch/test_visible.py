@@ -43,7 +43,7 @@ def test_with_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     active, visible = oracle.random_active(batch, seed=1), batch["attention_mask"].bool()
     expected = oracle.masked(model, batch, active, visible=visible)
     found = oracle.engine(model, batch, active, backend="inductor", visible=visible)
-    oracle.assert_same(found, expected, tolerance=1e-8)
+    oracle.assert_same(found, expected, tolerance=1e-6)  # rotary angles are float32
 
 
 def test_without_what_is_left_out_all_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
