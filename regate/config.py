@@ -47,7 +47,7 @@ class Config:
             makes their keys and values: little work where heads share these (grouped-query attention).
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
             have embeddings most like another's (see `regate.scoring.visual`). Hiding them costs quality; with
-            elided="visible" no loss was seen (docs/evidence.md).
+            elided="visible" it cost little (docs/evidence.md).
         logits: where training forwards compute them: at positions that predict "kept" labels, a chunk at a time, or,
             which takes more time and memory, at "all". With "kept" the loss and its gradients are the same up to
             rounding, and reading `outputs.logits` is an error that names this setting; with "all" full steps run the
