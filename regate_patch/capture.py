@@ -321,8 +321,8 @@ def patch(
         allow_graph_breaks: let Dynamo cut the decoder into several graphs, for hooks that cut it between layers. What
             runs between the graphs is not looked at: it must not mix tokens. None allows it where the cuts are
             FSDP2's.
-        padding_elided: a promise that no active position is one that the attention mask hides. Then masks that say no
-            more than "causal, without padding" give way to causal kernels.
+        padding_elided: a promise that no active or visible position is one that the attention mask hides. Then masks
+            that say no more than "causal, without padding" give way to causal kernels.
         disable: names of passes that only save work (`regate_patch.passes.rewrite.OPTIONAL`), to be left out; the
             environment variable REGATE_DISABLE does the same.
         observe: called with (pass name, graph) after each pass, to look into the rewriter.

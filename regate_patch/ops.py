@@ -123,6 +123,16 @@ def only_valid(mask: Tensor, valid: Tensor) -> Tensor:
     return mask & valid.reshape(valid.shape + (1,) * (mask.dim() - 2))
 
 
+def _restricted(mask: Tensor | None, seen: Tensor, idle: Tensor) -> Tensor:
+    """An attention mask, or scores, that hides everything but what is `seen`, too; nothing from `idle` queries."""
+    if mask is None:
+        return seen | idle
+    if mask.dtype == torch.bool:
+        return (mask & seen) | idle
+    hidden = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+    return torch.where(idle, torch.zeros_like(hidden), hidden)
+
+
 def hide_filling(mask: Tensor | None, valid: Tensor, sinks: int = 0) -> Tensor:
     """An attention mask (or scores) [B, ..., Q or 1, K + sinks] under which no real query sees a key of the filling.
 
@@ -134,12 +144,7 @@ def hide_filling(mask: Tensor | None, valid: Tensor, sinks: int = 0) -> Tensor:
     keys = valid.reshape(valid.shape[:1] + middle + valid.shape[1:])
     idle = ~keys.transpose(-1, -2)
     keys = torch.nn.functional.pad(keys, (0, sinks), value=True) if sinks else keys
-    if mask is None:
-        return keys | idle
-    if mask.dtype == torch.bool:
-        return (mask & keys) | idle
-    hidden = mask.masked_fill(~keys, torch.finfo(mask.dtype).min)
-    return torch.where(idle, torch.zeros_like(hidden), hidden)
+    return _restricted(mask, keys, idle)
 
 
 def hide_invisible(mask: Tensor | None, visible: Tensor, index: Tensor, valid: Tensor, causal: bool) -> Tensor:
@@ -155,12 +160,7 @@ def hide_invisible(mask: Tensor | None, visible: Tensor, index: Tensor, valid: T
     seen, idle = visible[:, None, None, :], ~valid[:, None, :, None]
     if causal:
         seen = seen & (torch.arange(visible.shape[1], device=index.device) <= index[:, None, :, None])
-    if mask is None:
-        return seen | idle
-    if mask.dtype == torch.bool:
-        return (mask & seen) | idle
-    hidden = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
-    return torch.where(idle, torch.zeros_like(hidden), hidden)
+    return _restricted(mask, seen, idle)
 
 
 def choose_no_filling(hidden: Tensor, valid: Tensor) -> Tensor:

@@ -58,18 +58,23 @@ class Statistics:
         rows = len(active.index)
         read = active if active.read is None else active.read
         if active.visible is not None:
-            return self._flops([active.longest] * rows, rows * read.longest, seen=active.visible.shape[1])
+            return self._flops_seeing(active.visible.shape[1], active.longest, read.longest) * rows
         if active.counts is None or read.counts is None or not all(rewritten.end_to_end for rewritten in self.last):
             return self._flops([active.longest] * rows, rows * read.longest)
         lengths = active.samples if self.apart and active.samples else active.counts
         return self._flops(lengths, sum(read.counts))
 
-    def _flops(self, lengths: Sequence[int], read: int, seen: int = 0) -> int:
-        positions, pairs = sum(lengths), sum(n * (seen or n) for n in lengths)
+    def _flops(self, lengths: Sequence[int], read: int) -> int:
+        positions, squares = sum(lengths), sum(n * n for n in lengths)
         return sum(
-            r.flops_linear * positions
-            + r.flops_quadratic * pairs
-            + r.flops_at_rest * seen * len(lengths)
-            - r.flops_tail * (positions - read)
+            r.flops_linear * positions + r.flops_quadratic * squares - r.flops_tail * (positions - read)
             for r in self.last
+        )
+
+    def _flops_seeing(self, seen: int, computed: int, read: int) -> int:
+        """Of one row."""
+        return sum(
+            each * computed + pair * computed * seen + still * seen - r.flops_tail * (computed - read)
+            for r in self.last
+            for each, pair, still in [r.flops_visible]
         )

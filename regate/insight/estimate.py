@@ -43,20 +43,23 @@ class Sample(NamedTuple):
 @dataclass(frozen=True)
 class Costs:
     """Forward FLOPs of a language model: `linear*n + quadratic*n**2` for a row of n positions, `tail` less for each of
-    them that is not read, and `head` for each position that is projected onto the vocabulary, computed or not. Where it
-    sees S positions, n of them computed, `quadratic*n*S` and `at_rest*S`."""
+    them that is not read, and `head` for each position that is projected onto the vocabulary, computed or not. Where n
+    positions see S, computed or not, a*n + b*n*S + c*S with a, b, c in `visible`."""
 
     linear: float
     quadratic: float
     tail: float
     head: float
     vocabulary: int
-    at_rest: float = 0
+    visible: tuple[float, float, float] = (0, 0, 0)
 
     def forward(self, positions: float, projected: float, seen: float | None = None) -> float:
-        unread, keys = max(positions - projected, 0), positions if seen is None else seen
-        blocks = self.linear * positions + self.quadratic * positions * keys + self.at_rest * keys
-        return blocks - self.tail * unread + self.head * projected
+        if seen is None:
+            blocks = self.linear * positions + self.quadratic * positions**2
+        else:
+            each, pair, still = self.visible
+            blocks = each * positions + pair * positions * seen + still * seen
+        return blocks - self.tail * max(positions - projected, 0) + self.head * projected
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ def estimate(
     if not counted or any(min(s) < 0 or s.answer == 0 for s in counted):
         raise ConfigError("estimate needs samples of (visual, prompt, answer) token counts, each with an answer")
     model = build_on_meta(model) if isinstance(model, PretrainedConfig) else model
-    costs = costs_of(model, inspect(model))
+    visible = config.elided == "visible"
+    costs = costs_of(model, inspect(model, visible=visible))
     kept = [ceil(config.keep * s.answer - 1e-6) for s in counted]
     dense = 3 * sum(costs.forward(s.total, s.total) for s in counted)
     everywhere = config.logits == "all"
@@ -169,10 +173,8 @@ def estimate(
         ceil(config.visual_keep * s.visual - 1e-6) + s.prompt + answer_positions(s.answer, k, config)
         for s, k in zip(counted, kept, strict=True)
     ]
-    visible = config.elided == "visible"
-    of_sparse = costs_of(model, inspect(model, visible=True)) if visible else costs
     sparse = 3 * sum(
-        of_sparse.forward(n, s.total if everywhere else k, s.total if visible else n)
+        costs.forward(n, s.total if everywhere else k, s.total if visible else None)
         for s, n, k in zip(counted, computed, kept, strict=True)
     )
     teacher = sum(costs.forward(s.prompt + s.answer, s.answer) for s in counted)
@@ -228,11 +230,12 @@ def _most_full(config: Config, rows: int | None) -> float:
 def costs_of(model: nn.Module, found: regate_patch.Statistics) -> Costs:
     """The costs of a model's decoder, from what was found in it, and of its head."""
     weight = _projection(model)
+    of_visible = [sum(graph.flops_visible[i] for graph in found.graphs) for i in range(3)]
     return Costs(
         linear=sum(graph.flops_linear for graph in found.graphs),
         quadratic=sum(graph.flops_quadratic for graph in found.graphs),
         tail=sum(graph.flops_tail for graph in found.graphs),
-        at_rest=sum(graph.flops_at_rest for graph in found.graphs),
+        visible=(of_visible[0], of_visible[1], of_visible[2]),
         head=2.0 * weight.numel(),
         vocabulary=weight.shape[0],
     )

@@ -54,7 +54,8 @@ class State:
         tail: the part of the span that runs where the output is read, if it can be cut off.
         causal, longest, apart: see `Rewrite`.
         at_rest: keys and values of positions that are not computed, where they are to be seen.
-        flops: its `flops_linear, flops_quadratic, flops_tail, flops_at_rest`.
+        flops: its `flops_linear, flops_quadratic, flops_tail`.
+        flops_visible: see `Rewrite`.
         end_to_end: lay rows end to end, if nothing needs rows of its own; then, whether they are.
         put_in: its `gathers, scatters`.
         layers: see `Rewrite`.
@@ -74,7 +75,8 @@ class State:
     longest: float = inf
     apart: bool = False
     at_rest: AtRest | None = None
-    flops: tuple[int, int, int, int] = (0, 0, 0, 0)
+    flops: tuple[int, int, int] = (0, 0, 0)
+    flops_visible: tuple[int, int, int] = (0, 0, 0)
     end_to_end: bool = False
     put_in: tuple[int, int] = (0, 0)
     layers: tuple[str, ...] = ()
@@ -100,7 +102,7 @@ def _check(state: State) -> None:
 
 
 def _causal(state: State) -> None:
-    if state.padding_elided and not state.visible:
+    if state.padding_elided:
         state.causal, state.longest, state.apart = use_causal_kernels(
             state.gm, state.span, state.tokens, any_length=state.any_length, samples=state.samples
         )
@@ -111,11 +113,6 @@ def _tail(state: State) -> None:
         state.tail = find_tail(state.gm.graph, state.span, state.tokens)
 
 
-def _visible(state: State) -> None:
-    if state.visible:
-        state.at_rest = find_at_rest(state.gm.graph, state.span, state.tokens)
-
-
 def _end_to_end(state: State) -> None:
     state.end_to_end = not state.visible and can_be_laid(state.span, state.tokens)
     if state.apart and not state.end_to_end:
@@ -124,9 +121,14 @@ def _end_to_end(state: State) -> None:
 
 def _measure(state: State) -> None:
     of_tail = flops.polynomial(state.tail.nodes, state.tokens)[0] if state.tail else 0
-    at_rest = flops.polynomial(state.at_rest.nodes, state.tokens)[0] if state.at_rest else 0
-    of_span = flops.polynomial(state.span.nodes, state.tokens, masked=state.visible)
-    state.flops = (*of_span, of_tail, at_rest)
+    state.flops = (*flops.polynomial(state.span.nodes, state.tokens), of_tail)
+
+
+def _visible(state: State) -> None:
+    if state.visible:
+        state.at_rest = find_at_rest(state.gm.graph, state.span, state.tokens)
+        computed = flops.polynomial(state.span.nodes, state.tokens, masked=True)
+        state.flops_visible = (*computed, flops.polynomial(state.at_rest.nodes, state.tokens)[0])
 
 
 def _insert(state: State) -> None:
@@ -170,9 +172,9 @@ PASSES = (
     Pass("check", _check, "needed", "operations that would be something else on part of the positions are refused"),
     Pass("causal", _causal, "saves", "masks that say no more than causal order give way to `is_causal`"),
     Pass("tail", _tail, "saves", "what comes after the last attention is found, to run where the output is read"),
-    Pass("visible", _visible, "needed", "keys and values of positions that are left out, if they are to be seen"),
     Pass("end_to_end", _end_to_end, "saves", "rows are laid end to end, where all attention is in causal order"),
     Pass("measure", _measure, "needed", "what a position costs in FLOPs, for reports"),
+    Pass("visible", _visible, "needed", "keys and values of positions that are left out, if they are to be seen"),
     Pass("insert", _insert, "needed", "one gather in front of the span, one scatter behind it, side inputs gathered"),
     Pass("layers", _layers, "saves", "equal layers become calls of one function, which is compiled once"),
     Pass("outline", _outline, "needed", "checkpoints are put back around what was inside them"),
@@ -212,8 +214,8 @@ class Rewrite:
         gathers, scatters: how many the rewriter put in: one gather per live-in, one for the stream; with a tail, one
             more for the attention's result and one for the stream, and one scatter.
         causal: attentions whose mask gave way to `is_causal` (see `regate_patch.passes.causal`).
-        flops_at_rest: and what a row costs more for each of its S positions where those that are not computed are seen;
-            `flops_quadratic` is then for each pair of n and S.
+        flops_visible: of a row that computes n positions and sees S, computed or not: a, b, c of
+            `a * n + b * n * S + c * S`.
         longest: the sequence length up to which that is right: within it, no window hides anything.
         tail: does what comes after the last attention run at positions that are read (`regate_patch.analysis.tail`)?
         end_to_end: are rows laid end to end (see `regate_patch.passes.end_to_end`)?
@@ -237,7 +239,7 @@ class Rewrite:
     longest: float = inf
     tail: bool = False
     flops_tail: int = 0
-    flops_at_rest: int = 0
+    flops_visible: tuple[int, int, int] = (0, 0, 0)
     end_to_end: bool = False
     apart: bool = False
     visible: bool = False
@@ -264,7 +266,7 @@ def rewrite(
     Args:
         gm: the captured graph, left as it was.
         whole: this graph should be all of the decoder: then its tail is looked for.
-        padding_elided: no active position is one that the attention mask hides.
+        padding_elided: no active position, and none that is visible, is one that the attention mask hides.
         any_length: the rewritten graph must serve sequences of any length, else those up to its `longest`.
         samples: whoever runs it knows how many active positions each sample has, where rows hold several.
         visible: active positions see those that are not computed, as `Active.visible` says when it runs.
@@ -296,7 +298,7 @@ def _walk(state: State, disable: Collection[str], observe: Observer | None) -> R
 
 def _summary(state: State) -> Rewrite:
     span = state.span
-    linear, quadratic, of_tail, at_rest = state.flops
+    linear, quadratic, of_tail = state.flops
     gathers, scatters = state.put_in
     return Rewrite(
         module=state.gm,
@@ -311,7 +313,7 @@ def _summary(state: State) -> Rewrite:
         longest=state.longest,
         tail=state.tail is not None,
         flops_tail=of_tail,
-        flops_at_rest=at_rest,
+        flops_visible=state.flops_visible,
         end_to_end=state.end_to_end,
         apart=state.apart,
         visible=state.visible,

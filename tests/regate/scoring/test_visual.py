@@ -73,6 +73,19 @@ def test_loss_and_gradients_are_the_oracles(name: str, elided: Any, monkeypatch:
             torch.testing.assert_close(grads[n], p.grad, atol=1e-9, rtol=0, msg=lambda m, n=n: f"{n}: {m}")
 
 
+def test_a_dense_step_costs_the_same_whatever_is_seen() -> None:
+    found = []
+    for elided in ("hidden", "visible"):
+        torch._dynamo.reset()
+        model = CORE["llava"].build()
+        gate = regate.apply(model, replace(SPARSE, elided=elided), teacher=None)  # type: ignore[arg-type]
+        model(**CORE["llava"].batch("right"))
+        found.append(gate.counters)
+    hidden, visible = found
+    assert hidden.flops_dense == visible.flops_dense
+    assert hidden.flops_computed < visible.flops_computed < visible.flops_dense
+
+
 def test_with_the_short_head() -> None:
     """The proof before the first step runs on thinned tokens, too; both steps thin by the same."""
     torch._dynamo.reset()
