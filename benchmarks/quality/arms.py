@@ -55,8 +55,8 @@ ARMS = {
     "gain": Arm("ref - m, what the image already explains", {"student_weight": -1.0, "reference_weight": 1.0}),
     "explore": Arm("the paper's, a third of the kept labels at random", {"explore": 1 / 3}),
     "equal": Arm("0.5 m + 0.5 ref", {"student_weight": 0.5}),
-    "keep25": Arm("the paper's, keep 0.25", {"keep": 0.25}),
-    "keep75": Arm("the paper's, keep 0.75", {"keep": 0.75}),
+    "keep25": Arm("the default, keep 0.25", {"keep": 0.25, "alignment": "both"}),
+    "keep75": Arm("the default, keep 0.75", {"keep": 0.75, "alignment": "both"}),
     "inverse": Arm("the least of m + 0.5 ref", {"student_weight": -1.0, "reference_weight": -0.5}),
     "gainlate": Arm(
         "ref - m, from step 160 on, when the image is read",

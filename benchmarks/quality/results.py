@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import defaultdict
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.analysis import Record
+from benchmarks.quality.tasks import Settings
 
 FOLDER = Path(__file__).parent / "results"
 REPORTED = (
@@ -31,12 +33,12 @@ def gather(runs: Path, into: Path = FOLDER) -> None:
     tasks: dict[str, list[Record]] = defaultdict(list)
     for path in sorted(runs.glob("*.json")):
         record = json.loads(path.read_text())
-        tasks[record["task"]].append(record)
+        tasks[record["task"]].append(record | {"settings": _whole(record["settings"])})
     committed = load(into)
     for name, records in tasks.items():
         old = committed.get(name, {"runs": [], "made": []})
         common = {"task": name, "settings": records[0]["settings"], "source": records[0]["source"]}
-        if old["runs"] and old["settings"] != common["settings"]:
+        if old["runs"] and _whole(old["settings"]) != common["settings"]:
             raise MixedRunsError(
                 f"{name}: {runs} has other settings than {into}; delete {into / name}.json to begin anew"
             )
@@ -66,6 +68,11 @@ def _from_the_same_weights(task: str, runs: Iterable[Record]) -> None:
                 f"{task}, seed {run['seed']}: {first['arm']} started from a loss of {one:g} and {run['arm']} from "
                 f"{other:g}, so they did not start from the same weights; run both again with one `starts` folder"
             )
+
+
+def _whole(settings: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of settings that there were not when the run was made."""
+    return dataclasses.asdict(Settings(**settings))
 
 
 def load(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
