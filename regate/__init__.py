@@ -15,6 +15,7 @@ from regate.insight.estimate import Estimate, count_tokens, estimate
 from regate.insight.report import Report
 from regate.memory.store import Store
 from regate.scoring.decision import Decision
+from regate.teaching.translated import CrossTokenizerTeacher
 from regate.trainer import GateCallback, register
 from regate.version import __version__
 
@@ -22,6 +23,7 @@ register()
 
 __all__ = [
     "Config",
+    "CrossTokenizerTeacher",
     "Decision",
     "Estimate",
     "Gate",

@@ -13,7 +13,7 @@ from regate.config import Config
 from regate.errors import ConfigError, GateNotAppliedError, UnknownArchitectureError
 from regate.gate import Gate, OnUnsupported
 from regate.memory.store import Store
-from regate.teaching.teacher import TeacherChoice
+from regate.teaching.choice import TeacherChoice
 from regate.training.hooks import owners, through_peft
 
 
@@ -42,8 +42,9 @@ def apply(
             step; a Hugging Face Trainer does so when training begins, a loop of your own calls `gate.precompute`.
             "precomputed" is the same with losses that are in the store when training begins. "auto" is "copy", or
             "first" where FSDP2 has split the model or the GPU has no room for a copy. With PEFT the frozen base model
-            is the teacher at any time, unless a copy is asked for. A module is a multimodal model whose language model
-            is the teacher; None scores by difficulty alone.
+            is the teacher at any time, unless a copy is asked for. A module is a language model, or a multimodal one
+            whose language model is the teacher, with the tokenizer of `model`; `CrossTokenizerTeacher` is one with
+            another. None scores by difficulty alone.
         store: where reference losses and difficulties are kept: a directory, a `Store`, or None for a temporary
             one.
         on_unsupported: "raise", or "warn" to train dense where the decoder cannot be rewritten.

@@ -33,7 +33,8 @@ from regate.scoring.keys import NO_IDS
 from regate.scoring.scorer import Samples, Scorer
 from regate.scoring.turns import Turns
 from regate.state import RunState
-from regate.teaching import teacher as teachers
+from regate.teaching.choice import TeacherChoice, teacher_of
+from regate.teaching.teacher import Teacher
 from regate.training.calls import OuterCall, inner_call
 from regate.training.counters import Counters, Stopwatch
 from regate.training.hooks import Hook, call_weakly, is_inside, is_recomputed
@@ -83,7 +84,7 @@ class Gate:
         *,
         adapter: ModelAdapter,
         backend: regate_patch.Backend,
-        teacher: teachers.TeacherChoice,
+        teacher: TeacherChoice,
         store: Store,
         on_unsupported: OnUnsupported,
     ) -> None:
@@ -97,9 +98,7 @@ class Gate:
         self._notes: list[str] = []
         self.model = model
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
-        self._teacher = teachers.teacher_of(
-            model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported
-        )
+        self._teacher = teacher_of(model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported)
         handle = regate_patch.patch(
             decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True, disable=config.disable
         )
@@ -353,7 +352,7 @@ class Gate:
         if self._teacher is None or self._teacher.source != "copy" or not self._automatic or self._steps.made:
             return
         self._teacher.close()
-        self._teacher = teachers.Teacher(self.model, self.adapter, backend=self._backend, source="live")
+        self._teacher = Teacher(self.model, self.adapter, backend=self._backend, source="live")
         self.scorer.teacher, self.scorer.lazily, self.first = self._teacher, False, True
 
     def choose(self, batch: Batch, *, full: bool = False) -> Tensor:

@@ -21,7 +21,7 @@ from regate_patch.errors import (
     UnsupportedGraphError,
 )
 from regate_patch.inspection import inspect
-from regate_patch.passes.rewrite import Rewrite, rewrite
+from regate_patch.passes.rewrite import Rewrite
 from regate_patch.sharding import is_sharded
 from regate_patch.statistics import Statistics
 from regate_patch.transfer import to_device
@@ -48,6 +48,5 @@ __all__ = [
     "inspect",
     "is_sharded",
     "patch",
-    "rewrite",
     "to_device",
 ]

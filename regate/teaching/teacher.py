@@ -17,62 +17,27 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import regate_patch
-from model_adapters import Batch, Layout, ModelAdapter, find_adapter
+from model_adapters import Batch, Layout, ModelAdapter
 from model_adapters.conventional import text_config
 from model_adapters.flash import takes_one_row
-from regate.config import Config
-from regate.errors import ConfigError, NonFiniteLossError, StoreMismatchError
+from regate.errors import NonFiniteLossError, StoreMismatchError
 from regate.labels import IGNORED, predicted, predictors
 from regate.memory.sharing import any_rank
 from regate.output.loss import Places, label_losses
 from regate.teaching.quantize import to_4bit, unpacked
 from regate.teaching.rows import end_to_end
-from regate.teaching.weights import answering, halve_on_cuda, is_tight, some_values, split_root, uses_peft
+from regate.teaching.weights import answering, halve_on_cuda, some_values, split_root, uses_peft
 from regate.training.hooks import run_inside
 from regate.training.sharding import refuse_sharded
 from regate_patch import is_sharded
 
 Source = Literal["copy", "4bit", "live", "given"]
-Named = Literal["auto", "copy", "4bit", "first", "precomputed"]
-TeacherChoice = Named | nn.Module | None
-
-
-def teacher_of(
-    model: nn.Module,
-    adapter: ModelAdapter,
-    config: Config,
-    choice: TeacherChoice,
-    *,
-    backend: regate_patch.Backend,
-    on_unsupported: regate_patch.OnUnsupported,
-) -> Teacher | None:
-    """The teacher that a user asked for (see `regate.apply`); None where no score needs one.
-
-    Raises:
-        ConfigError: it is none of those that can be asked for.
-    """
-    if not (choice is None or isinstance(choice, nn.Module) or choice in get_args(Named)):
-        raise ConfigError(f"teacher must be one of {get_args(Named)}, a model, or None, got {choice!r}")
-    if choice is None or config.reference_weight == 0 or config.selection == "random" or config.keep >= 1:
-        return None
-    source: Source = "copy"
-    if isinstance(choice, nn.Module):
-        model, adapter, source = choice, find_adapter(choice), "given"
-    elif choice == "4bit" and not uses_peft(model, adapter):
-        source = "4bit"
-    elif (
-        choice in ("first", "precomputed")
-        or (choice != "copy" and uses_peft(model, adapter))
-        or (choice == "auto" and (is_sharded(model) or is_tight(model, adapter)))
-    ):
-        source = "live"
-    return Teacher(model, adapter, backend=backend, source=source, on_unsupported=on_unsupported)
 
 
 class Teacher:

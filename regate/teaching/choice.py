@@ -1,0 +1,64 @@
+"""Which teacher a user asks for."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import nn
+
+import regate_patch
+from model_adapters import ModelAdapter, find_adapter
+from model_adapters.conventional import language_model, text_config, unwrap
+from regate.config import Config
+from regate.errors import ConfigError
+from regate.teaching.teacher import Source, Teacher
+from regate.teaching.translated import CrossTokenizerTeacher, Translated
+from regate.teaching.weights import is_tight, uses_peft
+from regate_patch import is_sharded
+
+Named = Literal["auto", "copy", "4bit", "first", "precomputed"]
+TeacherChoice = Named | nn.Module | CrossTokenizerTeacher | None
+
+
+def teacher_of(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    config: Config,
+    choice: TeacherChoice,
+    *,
+    backend: regate_patch.Backend,
+    on_unsupported: regate_patch.OnUnsupported,
+) -> Teacher | None:
+    """The teacher that a user asked for (see `regate.apply`); None where no score needs one.
+
+    Raises:
+        ConfigError: it is none of those that can be asked for.
+    """
+    if not (choice is None or isinstance(choice, (nn.Module, CrossTokenizerTeacher)) or choice in get_args(Named)):
+        raise ConfigError(f"teacher must be one of {get_args(Named)}, a model, or None, got {choice!r}")
+    if choice is None or config.reference_weight == 0 or config.selection == "random" or config.keep >= 1:
+        return None
+    if isinstance(choice, CrossTokenizerTeacher):
+        if not choice.agree:
+            return Translated(choice, ends_of(model), backend=backend, on_unsupported=on_unsupported)
+        choice = choice.model
+    source: Source = "copy"
+    if isinstance(choice, nn.Module):
+        model, adapter, source = choice, find_adapter(choice), "given"
+    elif choice == "4bit" and not uses_peft(model, adapter):
+        source = "4bit"
+    elif (
+        choice in ("first", "precomputed")
+        or (choice != "copy" and uses_peft(model, adapter))
+        or (choice == "auto" and (is_sharded(model) or is_tight(model, adapter)))
+    ):
+        source = "live"
+    return Teacher(model, adapter, backend=backend, source=source, on_unsupported=on_unsupported)
+
+
+def ends_of(model: nn.Module) -> set[int]:
+    """Ids by which the model ends a text or a turn."""
+    inner = (unwrap(model), language_model(model))
+    configs = [text_config(model), *(getattr(m, "generation_config", None) for m in inner)]
+    found = [getattr(config, "eos_token_id", None) for config in configs]
+    return {i for ids in found for i in (ids if isinstance(ids, list | tuple) else [ids]) if isinstance(i, int)}
