@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -37,7 +38,9 @@ from regate.training.hooks import run_inside
 from regate.training.sharding import refuse_sharded
 from regate_patch import is_sharded
 
+log = logging.getLogger("regate")
 Source = Literal["copy", "4bit", "live", "given"]
+_STRANGE = 0.02  # the share of labels without an id in the teacher's vocabulary from which on it is doubted
 
 
 class Teacher:
@@ -68,6 +71,7 @@ class Teacher:
         self.model, self.adapter, self.source = model, adapter, source
         self._values: dict[Any, Tensor] = {}  # of the parameters when they last answered, and marks of them
         self._marks: list[tuple[int, int, int]] = []
+        self._doubted = False
         parts: Any = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
         self.handle: regate_patch.Handle | None = None
         if source in ("copy", "4bit"):
@@ -175,6 +179,7 @@ class Teacher:
                 hidden = self.adapter.run_decoder(self.decoder, self.embeddings, text, mask, positions)
             hidden = hidden.view(*labels.shape, -1)
             answered = wanted & (labels < self._vocabulary())
+            self._doubt(int(wanted.sum()), int(answered.sum()))
             losses = torch.full((int(wanted.sum()),), math.log(self._vocabulary()))
             losses[answered[wanted]] = label_losses(hidden, Places.of(labels, answered), head=self.head).cpu()
         if not bool(torch.isfinite(losses).all()):
@@ -184,6 +189,16 @@ class Teacher:
                 "check the model's weights and dtype (float16 overflows where bfloat16 does not)"
             )
         return list(losses.split(wanted.sum(1).tolist()))
+
+    def _doubt(self, labels: int, answered: int) -> None:
+        """A model that somebody gave may have another tokenizer, and its numbers no meaning."""
+        if self.source == "given" and not self._doubted and labels - answered > _STRANGE * labels:
+            self._doubted = True
+            log.warning(
+                "%d of %d answer tokens of this batch are none of the teacher's %d: where its tokenizer is not "
+                "the student's, give teacher=regate.CrossTokenizerTeacher(model, tokenizer, student_tokenizer)",
+                labels - answered, labels, self._vocabulary(),
+            )  # fmt: skip
 
     def _vocabulary(self) -> int:
         """V, ids that the teacher knows."""

@@ -232,3 +232,21 @@ def test_a_tokenizer_that_does_not_tell_where_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="must tell where"):
         regate.CrossTokenizerTeacher(llama(words()), Slow(), words())
+
+
+def test_ids_that_the_teacher_does_not_have_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Once: it may have another tokenizer."""
+    model, batch = CORE["llava"].double(), CORE["llava"].batch()
+    layout = find_adapter(model).layout(model, batch)
+    own = llama(words())
+    teacher = Teacher(own, find_adapter(own), backend="eager", source="given")
+    told = []
+    for size in (100, 50, 50):
+        own.resize_token_embeddings(size)
+        teacher.losses(batch, layout)
+        told = [r.message.split(":")[0] for r in caplog.records if "CrossTokenizerTeacher" in r.message]
+        assert bool(told) == (size == 50)
+    assert told == [
+        f"{int((layout.labels >= 50).sum())} of {int((layout.labels != -100).sum())} answer tokens of this batch are "
+        "none of the teacher's 50"
+    ]
