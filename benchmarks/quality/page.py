@@ -26,8 +26,9 @@ MARGIN = 0.01  # what counts as not worse
 NOTES = {
     "captions": "Which of two templates an answer follows is not told, so that about half of the whole answers can be "
     "right. The teacher's seconds of seed 1 (paper) hold 7 s in which its process read the images.",
-    "photos": "The parts were linked before, by {settings[link_steps]} steps on other pictures: else "
-    "a run's accuracy would tell when it left its first plateau, which is luck.",
+    "photos": "Seeds start in turn from {settings[starts]} models, whose parts were linked by {settings[link_steps]} "
+    "steps on other pictures, as one fine-tunes a model that sees: else a run's accuracy would tell when it left its "
+    "first plateau, which is luck. So seeds are orders of the data more than they are models.",
 }
 
 _TOP = """# Evidence
@@ -82,7 +83,7 @@ def section(name: str, result: dict[str, Any], part: Part) -> str:
     about = " ".join([about, NOTES.get(name, "").format(settings=settings)]).strip()
     parts = [
         f"## {name.capitalize()}", textwrap.fill(about, 120), f"![Accuracy over cost: {name}](evidence/{name}.png)",
-        f"### Quality on {part} samples", _table(_quality(part), runs, arms),
+        f"### Quality on {part} samples", _table(_quality(part), runs, arms), _arrived(runs),
         "Minus dense, paired by seed:", differences(runs, arms, part),
         "### Cost", "Shares of dense, means over seeds:", _costs(runs, arms), _reaching(runs, arms),
         "### What the gate keeps", _calibration(runs, arms), _context(runs, arms),
@@ -123,6 +124,24 @@ def _table(columns: Sequence[Column], runs: list[Record], arms: list[str]) -> st
         cells = [show(mean(map(measure, some))) for _, measure, show in columns]
         rows.append([arm, ARMS[arm].told, str(len(some)), *cells])
     return _markdown(rows)
+
+
+def _arrived(runs: list[Record]) -> str:
+    """Had dense training learnt what it would? Where it had not, luck decides how far another is at the same time."""
+    told = []
+    for seed, points in sorted((run["seed"], run["curve"]) for run in runs if run["arm"] == "dense"):
+        last, end = points[-1], points[-1]["step"]
+        before = max((p for p in points if p["step"] <= 0.75 * end), key=lambda p: p["step"])
+        told.append(f"{seed}: {_percent(last['grounded'])} ({100 * (last['grounded'] - before['grounded']):+.0f})")
+    return (
+        textwrap.fill(
+            "Dense at the end by seed, and in brackets what it still learnt in the last quarter of the run, on the "
+            f"validation samples that are looked at while training: {', '.join(told)}.",
+            120,
+        )
+        if told
+        else ""
+    )
 
 
 def differences(runs: list[Record], arms: list[str], part: Part) -> str:

@@ -84,7 +84,7 @@ class Run:
         settings, model = self.settings, self.model
         batches = endless(self.task.train.batches(settings.batch_size, seed=self.seed + 1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
         every = max(1, settings.steps // settings.evaluations)
         self._look(0)
         bar = tqdm(range(settings.steps), desc=f"{self.task.name} {self.name} {self.seed}", mininterval=20)

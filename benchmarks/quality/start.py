@@ -14,11 +14,16 @@ from torch.utils.data import DataLoader
 from benchmarks.quality.tasks import Batch, Task, arguments
 from examples.demo.start import learn, learn_to_see
 
+_OF_START = ("lr", "batch_size", "vision_steps", "vision_batch_size", "text_steps", "link_steps")
+
 
 def started(task: Task, seed: int, folder: Path) -> Any:
     """The model of a seed, pretrained; made once per settings, then read from `folder`."""
-    model, settings = task.build(seed), task.settings
-    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+    settings = task.settings
+    seed %= settings.starts or seed + 1
+    model = task.build(seed)
+    told = [getattr(settings, name) for name in _OF_START]
+    digest = hashlib.sha256(repr(told).encode()).hexdigest()[:8]
     path = folder / f"{task.name}-{seed}-{digest}.pt"
     if not path.exists():
         torch.manual_seed(seed)

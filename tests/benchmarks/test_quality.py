@@ -15,12 +15,12 @@ import torch
 
 import benchmarks.quality.__main__ as quality
 import regate
-from benchmarks.quality import analysis, arms, page, results
+from benchmarks.quality import analysis, arms, page, results, stranger
 from benchmarks.quality.context import losses_of_kept
 from benchmarks.quality.elision import everything_computed, visual_at_random
 from benchmarks.quality.evaluate import with_blank, with_shuffled
 from benchmarks.quality.run import Run, calibration, reweighted
-from benchmarks.quality.start import endless
+from benchmarks.quality.start import endless, started
 from benchmarks.quality.tasks import Settings, Task, arguments, captions, clips, photos
 from benchmarks.quality.tasks.registry import TASKS
 from examples.demo import tiny
@@ -153,6 +153,32 @@ def test_runs_from_other_weights_are_not_mixed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_settings_that_came_later_have_their_defaults(tmp_path: Path) -> None:
+    _gather(tmp_path, _ran("dense") | {"settings": {"steps": 1, "link_steps": 0}})
+    assert _gather(tmp_path, _ran("regate")) == {("t", "dense", 0), ("t", "regate", 0)}
+
+
+def test_seeds_take_shared_starts_in_turn(task: Task, tmp_path: Path) -> None:
+    shared = dataclasses.replace(task, settings=dataclasses.replace(SHORT, starts=2))
+    first, second, third = (started(shared, seed, tmp_path).state_dict() for seed in range(3))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert all(torch.equal(first[name], third[name]) for name in first)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_rate_rises_and_falls() -> None:
+    assert list(map(Settings(steps=4).rate, range(4))) == [1, 0.75, 0.5, 0.25]
+    assert list(map(Settings(steps=8, lr_warmup=2).rate, range(4))) == [1 / 3, 2 / 3, 0.75, 0.625]
+
+
+def test_a_strangers_losses_of_a_task(task: Task) -> None:
+    found = stranger.measure("copy", task, 4)
+    assert found["samples"] == 4
+    assert 0.5 <= found["kept"] < 0.6
+    assert 0 <= found["grounded_kept"] <= 1
+    assert found["loss_of_grounded"] > 0 < found["loss_of_others"]
+
+
 def test_masking_computes_every_position(task: Task, tmp_path: Path) -> None:
     ends = {}
     for arm in ("paper", "masking"):

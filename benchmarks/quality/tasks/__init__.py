@@ -86,11 +86,12 @@ class Settings:
     """How a task is trained.
 
     Attributes:
-        steps, batch_size, lr: of a run; the rate falls linearly to 0.
+        steps, batch_size, lr: of a run; the rate falls linearly to 0, after it rose over `lr_warmup` steps.
         schedule: of `regate.Config`.
         vision_steps, vision_batch_size: of the encoder's pretraining.
         text_steps: of the language model's, with batches of `vision_batch_size`.
         link_steps: of the whole model's on `Task.link`.
+        starts: pretrained models, which seeds take in turn; 0 is one for each seed.
         evaluations: of the validation samples, evenly spread over a run.
         few: validation samples that are looked at while training.
         free: captions that are generated in the end.
@@ -100,15 +101,21 @@ class Settings:
     steps: int = 400
     batch_size: int = 32
     lr: float = 1e-3
+    lr_warmup: int = 0
     schedule: dict[str, int] = field(default_factory=lambda: {"warmup": 40, "cycle": 32, "full_steps": 4})
     vision_steps: int = 500
     vision_batch_size: int = 64
     text_steps: int = 120
     link_steps: int = 0
+    starts: int = 0
     evaluations: int = 8
     few: int = 200
     free: int = 100
     grounded_share: float = 0.25
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step (from 0), over `lr`."""
+        return min(1 - step / self.steps, (step + 1) / (self.lr_warmup + 1))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,10 @@ _TEMPLATES = (
     "at the top left a {0} , at the top right a {1} , at the bottom left a {2} and at the bottom right a {3} .",
     "a {3} at the bottom right , a {2} at the bottom left , a {1} at the top right and a {0} at the top left .",
 )
-SETTINGS = Settings(steps=300, batch_size=16, vision_steps=250, vision_batch_size=32, link_steps=400, few=100, free=50)
+SETTINGS = Settings(
+    steps=300, batch_size=16, lr_warmup=20, vision_steps=250, vision_batch_size=32, link_steps=1200, starts=3,
+    few=100, free=50,
+)  # fmt: skip
 _SIZE, _PATCH, _WIDTH = 64, 4, 96
 
 
