@@ -1,6 +1,6 @@
 """What a GPU is to show, in parts of nine minutes each; no network is needed.
 
-    python -m benchmarks.gpu correctness | steps | compilation  [--size tiny] [--device cpu] [--out FOLDER]
+    python -m benchmarks.gpu correctness | steps | compilation | learning  [--size tiny] [--device cpu] [--out FOLDER]
     python -m benchmarks.gpu wheels                             # what to carry there, and how
 
 Written for one H100 or H200. Each part writes `gpu-PART.json` with the command, versions and the device; run again, it
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PARTS = ("correctness", "steps", "compilation")
+PARTS = ("correctness", "steps", "compilation", "learning")
 LARGE = "qwen2.5-vl-7b"
 
 
@@ -94,6 +94,10 @@ def checks(args: argparse.Namespace) -> list[Any]:
         from benchmarks.gpu import speed
 
         return speed.checks(args.size, args.device)
+    if args.part == "learning":
+        from benchmarks.gpu import learning
+
+        return learning.checks(args.size, args.device, args.out / "quality")
     from benchmarks.gpu import compiling
 
     return compiling.checks(args.size or "qwen2.5-3b", args.device, args.out / "caches")

@@ -9,8 +9,8 @@ from pathlib import Path
 # Distribution: module. Without the first four regate does not run; without the others checks are skipped.
 NEEDED = {"lmdb": "lmdb", "einops": "einops", "accelerate": "accelerate", "pyyaml": "yaml"}
 WANTED = {"peft": "peft", "trl": "trl", "datasets": "datasets", "bitsandbytes": "bitsandbytes"}
-WANTED |= {"liger-kernel": "liger_kernel", "matplotlib": "matplotlib"}
-USUALLY_MISSING = ("lmdb", "trl", "bitsandbytes", "liger-kernel")
+WANTED |= {"liger-kernel": "liger_kernel", "matplotlib": "matplotlib", "easy-vqa": "easy_vqa"}
+USUALLY_MISSING = ("lmdb", "trl", "bitsandbytes", "liger-kernel", "easy-vqa")
 
 
 def missing() -> list[str]:

@@ -22,9 +22,18 @@ from benchmarks import machine
 from benchmarks.quality import results
 from benchmarks.quality.arms import ARMS
 from benchmarks.quality.run import Run
+from benchmarks.quality.tasks import Settings
 from benchmarks.quality.tasks.registry import TASKS
 
 HEADLINE = ("dense", "regate", "paper", "random", "randomboth", "student", "reweighted", "exact")
+
+_FEW = {
+    "limit": 16,
+    "settings": Settings(
+        steps=4, batch_size=4, schedule={"warmup": 1, "cycle": 4, "full_steps": 0}, vision_steps=1, vision_batch_size=4,
+        text_steps=1, evaluations=1, few=4, free=2,
+    ),
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(HEADLINE))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--short", action="store_true", help="a few samples and steps, to try it")
     parser.add_argument("--again", action="store_true", help="also what is committed")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -47,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         if path.exists() or (name, arm, seed) in committed:
             continue
         if name not in tasks:
-            tasks[name] = TASKS[name]()
+            tasks[name] = TASKS[name](**(_FEW if args.short else {})).on(args.device)
         settings = dataclasses.asdict(tasks[name].settings)
         record = Run(tasks[name], arm, seed, starts=args.out / "starts").record()
         machine.write(record | {"settings": settings, "source": tasks[name].source, "made": made}, path)

@@ -36,7 +36,7 @@ def losses_of_kept(model: Any, gate: regate.Gate, batches: Iterable[Batch]) -> d
         decision = gate.last
         if decision is None or bool(decision.whole.any()):
             return None
-        kept = decision.kept[:, 1:]
+        kept = decision.kept[:, 1:].to(loss.device)
         with torch.no_grad():
             logits = model(**arguments(batch), use_cache=False).logits[:, :-1][kept].float()
             full += float(torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:][kept], reduction="sum"))

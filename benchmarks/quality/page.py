@@ -40,9 +40,9 @@ All arms of a seed start from the same weights, an encoder that was taught to se
 language of the answers but not what is seen, and take the same batches in the same order. Models have two million
 weights or less, and the tasks are made: they show what the method does to learning, not what a large model
 will score. *Grounded* words are those that only the image or clip tells. Accuracy is teacher-forced, on {part}.
-Seconds are the processor's, one thread, of steps and teacher, without evaluation; the engine's capture and proof in a
-gated arm's first step are in them, a few seconds that a longer run would not notice, and other programs ran on the same
-machine.
+Seconds are the processor's, one thread, or a GPU's by the clock, of steps and teacher, without evaluation; the engine's
+capture and proof in a gated arm's first step are in them, a few seconds that a longer run would not notice, and other
+programs ran on the same machine.
 Intervals are 95% bootstrap intervals of the mean paired difference over seeds. With few seeds they are too narrow:
 where an arm has fewer than {enough}, its row is a finding in progress, not a verdict.
 """
@@ -73,12 +73,13 @@ def section(name: str, result: dict[str, Any], part: Part) -> str:
     runs, settings = result["runs"], result["settings"]
     arms = [arm for arm in ARMS if any(run["arm"] == arm for run in runs)]
     made = result["made"][0]
+    device = made["device"].get("gpu", made["device"]["cpu"])
     schedule = settings["schedule"]
     about = (
         f"{result['source']}. {settings['steps']} steps of {settings['batch_size']} samples, AdamW, learning rate "
         f"{settings['lr']:g} falling to 0; {schedule['warmup']} steps of warm-up, then {schedule['full_steps']} full "
         f"steps in each cycle of {schedule['cycle']}. torch {made['torch']}, transformers {made['transformers']}, "
-        f"{made['device']['cpu']}, commit {', '.join(sorted({m['commit'][:9] for m in result['made']}))}."
+        f"{device}, commit {', '.join(sorted({m['commit'][:9] for m in result['made']}))}."
     )
     about = " ".join([about, NOTES.get(name, "").format(settings=settings)]).strip()
     parts = [

@@ -1,7 +1,7 @@
 """One run: a task, an arm, a seed; what it learnt and what that cost, as one record.
 
-Seconds are the processor's, of this process with one thread: the machine may be shared. They are of steps alone,
-without evaluations; the teacher's are apart.
+Seconds are the processor's, of this process with one thread: the machine may be shared. On a GPU they are the clock's.
+They are of steps alone, without evaluations; the teacher's are apart.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Run:
             self.task.train[i]  # encoded once, so that nobody's seconds are those of reading images
         torch.manual_seed(self.seed)
         if self.gate is not None and self.arm.taught:
-            start = time.process_time()
+            start = self._seconds()
             batches = self.task.train.batches(self.settings.batch_size)
             self.gate.precompute(map(arguments, batches), progress=False)
-            self.teacher_seconds = time.process_time() - start
+            self.teacher_seconds = self._seconds() - start
         with self._elided():
             self._train()
             report = {} if self.gate is None else dict(self.gate.report())
@@ -90,15 +90,21 @@ class Run:
         bar = tqdm(range(settings.steps), desc=f"{self.task.name} {self.name} {self.seed}", mininterval=20)
         for step in bar:
             batch = next(batches)
-            start = time.process_time()
+            start = self._seconds()
             self._loss(batch).backward()
             optimizer.step()
             optimizer.zero_grad()
             rate.step()
-            self.seconds += time.process_time() - start
+            self.seconds += self._seconds() - start
             self._count(batch, step)
             if (step + 1) % every == 0 or step + 1 == settings.steps:
                 self._look(step + 1)
+
+    def _seconds(self) -> float:
+        if self.task.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _loss(self, batch: Batch) -> Tensor:
         output = self.model(**arguments(batch), use_cache=False)
@@ -116,10 +122,8 @@ class Run:
         self.answer_tokens += int(last.kept.sum())
         self.positions += sum(last.computed)
         if not last.full:
-            kept, grounded = (
-                last.kept & ~last.whole,
-                batch["grounded"] & ~last.whole,
-            )  # of what there was to choose from
+            there = ~last.whole  # to choose from
+            kept, grounded = last.kept & there, batch["grounded"].cpu() & there
             self.choices.append((step, int(kept.sum()), int(grounded.sum()), int((kept & grounded).sum())))
 
     def _look(self, step: int) -> None:

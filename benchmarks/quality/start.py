@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from benchmarks.quality.tasks import Batch, Task, arguments
+from benchmarks.quality.tasks import Batch, Batches, Task, arguments
 from examples.demo.start import learn, learn_to_see
 
 _OF_START = ("lr", "batch_size", "vision_steps", "vision_batch_size", "text_steps", "link_steps")
@@ -39,10 +38,10 @@ def started(task: Task, seed: int, folder: Path) -> Any:
         unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
         torch.save(model.state_dict(), unfinished)
         unfinished.replace(path)
-    model.load_state_dict(torch.load(path))
+    model.load_state_dict(torch.load(path, map_location=task.device))
     return model
 
 
-def endless(batches: DataLoader[Batch]) -> Iterator[Batch]:
+def endless(batches: Batches) -> Iterator[Batch]:
     while True:
         yield from batches

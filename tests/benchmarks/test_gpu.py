@@ -14,9 +14,11 @@ import torch
 
 import benchmarks.gpu.__main__ as gpu
 from benchmarks import tables
-from benchmarks.gpu import part, report, speed, wheels
+from benchmarks.gpu import learning, part, report, speed, wheels
 from benchmarks.gpu.numbers import Learned, held
 from benchmarks.gpu.part import Check, SkippedError
+from benchmarks.quality.arms import ARMS
+from benchmarks.quality.tasks.registry import TASKS
 from regate.insight.estimate import Sample
 
 
@@ -43,6 +45,7 @@ QUICK = {
     "correctness": ["rows filled up", "FSDP2", "exact step, fp32", "strongest", "Trainer, sparse", "flash 2"],
     "steps": ["steps tiny, full, eager, 96"],
     "compilation": ["no check"],  # they all compile
+    "learning": ["no check"],  # they all start processes
 }
 
 
@@ -71,6 +74,13 @@ def test_whole_parts(name: str, tmp_path: Path) -> None:
         assert "starts-gpu-compilation" in text
         cold, warm = (result["checks"][f"{start} start, regate, tiny"]["compilation"] for start in ("cold", "warm"))
         assert warm < cold
+
+
+def test_what_is_learnt_exists() -> None:
+    for task, lists in learning.ARMS.items():
+        assert task in TASKS
+        assert lists[0][0] == "dense", "the others are compared with it"
+        assert {arm for arms in lists for arm in arms} <= set(ARMS)
 
 
 def test_roofline_shares_are_shown() -> None:

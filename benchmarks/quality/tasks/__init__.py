@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,10 +39,13 @@ class Samples(Dataset[Batch]):
         samples: words are tokens.
         processor: has a chat template.
         encode: a record into the arguments of a model's call.
+        device: where batches are.
     """
 
-    def __init__(self, samples: list[Sample], processor: Any, encode: Callable[..., Batch] = encode) -> None:
-        self.samples, self.processor, self.encode = samples, processor, encode
+    def __init__(
+        self, samples: list[Sample], processor: Any, encode: Callable[..., Batch] = encode, *, device: str = "cpu"
+    ) -> None:
+        self.samples, self.processor, self.encode, self.device = samples, processor, encode, device
         self._encoded: dict[int, Batch] = {}
 
     def __len__(self) -> int:
@@ -66,19 +69,39 @@ class Samples(Dataset[Batch]):
                 for m in sample.record["messages"]
             ]
             samples.append(Sample({"messages": messages, "images": []}, sample.grounded, sample.facts))
-        return Samples(samples, self.processor, self.encode)
+        return Samples(samples, self.processor, self.encode, device=self.device)
+
+    def on(self, device: str) -> Samples:
+        """The same with batches there."""
+        return Samples(self.samples, self.processor, self.encode, device=device)
 
     def first(self, n: int) -> Samples:
         """The first `n`; what was encoded stays so."""
-        some = Samples(self.samples[:n], self.processor, self.encode)
+        some = Samples(self.samples[:n], self.processor, self.encode, device=self.device)
         some._encoded = self._encoded
         return some
 
-    def batches(self, size: int, *, seed: int | None = None) -> DataLoader[Batch]:
+    def batches(self, size: int, *, seed: int | None = None) -> Batches:
         """In batches; shuffled by `seed` if there is one."""
         join = partial(collate, pad_id=self.processor.tokenizer.pad_token_id)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return DataLoader(self, size, shuffle=seed is not None, generator=generator, collate_fn=join)
+        loader = DataLoader(self, size, shuffle=seed is not None, generator=generator, collate_fn=join)
+        return Batches(loader, self.device)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Of a loader, on a device."""
+
+    loader: DataLoader[Batch]
+    device: str
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            yield {name: x.to(self.device) for name, x in batch.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +170,17 @@ class Task:
     pixels: str
     settings: Settings
     link: Samples | None = None
+
+    @property
+    def device(self) -> str:
+        """Where it is trained."""
+        return self.train.device
+
+    def on(self, device: str) -> Task:
+        """The same there."""
+        samples = {name: getattr(self, name) for name in ("train", "validation", "test", "link")}
+        moved = {name: some if some is None else some.on(device) for name, some in samples.items()}
+        return replace(self, build=lambda seed: self.build(seed).to(device), **moved)
 
 
 def arguments(batch: Batch) -> Batch:
