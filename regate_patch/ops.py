@@ -169,6 +169,11 @@ def choose_no_filling(hidden: Tensor, valid: Tensor) -> Tensor:
     return hidden | ~keys
 
 
+def repeat_heads(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values [B, G, S, D] as [B, H, S, D]: for each head of `query` [B, H, K, D] its own."""
+    return x.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
+
+
 def write(target: Tensor, key: Any, value: Any) -> Tensor:
     """`target[key] = value`, as an expression whose value is the written tensor."""
     target[key] = value

@@ -26,6 +26,8 @@ MARGIN = 0.01  # what counts as not worse
 NOTES = {
     "captions": "Which of two templates an answer follows is not told, so that about half of the whole answers can be "
     "right. The teacher's seconds of seed 1 (paper) hold 7 s in which its process read the images.",
+    "photos-early": "The parts were linked by {settings[link_steps]} steps on other pictures, each seed's own. That "
+    "is not enough for all: dense training ends anywhere between 48% and 88%, and where an arm gets is luck, too.",
     "photos": "Seeds start in turn from {settings[starts]} models, whose parts were linked by {settings[link_steps]} "
     "steps on other pictures, as one fine-tunes a model that sees: else a run's accuracy would tell when it left its "
     "first plateau, which is luck. So seeds are orders of the data more than they are models.",

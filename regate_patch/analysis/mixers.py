@@ -20,6 +20,7 @@ from regate_patch.analysis.graph import argument, is_call, is_tensor, shape, val
 from regate_patch.analysis.tokens import Tokens
 
 SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _SOFTMAX = (F.softmax, torch.softmax, "softmax", torch.special.softmax)
 _MATMUL = (
     torch.matmul, operator.matmul, torch.bmm, torch.baddbmm, torch.einsum, "matmul", "bmm", "__matmul__",
@@ -42,6 +43,11 @@ def find_cores(gm: fx.GraphModule) -> list[fx.Node]:
 
 def is_attention(node: fx.Node) -> bool:
     return is_call(node, *SDPA, *_SOFTMAX)
+
+
+def sdpa_arguments(core: fx.Node) -> dict[str, Any]:
+    """The arguments of a scaled dot-product attention by their names; those that were not given are left out."""
+    return {**dict(zip(_SDPA_ARGUMENTS, core.args, strict=False)), **core.kwargs}
 
 
 def query(core: fx.Node) -> Any:

@@ -1,4 +1,6 @@
-"""Pass: an attention mask that says "causal, and nobody sees padding" becomes `is_causal=True`.
+"""Passes: which kernels attention can run on.
+
+An attention mask that says "causal, and nobody sees padding" becomes `is_causal=True`.
 
 So does one that says "causal, within each sample" of rows that hold several, told apart by position ids that do not go
 on by one: where the caller knows how long samples are, they are laid end to end (see `end_to_end.py`).
@@ -23,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from regate_patch import ops
 from regate_patch.analysis.blocks import Span
 from regate_patch.analysis.graph import argument, erase_dead, expr, is_call, is_scalar, is_tensor, shape, value
-from regate_patch.analysis.mixers import SDPA
+from regate_patch.analysis.mixers import SDPA, sdpa_arguments
 from regate_patch.analysis.tokens import Tokens
 
 _LONGEST = 8192  # of a probe: its mask has so many squared entries
-_SIGNATURE = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _FEW = 16  # numbers up to this one are axes, ranks and the like; a window so small shows in any probe
 
 
@@ -77,11 +79,34 @@ def use_causal_kernels(
     apart = samples and len(cores) == len(span.mixers) and all(found.samples for _, found in cores)
     cores = [(core, found) for core, found in cores if found.samples == apart]
     for core, _ in cores:
-        given = {**dict(zip(_SIGNATURE, core.args, strict=False)), **core.kwargs}
-        core.args = ()
-        core.kwargs = {**given, "attn_mask": None, "is_causal": True}
+        core.args, core.kwargs = (), sdpa_arguments(core) | {"attn_mask": None, "is_causal": True}
     erase_dead(gm.graph)
     return len(cores), min([found.up_to for _, found in cores if not any_length], default=inf), apart
+
+
+def repeat_shared_heads(gm: fx.GraphModule) -> None:
+    """Where an attention has a mask, and heads of queries share keys, give each its own, on a GPU.
+
+    No fused kernel of torch's takes both there: flash attention takes no mask, the memory-efficient one no shared
+    heads, and what is left holds all scores at once.
+    """
+    for core in list(gm.graph.nodes):
+        if not is_call(core, *SDPA):
+            continue
+        given = sdpa_arguments(core)
+        if given.get("attn_mask") is None or not given.get("enable_gqa") or not _on_gpu(given["query"]):
+            continue
+        for name in ("key", "value"):
+            with gm.graph.inserting_before(core):
+                node = gm.graph.call_function(ops.repeat_heads, (given[name], given["query"]))
+            node.meta |= {k: m for k, m in core.meta.items() if k in ("checkpoint", "stack_trace")}
+            node.meta["example_value"] = value(given[name])
+            given[name] = node
+        core.args, core.kwargs = (), {k: v for k, v in given.items() if k != "enable_gqa"}
+
+
+def _on_gpu(query: fx.Node) -> bool:
+    return bool(value(query).device.type == "cuda")
 
 
 def _proven(gm: fx.GraphModule, mask: fx.Node, tokens: Tokens) -> Proven:

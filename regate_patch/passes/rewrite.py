@@ -30,7 +30,7 @@ from regate_patch.analysis.refusals import check
 from regate_patch.analysis.tail import find_tail
 from regate_patch.analysis.tokens import Tokens, find_tokens
 from regate_patch.errors import UnknownPassError
-from regate_patch.passes.causal import use_causal_kernels
+from regate_patch.passes.causal import repeat_shared_heads, use_causal_kernels
 from regate_patch.passes.checkpointing import inline, outline
 from regate_patch.passes.end_to_end import EndToEnd, NotEndToEndError, Within, can_be_laid
 from regate_patch.passes.insert import insert
@@ -139,6 +139,10 @@ def _insert(state: State) -> None:
     state.put_in = count(state.gm)
 
 
+def _heads(state: State) -> None:
+    repeat_shared_heads(state.gm)
+
+
 def _layers(state: State) -> None:
     state.layers = outline_layers(state.gm, state.span, state.tokens)
 
@@ -176,6 +180,12 @@ PASSES = (
     Pass("measure", _measure, "needed", "what a position costs in FLOPs, for reports"),
     Pass("visible", _visible, "needed", "keys and values of positions that are left out, if they are to be seen"),
     Pass("insert", _insert, "needed", "one gather in front of the span, one scatter behind it, side inputs gathered"),
+    Pass(
+        "heads",
+        _heads,
+        "saves",
+        "on a GPU, keys that heads share are repeated where a mask stands: its kernels share none",
+    ),
     Pass("layers", _layers, "saves", "equal layers become calls of one function, which is compiled once"),
     Pass("outline", _outline, "needed", "checkpoints are put back around what was inside them"),
 )

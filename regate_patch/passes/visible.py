@@ -26,13 +26,12 @@ from torch import fx
 from regate_patch import ops
 from regate_patch.analysis.blocks import ADDITIONS, SAME_VALUE, Block, Span
 from regate_patch.analysis.graph import argument, is_call, shape, where
-from regate_patch.analysis.mixers import SDPA, attends_to_tokens, is_attention
+from regate_patch.analysis.mixers import SDPA, attends_to_tokens, is_attention, sdpa_arguments
 from regate_patch.analysis.refusals import chooses_positions
 from regate_patch.analysis.tokens import Tokens
 from regate_patch.errors import UnsupportedGraphError
 from regate_patch.passes.insert import Inserter
 
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _PLACED = (ops.write, ops.after, operator.getitem, "masked_scatter", "index_put", torch.where)  # at some positions
 _OTHERWISE = "what is left out cannot stay visible here (a gate's elided='visible'): let it be hidden"
 
@@ -148,13 +147,12 @@ class Visible(Inserter):
 
     def enter(self, node: fx.Node) -> None:
         if node in self.at_rest.keys:
-            of_call = {name: argument(node, i, name, None) for i, name in enumerate(_ARGUMENTS)}
-            mask = of_call["attn_mask"]
+            of_call = sdpa_arguments(node)
+            mask = of_call.get("attn_mask")
             if isinstance(mask, fx.Node) and mask in self.compact:
                 raise UnsupportedGraphError(f"a mask that is made of what tokens hold: {_OTHERWISE}: {where(mask)}")
-            self.seen[node] = (mask, of_call["is_causal"] is True)
-            plain = {"attn_mask": None, "is_causal": False}
-            node.args, node.kwargs = (), {k: v for k, v in (of_call | plain).items() if v is not None}
+            self.seen[node] = (mask, of_call.get("is_causal") is True)
+            node.args, node.kwargs = (), of_call | {"attn_mask": None, "is_causal": False}
         super().enter(node)
 
     def attend(self, core: fx.Node) -> None:
@@ -173,7 +171,7 @@ class Visible(Inserter):
     def everywhere(self, core: fx.Node, which: int) -> fx.Node:
         """A key or value [.., S, D], at rest where it is not computed."""
         resting = self.at_rest.keys[core][which]
-        own: Any = core.kwargs[_ARGUMENTS[1 + which]]
+        own: Any = core.kwargs[("key", "value")[which]]
         if own is resting:
             return resting
         dim = len(shape(resting)) - 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from regate_patch.passes import causal
 from tests import oracle
 from tests.zoo import CORE
 from tests.zoo.common import Padding
@@ -44,6 +45,28 @@ def test_with_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = oracle.masked(model, batch, active, visible=visible)
     found = oracle.engine(model, batch, active, backend="inductor", visible=visible)
     oracle.assert_same(found, expected, tolerance=1e-6)  # rotary angles are float32
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_on_a_gpu_shared_heads_are_repeated_under_masks(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else attention would run on no fused kernel there, and hold all scores."""
+    model, batch = _model("qwen3_vl", monkeypatch), oracle.double(CORE["qwen3_vl"].batch("none"))
+    active, visible = oracle.random_active(batch), batch["attention_mask"].bool()
+    del batch["attention_mask"]  # without it the decoder leaves sharing to the kernel
+    expected = oracle.masked(model, batch, active, visible=visible)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    graphs: dict[str, str] = {}
+    for on_gpu in (False, True):
+        monkeypatch.setattr(causal, "_on_gpu", lambda query, on_gpu=on_gpu: on_gpu)
+        found = oracle.engine(
+            model, batch, active, visible=visible, padding_elided=True,
+            observe=lambda name, gm: graphs.update({name: str(gm.graph)}),
+        )  # fmt: skip
+        oracle.assert_same(found, expected)
+        assert graphs["insert"].count("enable_gqa: True") == 2
+        assert graphs["heads"].count("enable_gqa: True") == (0 if on_gpu else 2)
+        assert graphs["heads"].count("call_function[target=regate_patch.ops.repeat_heads]") == (4 if on_gpu else 0)
 
 
 def test_without_what_is_left_out_all_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:

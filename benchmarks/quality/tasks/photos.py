@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,15 @@ SETTINGS = Settings(
     steps=300, batch_size=16, lr_warmup=20, vision_steps=250, vision_batch_size=32, link_steps=1200, starts=3,
     few=100, free=50,
 )  # fmt: skip
+EARLY = Settings(
+    steps=300, batch_size=16, vision_steps=250, vision_batch_size=32, link_steps=400, few=100, free=50
+)  # fmt: skip
 _SIZE, _PATCH, _WIDTH = 64, 4, 96
+
+
+def early(*, settings: Settings | None = None, limit: int | None = None) -> Task:
+    """The same from models that hardly see yet: how far a run gets before its parts understand each other."""
+    return replace(task(settings=settings or EARLY, limit=limit), name="photos-early")
 
 
 def task(*, settings: Settings | None = None, limit: int | None = None) -> Task:
