@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 from regate.errors import ConfigError
 
@@ -15,6 +17,7 @@ Selection = Literal["score", "random"]
 Alignment = Literal["predictor", "both"]
 Elided = Literal["hidden", "visible"]
 Logits = Literal["kept", "all"]
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,10 @@ class Config:
         ema_decay: beta of the difficulty's moving average, `m <- beta*m + (1-beta)*loss`.
         student_weight, reference_weight: a label's score is `student_weight*m + reference_weight*ref`. Of either sign:
             -1 and 1 score what the visual input already explains, `ref - m`.
+        score: a function in the place of that sum, of m, ref and the prior (the student's average loss on that
+            vocabulary token, which stands for m, too, where a sample was not seen yet): each float32 [N, L] on the CPU,
+            N samples, read at their labels. It returns scores [N, L]; the highest are kept. Without a teacher
+            (`reference_weight=0`) ref is 0.
         selection: "score" keeps the highest scores, "random" as many at random (a control).
         alignment: which answer positions a kept label activates: "both" its predictor and the kept token itself, or
             the "predictor" alone, as in the paper. That computes fewer positions and learns worse: words that follow
@@ -68,6 +75,7 @@ class Config:
     ema_decay: float = 0.9
     student_weight: float = 1.0
     reference_weight: float = 0.5
+    score: Score | None = None
     selection: Selection = "score"
     explore: float = 0.0
     alignment: Alignment = "both"
@@ -98,6 +106,7 @@ class Config:
         self._require("reference_weight", math.isfinite(self.reference_weight), "finite")
         if self.student_weight == 0:
             self._require("reference_weight", self.reference_weight != 0, "other than 0 where student_weight is 0")
+        self._require("score", self.score is None or callable(self.score), "a function of m, ref and the prior")
         self._require("explore", 0 <= self.explore <= 1, "in [0, 1]")
         self._require("selection", self.selection in get_args(Selection), f"one of {get_args(Selection)}")
         self._require("alignment", self.alignment in get_args(Alignment), f"one of {get_args(Alignment)}")
@@ -119,8 +128,8 @@ class Config:
         """The paper's settings, whatever the defaults become."""
         settings: dict[str, Any] = {
             "cycle": 128, "full_steps": 16, "schedule": "cycled", "keep": 0.5, "warmup": 100, "final_full_steps": 0,
-            "ema_decay": 0.9, "student_weight": 1.0, "reference_weight": 0.5, "selection": "score", "explore": 0.0,
-            "alignment": "predictor", "elided": "hidden", "visual_keep": 1.0,
+            "ema_decay": 0.9, "student_weight": 1.0, "reference_weight": 0.5, "score": None, "selection": "score",
+            "explore": 0.0, "alignment": "predictor", "elided": "hidden", "visual_keep": 1.0,
         }  # fmt: skip
         return cls(**(settings | changes))
 

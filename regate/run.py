@@ -46,7 +46,7 @@ from regate.trainer import GateCallback
 
 FOLDER = "REGATE_RUN"  # where processes leave a file once they train
 _PYTHON = ("python", "python3")
-_FIELDS = {field.name: field.default for field in fields(Config)}
+_FIELDS = {field.name: field.default for field in fields(Config) if field.name != "score"}  # a function: not for YAML
 _OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(apply).parameters.items()

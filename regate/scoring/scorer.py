@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model_adapters import Batch, Layout
 from regate.config import Config
-from regate.errors import GateNotAppliedError, StoreError
+from regate.errors import ConfigError, GateNotAppliedError, StoreError
 from regate.labels import predicted
 from regate.memory.recurrence import Recurrence
 from regate.memory.sharing import Exchange
@@ -145,15 +145,27 @@ class Scorer:
         return kept if whole is None else kept | (samples.candidates & whole[:, None])
 
     def _scores(self, samples: Samples) -> Tensor:
-        """[N, L] float32, read at candidates only: `student_weight*m + reference_weight*ref`."""
+        """[N, L] float32, read at candidates only: `student_weight*m + reference_weight*ref`, or the user's function.
+
+        Raises:
+            ConfigError: the function's scores are no finite numbers, one for each label.
+        """
         config, candidates = self.config, samples.candidates
         m = self._difficulties(samples)
-        expected = self.prior.expect(torch.where(candidates, samples.layout.labels, 0))
-        score = config.student_weight * torch.where(m == difficulty.UNSEEN, expected, m)
+        prior = self.prior.expect(torch.where(candidates, samples.layout.labels, 0))
+        m = torch.where(m == difficulty.UNSEEN, prior, m)
+        ref = torch.zeros_like(m)
         if self.teacher is not None:
             ref = _spread(self.store.get("reference", samples.text), candidates, 0.0)
-            score = score + config.reference_weight * ref
-        return score
+        if config.score is None:
+            return config.student_weight * m + config.reference_weight * ref
+        scores = config.score(m, ref, prior)
+        if not isinstance(scores, Tensor) or scores.shape != m.shape or not bool(scores[candidates].isfinite().all()):
+            told = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ConfigError(
+                f"Config.score must return finite scores of the shape of m, {list(m.shape)}, on the CPU; got {told}"
+            )
+        return scores
 
     def teach(self, samples: Samples, *, running: bool = False, steps: int = 0, whole: Tensor | None = None) -> None:
         """Compute and store the reference losses of those samples that have none.

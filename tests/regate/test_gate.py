@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import regate
-from regate.errors import LabelsError, StoreError
+from regate.errors import ConfigError, LabelsError, StoreError
 from tests import oracle
 from tests.zoo import CORE
 
@@ -107,6 +107,45 @@ def test_scores_are_weighted_sums(student: float, reference: float) -> None:
     assert gate.last is not None
     best = at[d.argsort(descending=True)[: (len(at) + 1) // 2]].sort().values
     assert gate.last.kept[0].nonzero()[:, 0].tolist() == best.tolist()
+
+
+def test_scores_by_a_function() -> None:
+    """It gets what the sum is made of, and what it returns decides."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none")
+    told: list[Tensor] = []
+
+    def least(m: Tensor, ref: Tensor, prior: Tensor) -> Tensor:
+        told[:] = [m, ref, prior]
+        return -torch.maximum(m, ref)
+
+    gate = regate.apply(model, regate.Config(warmup=1, cycle=100, full_steps=0, score=least))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        _step(model, batch)
+        optimizer.step()
+    m, ref, prior = told
+    assert gate.last is not None
+    kept = gate.last.kept
+    for row, labels in enumerate(batch["labels"] != -100):
+        worst = torch.maximum(m, ref)[row]
+        assert worst[kept[row]].max() <= worst[labels & ~kept[row]].min()
+        assert (prior[row, labels] > 0).all()
+        assert not torch.equal(m[row, labels], prior[row, labels])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda m, ref, prior: m.sum(), r"got \[\]"),
+        (lambda m, ref, prior: m / 0, "finite"),
+        (lambda *x: None, "NoneType"),
+    ],
+)
+def test_wrong_scores_are_named(wrong: Any, told: str) -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none")
+    regate.apply(model, regate.Config(warmup=0, cycle=100, full_steps=0, score=wrong), teacher=None)
+    with pytest.raises(ConfigError, match=told):
+        _step(model, batch)
 
 
 def test_exploring_draws_by_seed_and_step() -> None:
