@@ -17,6 +17,7 @@ Selection = Literal["score", "random"]
 Alignment = Literal["predictor", "both"]
 Elided = Literal["hidden", "visible"]
 Logits = Literal["kept", "all"]
+Budget = Literal["sample", "batch"]
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -28,7 +29,9 @@ class Config:
     Attributes:
         cycle: optimizer steps in one cycle.
         full_steps: the first steps of each cycle, which keep every label.
-        keep: share of a sample's labels kept on the other, sparse steps; 0 < keep <= 1.
+        keep: share of the labels kept on the other, sparse steps; 0 < keep <= 1.
+        budget: whose labels that is a share of, each "sample"'s, or those of the "batch", of one forward: then samples
+            with much to learn keep more, and those with little, less or nothing.
         warmup: full steps before the first cycle.
         final_full_steps: full steps at the end of training; needs `total_steps`.
         total_steps: optimizer steps of the whole run, or None.
@@ -68,6 +71,7 @@ class Config:
     cycle: int = 128
     full_steps: int = 16
     keep: float = 0.5
+    budget: Budget = "sample"
     warmup: int = 100
     final_full_steps: int = 0
     total_steps: int | None = None
@@ -96,6 +100,7 @@ class Config:
         self._require("full_steps", 0 <= self.full_steps <= self.cycle, f"in [0, cycle={self.cycle}]")
         self._require("schedule", self.schedule in get_args(Schedule), f"one of {get_args(Schedule)}")
         self._require("keep", 0 < self.keep <= 1, "in (0, 1]")
+        self._require("budget", self.budget in get_args(Budget), f"one of {get_args(Budget)}")
         self._require("warmup", self.warmup >= 0, "at least 0")
         self._require("final_full_steps", self.final_full_steps >= 0, "at least 0")
         if self.final_full_steps:
@@ -127,9 +132,9 @@ class Config:
     def paper(cls, **changes: Any) -> Config:
         """The paper's settings, whatever the defaults become."""
         settings: dict[str, Any] = {
-            "cycle": 128, "full_steps": 16, "schedule": "cycled", "keep": 0.5, "warmup": 100, "final_full_steps": 0,
-            "ema_decay": 0.9, "student_weight": 1.0, "reference_weight": 0.5, "score": None, "selection": "score",
-            "explore": 0.0, "alignment": "predictor", "elided": "hidden", "visual_keep": 1.0,
+            "cycle": 128, "full_steps": 16, "schedule": "cycled", "keep": 0.5, "budget": "sample", "warmup": 100,
+            "final_full_steps": 0, "ema_decay": 0.9, "student_weight": 1.0, "reference_weight": 0.5, "score": None,
+            "selection": "score", "explore": 0.0, "alignment": "predictor", "elided": "hidden", "visual_keep": 1.0,
         }  # fmt: skip
         return cls(**(settings | changes))
 

@@ -57,6 +57,10 @@ ARMS = {
     "equal": Arm("0.5 m + 0.5 ref", {"student_weight": 0.5}),
     "keep25": Arm("the default, keep 0.25", {"keep": 0.25, "alignment": "both"}),
     "keep75": Arm("the default, keep 0.75", {"keep": 0.75, "alignment": "both"}),
+    "budget": Arm("the default, the most worth keeping of the whole batch", {"budget": "batch", "alignment": "both"}),
+    "budget25": Arm(
+        "keep 0.25, the most worth keeping of the whole batch", {"budget": "batch", "keep": 0.25, "alignment": "both"}
+    ),
     "inverse": Arm("the least of m + 0.5 ref", {"student_weight": -1.0, "reference_weight": -0.5}),
     "gainlate": Arm(
         "ref - m, from step 160 on, when the image is read",

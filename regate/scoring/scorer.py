@@ -133,7 +133,7 @@ class Scorer:
             )
 
     def keep(self, samples: Samples, *, whole: Tensor | None = None) -> Tensor:
-        """The `ceil(keep * n)` labels of each sample that are worth most, bool [N, L]; `prepare` comes before.
+        """The `ceil(keep * n)` labels that are worth most, of each sample or of all, bool [N, L]; after `prepare`.
 
         Of those in `whole`, bool [N], every label.
         """
@@ -141,8 +141,13 @@ class Scorer:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.counters.labels_seen)
         draws = torch.rand(samples.candidates.shape, generator=generator)
         scores = draws if config.selection == "random" else self._scores(samples)
-        kept = keep_highest(scores, samples.candidates, config.keep, explore=config.explore, draws=draws)
-        return kept if whole is None else kept | (samples.candidates & whole[:, None])
+        every = torch.zeros_like(samples.candidates) if whole is None else samples.candidates & whole[:, None]
+        pools = [scores, samples.candidates & ~every, draws]
+        if config.budget == "batch":
+            pools = [x.reshape(1, -1) for x in pools]
+        scores, candidates, draws = pools
+        kept = keep_highest(scores, candidates, config.keep, explore=config.explore, draws=draws)
+        return kept.view_as(every) | every
 
     def _scores(self, samples: Samples) -> Tensor:
         """[N, L] float32, read at candidates only: `student_weight*m + reference_weight*ref`, or the user's function.

@@ -67,14 +67,24 @@ def test_sparse_step(name: str, checkpointing: bool) -> None:
     assert report["speedup_possible"] > 1.05
 
 
-def test_sparse_loss_is_the_oracles() -> None:
-    """Loss and gradients of a sparse step against the per-layer masked reference with masked labels."""
+def _all_of_the_last(m: Tensor, ref: Tensor, prior: Tensor) -> Tensor:
+    return torch.arange(m.numel()).float().view_as(m)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_sparse_loss_is_the_oracles(alone: bool) -> None:
+    """Loss and gradients of a sparse step against the per-layer masked reference with masked labels.
+
+    Also where the batch's budget goes to one sample alone.
+    """
     from regate_patch import reference
 
     model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right"))
-    gate = regate.apply(model, replace(SPARSE, logits="all"))
+    config = replace(SPARSE, budget="batch", keep=0.25, score=_all_of_the_last) if alone else SPARSE
+    gate = regate.apply(model, replace(config, logits="all"))
     loss, grads = _step(model, batch)
     assert gate.last is not None
+    assert int(gate.last.kept.sum(1).min()) == (0 if alone else 5)
     regate.remove(model)
     batch["labels"] = torch.where(gate.last.kept, batch["labels"], -100)
     with reference.masked(model.model.language_model.layers, gate.last.active):
