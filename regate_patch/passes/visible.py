@@ -161,8 +161,9 @@ class Visible(Inserter):
         mask, causal = self.seen[core]
         if mask is not None and shape(mask)[-2] == self.tokens.length:
             mask = self.gathered(self.canonical(mask), (len(shape(mask)) - 2,), core)
-        key = ("seen", mask, causal)
-        args = (mask, self.visible, self.index, self.valid, causal)
+        rank = len(shape(core.kwargs["query"]))
+        key = ("seen", mask, causal, rank)
+        args = (mask, self.visible, self.index, self.valid, causal, rank)
         core.kwargs = {
             **core.kwargs,
             "key": self.everywhere(core, 0),

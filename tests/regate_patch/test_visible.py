@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+import regate_patch
+from regate_patch import Active, reference
 from tests import oracle
+from tests.plain import Decoder, Style
 from tests.zoo import CORE
 from tests.zoo.common import Padding
 
@@ -51,3 +56,14 @@ def test_without_what_is_left_out_all_is_dense(monkeypatch: pytest.MonkeyPatch) 
     everything = batch["attention_mask"].bool()
     expected = oracle.dense(model, batch, everything)
     oracle.assert_same(oracle.engine(model, batch, everything, visible=everything), expected)
+
+
+@pytest.mark.parametrize("style", ["pre_norm", "parallel", "parallel_two_adds", "gated", "one_head", "written_gelu"])
+def test_decoders_of_other_designs(style: Style) -> None:
+    decoder, x = Decoder(style).double(), torch.randn(3, 12, 16, dtype=torch.double)
+    active, visible = torch.rand(3, 12) < 0.5, torch.ones(3, 12, dtype=torch.bool)
+    with reference.masked(decoder.layers, active, visible):
+        expected = decoder(x)
+    regate_patch.patch(decoder, backend="eager")
+    with regate_patch.active(replace(Active.from_mask(active), visible=visible)):
+        torch.testing.assert_close(decoder(x)[active], expected[active], atol=1e-12, rtol=0)
