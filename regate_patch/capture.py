@@ -110,6 +110,7 @@ class GatedForward:
             with active(found):
                 return self(*args, **kwargs)
         _check_length(chosen, args, kwargs)
+        chosen.streams.clear()
         ran_before, graphs_before = len(chosen.ran), len(self.statistics.graphs) + self.statistics.other_graphs
         try:
             output = self._run(*args, **kwargs)
@@ -174,6 +175,8 @@ class GatedForward:
             assert found is not None
             rewritten, run = found
             chosen.ran.append(rewritten)
+            if rewritten.visible and self.allow_graph_breaks:
+                inputs = self._standing_still(chosen, rewritten, inputs)
             return run(*self._indices(chosen, rewritten), *inputs)
 
         return run_on_active_positions
@@ -209,6 +212,27 @@ class GatedForward:
         if not rewritten.tail:
             return chosen.index, chosen.valid
         return chosen.indices
+
+    def _standing_still(self, chosen: Active, rewritten: Rewrite, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A graph's inputs, the stream as the call's first graph had it where nothing is computed.
+
+        Code between graphs runs at all positions, such as that which adds visual features behind a layer.
+        """
+        at, visible = rewritten.stream, chosen.visible
+        stream: torch.Tensor | None = None if at is None else inputs[at]
+        chosen.streams.append(stream)
+        if len(chosen.streams) == 1:
+            return inputs
+        first = chosen.streams[0]
+        assert visible is not None
+        if at is None or stream is None or first is None or stream.shape[:2] != visible.shape:
+            raise UnsupportedGraphError(
+                f"{type(self.decoder).__name__} runs in several graphs, of which not each is given the stream of the "
+                "one before: what is left out cannot stay visible here (a gate's elided='visible'): let it be hidden"
+            )
+        computed = torch.zeros_like(visible).scatter(1, chosen.index, chosen.valid)
+        still = torch.where(computed[..., None], stream, first.to(stream.dtype))
+        return (*inputs[:at], still, *inputs[at + 1 :])
 
     def _backend(self) -> Backend:
         """What "auto" means where the decoder is by now."""
