@@ -83,12 +83,13 @@ class GatedForward:
         on_unsupported: OnUnsupported,
         allow_graph_breaks: bool | None,
         padding_elided: bool,
+        visible: bool,
         disable: Collection[str],
         observe: Observer | None,
     ) -> None:
         self.decoder, self.backend, self.observe = decoder, backend, observe
         self.disable = switched_off(disable)
-        self.padding_elided = padding_elided
+        self.padding_elided, self.visible = padding_elided, visible
         self.on_unsupported, self.allow_graph_breaks = on_unsupported, allow_graph_breaks
         self.forward = decoder.forward
         self.statistics = Statistics()
@@ -168,6 +169,9 @@ class GatedForward:
         if best(self._chosen()) is None:
             self.statistics.other_graphs += 1
             return self._inner(fx.GraphModule(gm, gm.graph))  # Dynamo's own is written when it first runs: too late
+
+        if self.visible:
+            variant(any_length=False, samples=False, rows=False, visible=True)
 
         def run_on_active_positions(*inputs: Any) -> Any:
             chosen = self._chosen()
@@ -329,6 +333,7 @@ def patch(
     on_unsupported: OnUnsupported = "raise",
     allow_graph_breaks: bool | None = None,
     padding_elided: bool = False,
+    visible: bool = False,
     disable: Collection[str] = (),
     observe: Observer | None = None,
 ) -> Handle:
@@ -347,6 +352,8 @@ def patch(
             FSDP2's.
         padding_elided: a promise that no active or visible position is one that the attention mask hides. Then masks
             that say no more than "causal, without padding" give way to causal kernels.
+        visible: some calls will let active positions see those that are not computed. If they cannot, the first call
+            says so, whatever its own positions see.
         disable: names of passes that only save work (`regate_patch.passes.rewrite.OPTIONAL`), to be left out; the
             environment variable REGATE_DISABLE does the same.
         observe: called with (pass name, graph) after each pass, to look into the rewriter.
@@ -363,5 +370,7 @@ def patch(
     existing = decoder.__dict__.get("forward")
     if isinstance(existing, GatedForward):
         del decoder.forward
-    gated = GatedForward(decoder, backend, on_unsupported, allow_graph_breaks, padding_elided, disable, observe)
+    gated = GatedForward(
+        decoder, backend, on_unsupported, allow_graph_breaks, padding_elided, visible, disable, observe
+    )
     return Handle(decoder, gated)

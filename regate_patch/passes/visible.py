@@ -91,7 +91,8 @@ def _fused(span: Span, tokens: Tokens) -> list[fx.Node]:
     meeting = [m for m in span.mixers if not is_attention(m) or attends_to_tokens(m, tokens)]
     for mixer in meeting:
         if not is_call(mixer, *SDPA):
-            raise UnsupportedGraphError(f"tokens do not meet in fused attention: {_OTHERWISE}: {where(mixer)}")
+            sdpa = ", or use attn_implementation='sdpa', where the model has it" if is_attention(mixer) else ""
+            raise UnsupportedGraphError(f"tokens do not meet in fused attention: {_OTHERWISE}{sdpa}: {where(mixer)}")
     return meeting
 
 

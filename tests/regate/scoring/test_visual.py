@@ -12,7 +12,7 @@ import torch
 import regate
 from regate.errors import ConfigError
 from regate.scoring.visual import thinned
-from regate_patch import reference
+from regate_patch import UnsupportedGraphError, reference
 from tests import oracle
 from tests.zoo import CORE, elders
 
@@ -71,6 +71,18 @@ def test_loss_and_gradients_are_the_oracles(name: str, elided: Any, monkeypatch:
     for n, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(grads[n], p.grad, atol=1e-9, rtol=0, msg=lambda m, n=n: f"{n}: {m}")
+
+
+def test_what_cannot_stay_visible_is_refused_before_warm_up() -> None:
+    """Not after it, when the first sparse step comes."""
+    torch._dynamo.reset()
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    model.set_attn_implementation("eager")
+    regate.apply(model, regate.Config.exact(elided="visible"), teacher=None)
+    model(**batch)
+    regate.apply(model, regate.Config(warmup=100, elided="visible"), teacher=None)
+    with pytest.raises(UnsupportedGraphError, match=r"elided='visible'(.|\n)*attn_implementation='sdpa'"):
+        model(**batch)
 
 
 def test_a_dense_step_costs_the_same_whatever_is_seen() -> None:
