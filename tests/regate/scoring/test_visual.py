@@ -121,10 +121,11 @@ def test_full_steps_see_everything() -> None:
     assert (gate.last.active & visual).sum() == visual.sum() > 0
 
 
-def test_no_embeddings_to_compare() -> None:
+@pytest.mark.parametrize("warmup", [0, 100])
+def test_no_embeddings_to_compare(warmup: int) -> None:
     torch._dynamo.reset()
     specimen = elders.MEMBERS["chameleon"]
     model = specimen.build()
-    regate.apply(model, SPARSE, teacher=None)
+    regate.apply(model, replace(SPARSE, warmup=warmup, logits="kept"), teacher=None)
     with pytest.raises(ConfigError, match="is not called with such; set visual_keep=1"):
         model(**specimen.batch("right"))
