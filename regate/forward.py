@@ -285,14 +285,15 @@ class Forward:
         if is_aside(args, kwargs, tuple(self.decision.labels.shape)):
             return None
         start = time.perf_counter()
-        if self.decision.spare is not None:
+        share = self.parts.config.visual_keep
+        if share < 1 and bool(self.layout.visual.any()):  # also on full steps: sooner than after warm-up
             found = embeddings(args, kwargs)
-            if found is None or found.shape[:2] != self.decision.spare.shape:
+            if found is None or found.shape[:2] != self.layout.visual.shape:
                 raise ConfigError(
-                    f"visual_keep={self.parts.config.visual_keep} needs the embeddings of visual tokens, and "
-                    f"{type(self._decoder).__name__} is not called with such; set visual_keep=1"
+                    f"visual_keep={share} needs the embeddings of visual tokens, and {type(self._decoder).__name__} is "
+                    "not called with such; set visual_keep=1"
                 )
-            self.decision = self.decision.thin(found, self.parts.config.visual_keep)
+            self.decision = self.decision.thin(found, share)
         device = next(x.device for x in (*kwargs.values(), *args) if isinstance(x, Tensor))
         visible = self.parts.config.elided == "visible" and not self.decision.full
         self._active = self.decision.positions(

@@ -100,7 +100,12 @@ class Gate:
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
         self._teacher = teacher_of(model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported)
         handle = regate_patch.patch(
-            decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True, disable=config.disable
+            decoder,
+            backend=backend,
+            on_unsupported=on_unsupported,
+            padding_elided=True,
+            visible=config.elided == "visible" and config.keep * config.visual_keep < 1,
+            disable=config.disable,
         )
         copied = self._teacher is not None and self._teacher.source in ("copy", "4bit")
         self._copied = some_values(decoder) if copied else None

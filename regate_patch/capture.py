@@ -83,12 +83,13 @@ class GatedForward:
         on_unsupported: OnUnsupported,
         allow_graph_breaks: bool | None,
         padding_elided: bool,
+        visible: bool,
         disable: Collection[str],
         observe: Observer | None,
     ) -> None:
         self.decoder, self.backend, self.observe = decoder, backend, observe
         self.disable = switched_off(disable)
-        self.padding_elided = padding_elided
+        self.padding_elided, self.visible = padding_elided, visible
         self.on_unsupported, self.allow_graph_breaks = on_unsupported, allow_graph_breaks
         self.forward = decoder.forward
         self.statistics = Statistics()
@@ -110,6 +111,7 @@ class GatedForward:
             with active(found):
                 return self(*args, **kwargs)
         _check_length(chosen, args, kwargs)
+        chosen.streams.clear()
         ran_before, graphs_before = len(chosen.ran), len(self.statistics.graphs) + self.statistics.other_graphs
         try:
             output = self._run(*args, **kwargs)
@@ -168,12 +170,17 @@ class GatedForward:
             self.statistics.other_graphs += 1
             return self._inner(fx.GraphModule(gm, gm.graph))  # Dynamo's own is written when it first runs: too late
 
+        if self.visible:
+            variant(any_length=False, samples=False, rows=False, visible=True)
+
         def run_on_active_positions(*inputs: Any) -> Any:
             chosen = self._chosen()
             found = best(chosen)
             assert found is not None
             rewritten, run = found
             chosen.ran.append(rewritten)
+            if rewritten.visible and self.allow_graph_breaks:
+                inputs = self._standing_still(chosen, rewritten, inputs)
             return run(*self._indices(chosen, rewritten), *inputs)
 
         return run_on_active_positions
@@ -209,6 +216,27 @@ class GatedForward:
         if not rewritten.tail:
             return chosen.index, chosen.valid
         return chosen.indices
+
+    def _standing_still(self, chosen: Active, rewritten: Rewrite, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A graph's inputs, the stream as the call's first graph had it where nothing is computed.
+
+        Code between graphs runs at all positions, such as that which adds visual features behind a layer.
+        """
+        at, visible = rewritten.stream, chosen.visible
+        stream: torch.Tensor | None = None if at is None else inputs[at]
+        chosen.streams.append(stream)
+        if len(chosen.streams) == 1:
+            return inputs
+        first = chosen.streams[0]
+        assert visible is not None
+        if at is None or stream is None or first is None or stream.shape[:2] != visible.shape:
+            raise UnsupportedGraphError(
+                f"{type(self.decoder).__name__} runs in several graphs, of which not each is given the stream of the "
+                "one before: what is left out cannot stay visible here (a gate's elided='visible'): let it be hidden"
+            )
+        computed = torch.zeros_like(visible).scatter(1, chosen.index, chosen.valid)
+        still = torch.where(computed[..., None], stream, first.to(stream.dtype))
+        return (*inputs[:at], still, *inputs[at + 1 :])
 
     def _backend(self) -> Backend:
         """What "auto" means where the decoder is by now."""
@@ -305,6 +333,7 @@ def patch(
     on_unsupported: OnUnsupported = "raise",
     allow_graph_breaks: bool | None = None,
     padding_elided: bool = False,
+    visible: bool = False,
     disable: Collection[str] = (),
     observe: Observer | None = None,
 ) -> Handle:
@@ -323,6 +352,8 @@ def patch(
             FSDP2's.
         padding_elided: a promise that no active or visible position is one that the attention mask hides. Then masks
             that say no more than "causal, without padding" give way to causal kernels.
+        visible: some calls will let active positions see those that are not computed. If they cannot, the first call
+            says so, whatever its own positions see.
         disable: names of passes that only save work (`regate_patch.passes.rewrite.OPTIONAL`), to be left out; the
             environment variable REGATE_DISABLE does the same.
         observe: called with (pass name, graph) after each pass, to look into the rewriter.
@@ -339,5 +370,7 @@ def patch(
     existing = decoder.__dict__.get("forward")
     if isinstance(existing, GatedForward):
         del decoder.forward
-    gated = GatedForward(decoder, backend, on_unsupported, allow_graph_breaks, padding_elided, disable, observe)
+    gated = GatedForward(
+        decoder, backend, on_unsupported, allow_graph_breaks, padding_elided, visible, disable, observe
+    )
     return Handle(decoder, gated)

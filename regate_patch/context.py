@@ -39,6 +39,7 @@ class Active:
             they are in front of the first block. None hides what is not computed.
         ran: the `Rewrite`s that ran on these positions, one entry per run.
         laid: what `end_to_end` has found out, once for all graphs that ask.
+        streams: where one call runs several graphs that see what is not computed, the stream in front of each of them.
     """
 
     index: Tensor
@@ -50,6 +51,7 @@ class Active:
     visible: Tensor | None = None
     ran: list[Any] = field(default_factory=list, init=False, compare=False)  # of this one alone: `replace` begins anew
     laid: dict[bool, Laid] = field(default_factory=dict, init=False, compare=False, repr=False)
+    streams: list[Tensor | None] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @property
     def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

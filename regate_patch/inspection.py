@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from regate_patch.capture import tracing
+from regate_patch.capture import GatedForward, tracing
 from regate_patch.errors import NoBlocksError
 from regate_patch.passes.rewrite import rewrite, switched_off
 from regate_patch.statistics import Statistics
@@ -36,8 +36,10 @@ def inspect(decoder: nn.Module, *args: Any, visible: bool = False, **kwargs: Any
             statistics.graphs.append(rewritten)
         return gm.forward
 
+    standing: Any = decoder.forward
+    forward = standing.forward if isinstance(standing, GatedForward) else standing
     with tracing(decoder):
-        torch.compile(decoder.forward, backend=look, dynamic=True, fullgraph=True)(*args, **kwargs)
+        torch.compile(forward, backend=look, dynamic=True, fullgraph=True)(*args, **kwargs)
     statistics.last = tuple(statistics.graphs)
     if not statistics.attention + statistics.mlp:
         raise NoBlocksError(f"no attention block was found in {type(decoder).__name__}")

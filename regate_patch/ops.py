@@ -133,33 +133,36 @@ def _restricted(mask: Tensor | None, seen: Tensor, idle: Tensor) -> Tensor:
     return torch.where(idle, torch.zeros_like(hidden), hidden)
 
 
-def hide_filling(mask: Tensor | None, valid: Tensor, sinks: int = 0) -> Tensor:
+def hide_filling(mask: Tensor | None, valid: Tensor, rank: int, sinks: int = 0) -> Tensor:
     """An attention mask (or scores) [B, ..., Q or 1, K + sinks] under which no real query sees a key of the filling.
 
     The filling's own queries see everything: nobody reads them, and no row of the softmax is left empty. `sinks`
-    columns after the keys belong to no position (learned attention sinks).
+    columns after the keys belong to no position (learned attention sinks). Without a mask there are `rank` axes.
     """
-    rank = 4 if mask is None else mask.dim()
-    middle = (1,) * (rank - 2)
+    middle = (1,) * ((rank if mask is None else mask.dim()) - 2)
     keys = valid.reshape(valid.shape[:1] + middle + valid.shape[1:])
     idle = ~keys.transpose(-1, -2)
     keys = torch.nn.functional.pad(keys, (0, sinks), value=True) if sinks else keys
     return _restricted(mask, keys, idle)
 
 
-def hide_invisible(mask: Tensor | None, visible: Tensor, index: Tensor, valid: Tensor, causal: bool) -> Tensor:
-    """An attention mask [B, 1 or H, K, S] under which active queries see what is visible, and no position later than
-    themselves where `causal`.
+def hide_invisible(
+    mask: Tensor | None, visible: Tensor, index: Tensor, valid: Tensor, causal: bool, rank: int
+) -> Tensor:
+    """An attention mask [B, .., K, S] of `rank` axes under which active queries see what is visible, and no position
+    later than themselves where `causal`.
 
     Args:
-        mask: [B or 1, 1 or H, K or 1, S], bool or added to scores: what else it hides; None for nothing.
+        mask: [B or 1, .., K or 1, S], bool or added to scores: what else it hides; None for nothing.
         visible: [B, S] bool.
         index, valid: [B, K]. The filling's queries see everything: nobody reads them.
         causal: is the kernel's own order to be put into the mask?
+        rank: of the query.
     """
-    seen, idle = visible[:, None, None, :], ~valid[:, None, :, None]
+    seen = visible[:, None, :]
     if causal:
-        seen = seen & (torch.arange(visible.shape[1], device=index.device) <= index[:, None, :, None])
+        seen = seen & (torch.arange(visible.shape[1], device=index.device) <= index[..., None])
+    seen, idle = (x.reshape(x.shape[:1] + (1,) * (rank - 3) + x.shape[1:]) for x in (seen, ~valid[..., None]))
     return _restricted(mask, seen, idle)
 
 

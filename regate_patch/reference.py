@@ -58,7 +58,8 @@ class _HideInactiveKeys(TorchFunctionMode):
         queries, keys = query.shape[-2], key.shape[-2]
         if keys != self.active.shape[1]:
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
-        allowed = self.active[:, None, None, :].expand(-1, 1, queries, keys)
+        middle = (1,) * (query.dim() - 3)
+        allowed = self.active.reshape(-1, *middle, 1, keys).expand(-1, *middle, queries, keys)
         if is_causal:
             allowed = allowed & torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:

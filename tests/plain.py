@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Style = Literal["pre_norm", "post_norm", "parallel", "parallel_two_adds", "gated", "softmax", "broken"]
+Style = Literal[
+    "pre_norm", "post_norm", "parallel", "parallel_two_adds", "gated", "softmax", "one_head", "written_gelu", "broken"
+]
+
+
+class WrittenGELU(nn.Module):
+    """As GPT-2's: an addition in it joins a value to what is made of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3)))
 
 
 class Block(nn.Module):
@@ -18,10 +27,13 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.gate = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        activation = WrittenGELU() if style == "written_gelu" else nn.GELU()
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), activation, nn.Linear(2 * width, width))
 
     def attend(self, x: Tensor) -> Tensor:
         b, s, d = x.shape
+        if self.style == "one_head":
+            return self.out(F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1), is_causal=True))
         q, k, v = (t.view(b, s, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         if self.style == "softmax":
             scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regate.errors import ConfigError
 from regate.output.head import Reading, embeddings, hidden_states, is_aside, with_hidden_states
 from regate.output.logits import LazyHead
 from regate.output.outputs import loss_of
@@ -166,8 +167,8 @@ def tried(run: Callable[[], Run | None]) -> tuple[Run | None, str | None]:
     try:
         found = run()
         return found, None if found is not None else "there is no loss with a gradient"
-    except PatchError:
-        raise  # the decoder cannot be gated at all, and the user must know
+    except (ConfigError, PatchError):
+        raise  # the decoder cannot be gated at all, or not so, and the user must know
     except Exception as error:
         return None, f"the model cannot: {type(error).__name__}: {error}"
 

@@ -210,7 +210,8 @@ class _Search:
                     continue
                 joint = self.unflattened(node)
                 nodes = self.between(end, joint, previous)
-                if any(_has_weights(n) for n in nodes):
+                within = nodes if after is None else self.between(after, node)  # an activation may add, too
+                if any(_has_weights(n) for n in within):
                     return Block("mlp", end, joint, nodes)
         return None
 

@@ -167,6 +167,9 @@ class _Checker:
         if is_attention(node) and node in self.mixers and not is_call(node, *SDPA):
             if attends_to_tokens(node, self.tokens) and shape(node)[0] != self.tokens.batch:
                 refuse(node, "its scores do not have the batch as their first axis")
+        if is_call(node, *SDPA) and not attends_to_tokens(node, self.tokens):
+            if self.tokens.length in shape(argument(node, 1, "key"))[-2].free_symbols:
+                refuse(node, "it sees keys that are no positions beside those that are")
         if not is_recurrence(node, self.tokens):
             return
         if reorders(node):

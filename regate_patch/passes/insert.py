@@ -400,8 +400,10 @@ class Inserter:
             core.kwargs = {**core.kwargs, "attn_mask": hidden}
 
     def hidden(self, mask: Any, core: fx.Node, sinks: int = 0) -> fx.Node:
-        key = ("hidden", mask)
-        node = self.make(key, core, ops.hide_filling, (mask, self.valid, sinks), mask if mask is not None else core)
+        rank = len(shape(mask if mask is not None else argument(core, 0, "query")))
+        key = ("hidden", mask, rank)
+        args = (mask, self.valid, rank, sinks)
+        node = self.make(key, core, ops.hide_filling, args, mask if mask is not None else core)
         if mask is not None and "checkpoint" in mask.meta:
             node.meta["checkpoint"] = mask.meta["checkpoint"]
         return node

@@ -49,6 +49,7 @@ class State:
         gm: the graph.
         whole, padding_elided, any_length, samples, visible: as `rewrite` was asked.
         found: does the graph hold attention? If not, no pass has more to do.
+        stream: see `Rewrite`.
         tokens: what axes are tokens.
         span: from the first block to the last.
         tail: the part of the span that runs where the output is read, if it can be cut off.
@@ -68,6 +69,7 @@ class State:
     samples: bool
     visible: bool
     found: bool = True
+    stream: int | None = None
     tokens: Tokens = None  # type: ignore[assignment]  # from the pass that finds it on
     span: Span = None  # type: ignore[assignment]
     tail: Span | None = None
@@ -95,6 +97,8 @@ def _name_mutations(state: State) -> None:
 def _find(state: State) -> None:
     state.tokens = find_tokens(state.gm, sequence_candidates(state.gm))
     state.span = find_span(state.gm, find_mixers(state.gm, state.tokens), state.tokens)
+    inputs = [node for node in state.gm.graph.nodes if node.op == "placeholder"]
+    state.stream = inputs.index(state.span.entry) if state.span.entry in inputs else None
 
 
 def _check(state: State) -> None:
@@ -231,6 +235,7 @@ class Rewrite:
         end_to_end: are rows laid end to end (see `regate_patch.passes.end_to_end`)?
         apart: is that what keeps samples of one row apart (see `Active.samples`)?
         visible: are positions that are not computed seen (see `regate_patch.passes.visible`)?
+        stream: which of the captured graph's inputs the span's entry is; None if the graph makes it.
         handed_out: values per token that the graph gives to whoever called it: what the decoder returns, and what its
             code or a wrapped part of it puts elsewhere.
         layers: names of the submodules that the graph is made of, to be compiled each on its own (see
@@ -253,6 +258,7 @@ class Rewrite:
     end_to_end: bool = False
     apart: bool = False
     visible: bool = False
+    stream: int | None = None
     handed_out: int = 0
     layers: tuple[str, ...] = ()
 
@@ -327,6 +333,7 @@ def _summary(state: State) -> Rewrite:
         end_to_end=state.end_to_end,
         apart=state.apart,
         visible=state.visible,
+        stream=state.stream,
         handed_out=span.handed_out,
         layers=state.layers,
     )

@@ -90,7 +90,8 @@ def _fused(span: Span, tokens: Tokens) -> list[fx.Node]:
     meeting = [m for m in span.mixers if not is_attention(m) or attends_to_tokens(m, tokens)]
     for mixer in meeting:
         if not is_call(mixer, *SDPA):
-            raise UnsupportedGraphError(f"tokens do not meet in fused attention: {_OTHERWISE}: {where(mixer)}")
+            sdpa = ", or use attn_implementation='sdpa', where the model has it" if is_attention(mixer) else ""
+            raise UnsupportedGraphError(f"tokens do not meet in fused attention: {_OTHERWISE}{sdpa}: {where(mixer)}")
     return meeting
 
 
@@ -159,8 +160,9 @@ class Visible(Inserter):
         mask, causal = self.seen[core]
         if mask is not None and shape(mask)[-2] == self.tokens.length:
             mask = self.gathered(self.canonical(mask), (len(shape(mask)) - 2,), core)
-        key = ("seen", mask, causal)
-        args = (mask, self.visible, self.index, self.valid, causal)
+        rank = len(shape(core.kwargs["query"]))
+        key = ("seen", mask, causal, rank)
+        args = (mask, self.visible, self.index, self.valid, causal, rank)
         core.kwargs = {
             **core.kwargs,
             "key": self.everywhere(core, 0),

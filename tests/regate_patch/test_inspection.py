@@ -27,3 +27,10 @@ def test_refuses_as_a_patched_decoder_does() -> None:
         regate_patch.inspect(Decoder("broken"), torch.randn(2, 6, 16))
     with pytest.raises(regate_patch.NoBlocksError):
         regate_patch.inspect(torch.nn.Linear(8, 8), torch.randn(2, 6, 8))
+
+
+def test_a_patched_decoder_is_looked_at_as_it_was() -> None:
+    decoder, x = Decoder(), torch.randn(2, 6, 16)
+    expected = regate_patch.inspect(decoder, x)
+    regate_patch.patch(decoder, backend="eager")
+    assert regate_patch.inspect(decoder, x).flops(6) == expected.flops(6)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+import regate_patch
+from model_adapters import conventional
+from regate_patch import Active, reference
 from regate_patch.passes import causal
 from tests import oracle
+from tests.plain import Decoder, Style
 from tests.zoo import CORE
 from tests.zoo.common import Padding
 
@@ -74,3 +80,27 @@ def test_without_what_is_left_out_all_is_dense(monkeypatch: pytest.MonkeyPatch) 
     everything = batch["attention_mask"].bool()
     expected = oracle.dense(model, batch, everything)
     oracle.assert_same(oracle.engine(model, batch, everything, visible=everything), expected)
+
+
+@pytest.mark.parametrize("style", ["pre_norm", "parallel", "parallel_two_adds", "gated", "one_head", "written_gelu"])
+def test_decoders_of_other_designs(style: Style) -> None:
+    decoder, x = Decoder(style).double(), torch.randn(3, 12, 16, dtype=torch.double)
+    active, visible = torch.rand(3, 12) < 0.5, torch.ones(3, 12, dtype=torch.bool)
+    with reference.masked(decoder.layers, active, visible):
+        expected = decoder(x)
+    regate_patch.patch(decoder, backend="eager")
+    with regate_patch.active(replace(Active.from_mask(active), visible=visible)):
+        torch.testing.assert_close(decoder(x)[active], expected[active], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_graph_per_layer(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where parameters are sharded: visual features, which are added between graphs, move no position at rest."""
+    model, batch = _model("qwen3_vl", monkeypatch), oracle.double(CORE["qwen3_vl"].batch("left"))
+    active, visible = oracle.random_active(batch), batch["attention_mask"].bool()
+    expected = oracle.masked(model, batch, active, visible=visible)
+    for layer in oracle.layers_of(conventional.decoder(model)):
+        layer.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    oracle.assert_same(oracle.engine(model, batch, active, visible=visible, allow_graph_breaks=True), expected)

@@ -12,7 +12,7 @@ import torch
 import regate
 from regate.errors import ConfigError
 from regate.scoring.visual import thinned
-from regate_patch import reference
+from regate_patch import UnsupportedGraphError, reference
 from tests import oracle
 from tests.zoo import CORE, elders
 
@@ -73,6 +73,18 @@ def test_loss_and_gradients_are_the_oracles(name: str, elided: Any, monkeypatch:
             torch.testing.assert_close(grads[n], p.grad, atol=1e-9, rtol=0, msg=lambda m, n=n: f"{n}: {m}")
 
 
+def test_what_cannot_stay_visible_is_refused_before_warm_up() -> None:
+    """Not after it, when the first sparse step comes."""
+    torch._dynamo.reset()
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    model.set_attn_implementation("eager")
+    regate.apply(model, regate.Config.exact(elided="visible"), teacher=None)
+    model(**batch)
+    regate.apply(model, regate.Config(warmup=100, elided="visible"), teacher=None)
+    with pytest.raises(UnsupportedGraphError, match=r"elided='visible'(.|\n)*attn_implementation='sdpa'"):
+        model(**batch)
+
+
 def test_a_dense_step_costs_the_same_whatever_is_seen() -> None:
     found = []
     for elided in ("hidden", "visible"):
@@ -109,10 +121,11 @@ def test_full_steps_see_everything() -> None:
     assert (gate.last.active & visual).sum() == visual.sum() > 0
 
 
-def test_no_embeddings_to_compare() -> None:
+@pytest.mark.parametrize("warmup", [0, 100])
+def test_no_embeddings_to_compare(warmup: int) -> None:
     torch._dynamo.reset()
     specimen = elders.MEMBERS["chameleon"]
     model = specimen.build()
-    regate.apply(model, SPARSE, teacher=None)
+    regate.apply(model, replace(SPARSE, warmup=warmup, logits="kept"), teacher=None)
     with pytest.raises(ConfigError, match="is not called with such; set visual_keep=1"):
         model(**specimen.batch("right"))

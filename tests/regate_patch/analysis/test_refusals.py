@@ -57,6 +57,26 @@ def test_tokens_that_mix_outside_attention(odd: Callable[[Tensor], Tensor]) -> N
     assert "test_refusals.py" in str(error.value)  # the model's source line
 
 
+def test_keys_beside_those_of_positions() -> None:
+    """Learned ones, laid to the others: the mask that hides the filling would be too short."""
+
+    class Registers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.more = nn.Linear(8, 24), nn.Parameter(torch.randn(1, 2, 8))
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            q, k, v = self.qkv(hidden_states).chunk(3, -1)
+            k, v = (torch.cat([self.more.expand(len(x), -1, -1), x], 1) for x in (k, v))
+            mask = F.pad(torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril(), (2, 0), value=True)
+            return hidden_states + F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    decoder = Registers()
+    regate_patch.patch(decoder, backend="eager")
+    with pytest.raises(UnsupportedGraphError, match=r"keys that are no positions(.|\n)*test_refusals.py"):
+        _call(decoder)
+
+
 def _experts(x: Tensor) -> Tensor:
     """Each of two experts on the tokens that it finds to be its own."""
     flat = x.flatten(0, 1)
