@@ -3,7 +3,7 @@
     python -m benchmarks.first_step --arm regate --model qwen2.5-3b --dtype bfloat16 --cache FOLDER
 
 The compiler keeps what it makes in `--cache`: with an empty folder a start is cold, with the same one again it is warm.
-Prints one line of JSON.
+Prints one line of JSON, and with `--out FILE` adds it to those in a file, from which `benchmarks.tables` makes a table.
 """
 
 from __future__ import annotations
@@ -45,6 +45,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return found | {"compilation": found["apply"] + sum(found["steps"]) - args.steps * min(found["steps"])}
 
 
+def keep(path: Path, found: dict[str, Any]) -> None:
+    """Add a start to the file, in the place of one of the same kind."""
+    from benchmarks.machine import described, write
+
+    result = described("benchmarks.first_step", "torch", "transformers") | {"starts": []}
+    if path.exists():
+        result["starts"] = json.loads(path.read_text())["starts"]
+    named = ("arm", "model", "start")
+    others = [one for one in result["starts"] if any(one[name] != found[name] for name in named)]
+    write(result | {"starts": [*others, found]}, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", choices=ARMS, default="regate")
@@ -55,13 +67,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device")
     parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    start = "warm" if args.cache.exists() else "cold"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(args.cache.absolute())  # read where torch is imported
     os.environ["TRITON_CACHE_DIR"] = str(args.cache.absolute() / "triton")
     import torch
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps(measure(args)))
+    found = measure(args)
+    print(json.dumps(found))
+    if args.out is not None:
+        keep(args.out, {"arm": args.arm, "model": args.model, "start": start} | found)
 
 
 if __name__ == "__main__":
