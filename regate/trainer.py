@@ -77,6 +77,7 @@ class GateCallback(TrainerCallback, ExportableState):
             if gate.first:
                 _teach(gate, args, train_dataloader)
         _see_that_a_step_is_sparse(gate, state)
+        _see_how_it_ends(gate, state)
         self._before = dict(gate.report())
 
     def on_save(
@@ -160,6 +161,19 @@ def _see_that_a_step_is_sparse(gate: Gate, state: TrainerState) -> None:
             f"{first} (Config.warmup={config.warmup}, then full_steps={config.full_steps} of each cycle). For a run of "
             f"this length set, say, regate.Config(warmup={steps // 10}, cycle={max(steps // 10, 8)}, "
             f"full_steps={max(steps // 80, 1)})"
+        )
+
+
+def _see_how_it_ends(gate: Gate, state: TrainerState) -> None:
+    """What sparse steps leave out may be forgotten until the next full step, and behind the last one there is none."""
+    config, steps = gate.config, state.max_steps
+    last = next((step for step in range(steps - 1, -1, -1) if config.full_share(step) > 0), None)
+    if config.full_steps and last is not None and steps - 1 - last >= config.full_steps:
+        gate.note(
+            f"this run ends {steps - 1 - last} steps after its last full one. Words that sparse steps leave out can be "
+            "forgotten meanwhile, and full steps bring them back (docs/evidence.md): set "
+            f"regate.Config(total_steps={steps}, final_full_steps={config.full_steps}), or schedule='interleaved', "
+            "which has full samples in every step"
         )
 
 

@@ -79,6 +79,12 @@ def area(record: Record, budget: float, cost: str) -> float:
     return float(np.interp(grid, costs, accuracy).mean())
 
 
+def fall(record: Record) -> float:
+    """The most that accuracy on words that are not grounded was below what it had been before, on the way."""
+    other = np.asarray([point["other"] for point in record["curve"]], float)
+    return float((np.maximum.accumulate(other) - other).max())
+
+
 @dataclass(frozen=True)
 class Reached:
     """What it cost an arm to get as far as dense, as shares of dense's whole cost, one per seed that got there."""

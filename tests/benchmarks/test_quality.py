@@ -281,6 +281,11 @@ def test_interval_is_that_of_the_mean() -> None:
     assert high == pytest.approx(centre + 1.96 * error, abs=0.01)
 
 
+def test_the_deepest_fall_on_the_way() -> None:
+    looks = [{"other": x} for x in (0.5, 0.9, 0.7, 0.95, 0.94)]
+    assert analysis.fall({"curve": looks}) == pytest.approx(0.2)
+
+
 def test_cost_to_reach_and_area() -> None:
     dense, regate = _record("dense", 0, [0.0, 0.4, 0.8]), _record("regate", 0, [0.0, 0.8, 0.9], cost=5.0)
     assert analysis.cost_to_reach(regate, 0.8, "answer_tokens") == pytest.approx(5.0)

@@ -120,6 +120,19 @@ def test_a_run_that_ends_before_its_first_sparse_step_says_so(tmp_path: Path, wa
     assert (gate.report()["steps_sparse"] == 0) == told
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({}, True), ({"schedule": "interleaved"}, False), ({"total_steps": 6, "final_full_steps": 1}, False)],
+)
+def test_a_run_that_ends_long_after_its_last_full_step_says_so(
+    tmp_path: Path, changes: dict[str, Any], told: bool
+) -> None:
+    model = MODEL.build()
+    gate = regate.apply(model, regate.Config(warmup=1, cycle=8, full_steps=1, **changes), teacher=None)
+    trainer(tmp_path, model).train()
+    assert ("this run ends 4 steps after its last full one" in str(gate.report())) == told
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_resumes_to_the_bit(tmp_path: Path, persistent: bool) -> None:
     def run(name: str, **options: Any) -> tuple[Trainer, regate.Gate]:
