@@ -38,7 +38,8 @@ class Config:
         schedule: "cycled" as these say. "interleaved" keeps every label of the same share of samples,
             `full_steps / cycle`, in each step instead, each sample in its turn (`regate.scoring.turns`): steps cost the
             same, and of n rows at a time `ceil(n * full_steps / cycle)` are full, not all, which lowers the peak of
-            memory. Steps of warm-up and the last ones are full with either.
+            memory; and nothing that sparse steps leave out is forgotten between full ones. Steps of warm-up and the
+            last ones are full with either.
         ema_decay: beta of the difficulty's moving average, `m <- beta*m + (1-beta)*loss`.
         student_weight, reference_weight: a label's score is `student_weight*m + reference_weight*ref`. Of either sign:
             -1 and 1 score what the visual input already explains, `ref - m`.
