@@ -14,7 +14,8 @@ import regate
 from model_adapters import find_adapter
 from regate.errors import StoreError, StoreMismatchError, UnsupportedShardingError
 from regate.memory.sharing import in_step
-from regate.teaching import teacher as teachers
+from regate.teaching import choice as choosing
+from regate.teaching.teacher import Teacher
 from regate.teaching.weights import is_tight
 from regate.training import calls
 from tests import oracle
@@ -43,9 +44,9 @@ def test_its_losses_are_a_copys(name: str) -> None:
     model, batch = CORE[name].build().double(), oracle.double(CORE[name].batch("right"))
     adapter = find_adapter(model)
     layout = adapter.layout(model, batch)
-    copied = teachers.Teacher(model, adapter, backend="eager", source="copy").losses(batch, layout)
+    copied = Teacher(model, adapter, backend="eager", source="copy").losses(batch, layout)
     regate.apply(model, CONFIG, teacher="first")
-    first = teachers.Teacher(model, adapter, backend="eager", source="live").losses(batch, layout)
+    first = Teacher(model, adapter, backend="eager", source="live").losses(batch, layout)
     assert all(torch.equal(a, b) for a, b in zip(first, copied, strict=True))
 
 
@@ -152,7 +153,7 @@ def test_adapters_leave_a_teacher_that_lasts() -> None:
 
 def test_auto_keeps_no_copy_where_memory_is_tight(monkeypatch: pytest.MonkeyPatch) -> None:
     model = CORE["llava"].build()
-    monkeypatch.setattr(teachers, "is_tight", lambda model, adapter: True)
+    monkeypatch.setattr(choosing, "is_tight", lambda model, adapter: True)
     gate = regate.apply(model, CONFIG)
     assert gate.first
     assert "keeps no copy" in str(gate.report())
