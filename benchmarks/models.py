@@ -60,7 +60,6 @@ SIZES = {
     "tiny": Size("qwen3", 2, 64, 128, 4, 2, 16, 256),  # to try the benchmark itself
     "narrow": Size("llama", 6, 64, 192, 4, 4, 16, 512),  # for memory: of the next one's proportions, an eighth as wide
     "deep": Size("llama", 28, 64, 192, 4, 4, 16, 512),  # for compilation
-    "half-deep": Size("llama", 14, 64, 192, 4, 4, 16, 512),
     "small": Size("llama", 6, 512, 1536, 8, 8, 64, 4096),
     "grouped": Size("llama", 6, 512, 1536, 8, 2, 64, 4096),  # the same with keys shared by four heads, as in real ones
     "qwen2.5-3b": Size("qwen2", 36, 2048, 11008, 16, 2, 128, 151936, tied=True),

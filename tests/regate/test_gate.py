@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import regate
-from regate.errors import ConfigError, LabelsError, StoreError
+from regate.errors import LabelsError, StoreError
 from tests import oracle
 from tests.zoo import CORE
 
@@ -92,89 +92,6 @@ def test_sparse_loss_is_the_oracles(alone: bool) -> None:
     torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
     for n, grad in expected_grads.items():
         torch.testing.assert_close(grads[n], grad, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize(("student", "reference"), [(1.0, 0.5), (-1.0, 1.0), (0.0, -1.0)])
-def test_scores_are_weighted_sums(student: float, reference: float) -> None:
-    """On the second sight of a sample: student_weight*m + reference_weight*ref, top half kept."""
-    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1)
-    weights = {"student_weight": student, "reference_weight": reference}
-    gate = regate.apply(model, regate.Config(warmup=1, cycle=100, full_steps=0, **weights))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with torch.no_grad():
-        logits = model.eval()(**batch).logits
-    model.train()
-    _step(model, batch)
-    optimizer.step()
-    _step(model, batch)
-    m = nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], reduction="none")
-    gate.flush()
-    (ref,) = [v for _, v in gate.store.items("reference")]
-    (stored,) = [v for _, v in gate.store.items("difficulty")]
-    at = (batch["labels"][0] != -100).nonzero()[:, 0]
-    torch.testing.assert_close(torch.from_numpy(stored), m[at - 1], atol=2e-3, rtol=2e-3)
-    d = student * m[at - 1] + reference * torch.from_numpy(ref)
-    assert gate.last is not None
-    best = at[d.argsort(descending=True)[: (len(at) + 1) // 2]].sort().values
-    assert gate.last.kept[0].nonzero()[:, 0].tolist() == best.tolist()
-
-
-def test_scores_by_a_function() -> None:
-    """It gets what the sum is made of, and what it returns decides."""
-    model, batch = CORE["llava"].build(), CORE["llava"].batch("none")
-    told: list[Tensor] = []
-
-    def least(m: Tensor, ref: Tensor, prior: Tensor) -> Tensor:
-        told[:] = [m, ref, prior]
-        return -torch.maximum(m, ref)
-
-    gate = regate.apply(model, regate.Config(warmup=1, cycle=100, full_steps=0, score=least))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for _ in range(2):
-        _step(model, batch)
-        optimizer.step()
-    m, ref, prior = told
-    assert gate.last is not None
-    kept = gate.last.kept
-    for row, labels in enumerate(batch["labels"] != -100):
-        worst = torch.maximum(m, ref)[row]
-        assert worst[kept[row]].max() <= worst[labels & ~kept[row]].min()
-        assert (prior[row, labels] > 0).all()
-        assert not torch.equal(m[row, labels], prior[row, labels])
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        (lambda m, ref, prior: m.sum(), r"got \[\]"),
-        (lambda m, ref, prior: m / 0, "finite"),
-        (lambda *x: None, "NoneType"),
-    ],
-)
-def test_wrong_scores_are_named(wrong: Any, told: str) -> None:
-    model, batch = CORE["llava"].build(), CORE["llava"].batch("none")
-    regate.apply(model, regate.Config(warmup=0, cycle=100, full_steps=0, score=wrong), teacher=None)
-    with pytest.raises(ConfigError, match=told):
-        _step(model, batch)
-
-
-def test_exploring_draws_by_seed_and_step() -> None:
-    """The same choice for a seed at a step, another at the next, as many labels each time."""
-    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1)
-    kept: dict[int, list[tuple[int, ...]]] = {}
-    for seed in (0, 0, 1):
-        gate = regate.apply(model, regate.Config(warmup=0, full_steps=0, explore=0.5, seed=seed), teacher=None)
-        choices = []
-        for _ in range(4):
-            _step(model, batch)
-            assert gate.last is not None
-            choices.append(tuple(gate.last.kept[0].nonzero()[:, 0].tolist()))
-        assert kept.get(seed, choices) == choices
-        kept[seed] = choices
-        assert len(set(map(len, choices))) == 1
-        regate.remove(model)
-    assert len(set(kept[0])) > 2
-    assert kept[0] != kept[1]
 
 
 def test_micro_batches_share_the_decision() -> None:
@@ -449,18 +366,6 @@ def test_a_failed_forward_leaves_no_trace() -> None:
     loss, _ = _step(model, batch)
     assert torch.isfinite(loss)
     assert gate.report()["attention_blocks"] == 2
-
-
-def test_nonfinite_student_losses_are_not_remembered() -> None:
-    model, batch = CORE["llava"].build(), CORE["llava"].batch("none")
-    gate = regate.apply(model, FULL, teacher=None)
-    with torch.no_grad():
-        model.lm_head.weight[3] = float("nan")
-    model(**batch)
-    gate.flush()
-    assert gate.report()["nonfinite_losses"] > 0
-    assert all((v == -1).all() for _, v in gate.store.items("difficulty"))
-    assert torch.isfinite(gate.scorer.prior.mean).all()
 
 
 def test_unknown_architecture() -> None:
