@@ -94,13 +94,15 @@ class Reached:
 
 
 def reached(records: Sequence[Record], arm: str, cost: str, *, of_final: float = 1.0) -> Reached:
-    """The cost at which an arm has `of_final` of dense's last accuracy of the same seed."""
+    """The cost at which an arm has `of_final` of dense's last accuracy, of each seed that begins below it."""
     dense = {record["seed"]: record for record in records if record["arm"] == "dense"}
+    looks = {seed: curve(record, cost)[1] for seed, record in dense.items()}
+    dense = {seed: record for seed, record in dense.items() if looks[seed][0] < of_final * looks[seed][-1]}
     some = [record for record in records if record["arm"] == arm and record["seed"] in dense]
     shares = {}
     for record in some:
-        costs, accuracy = curve(dense[record["seed"]], cost)
-        spent = cost_to_reach(record, of_final * accuracy[-1], cost)
+        costs, _ = curve(dense[record["seed"]], cost)
+        spent = cost_to_reach(record, of_final * looks[record["seed"]][-1], cost)
         if spent is not None:
             shares[record["seed"]] = spent / costs[-1]
     return Reached(shares, len(some))

@@ -228,7 +228,8 @@ def _reaching(runs: list[Record], arms: list[str]) -> str:
         rows.append([arm, f"{len(tokens.shares)} of {tokens.seeds}", *shares, *on_the_way])
     told = (
         "Where 98% of dense's last validation accuracy on grounded words was reached, as a share of dense's whole cost "
-        "(median of the seeds that did), and the mean accuracy on the way to what the cheapest arm spent in all:"
+        "(median of the seeds that did, of those that begin below it), and the mean accuracy on the way to what the "
+        "cheapest arm spent in all:"
     )
     return f"{textwrap.fill(told, 120)}\n\n{_markdown(rows)}"
 

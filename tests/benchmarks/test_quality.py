@@ -293,6 +293,8 @@ def test_cost_to_reach_and_area() -> None:
     assert analysis.cost_to_reach(dense, 0.81, "answer_tokens") is None
     assert analysis.reached([dense, regate], "regate", "answer_tokens").shares == {0: pytest.approx(0.25)}
     assert analysis.reached([dense, regate], "regate", "all_seconds").shares == {0: pytest.approx(6 / 21)}
+    there = [_record(arm, 1, [0.8, 0.8]) for arm in ("dense", "regate")]  # says nothing of what it costs to get there
+    assert analysis.reached([dense, regate, *there], "regate", "answer_tokens").seeds == 1
     assert analysis.areas([dense, regate], "dense", "answer_tokens") == [pytest.approx(0.2)]  # up to 10, regate's all
 
 

@@ -14,7 +14,6 @@ from tests.steps import step
 from tests.zoo import CORE
 
 FULL = regate.Config(warmup=1000)
-SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
 
 
 @pytest.mark.parametrize(("student", "reference"), [(1.0, 0.5), (-1.0, 1.0), (0.0, -1.0)])
