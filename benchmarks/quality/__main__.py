@@ -25,7 +25,7 @@ from benchmarks.quality.run import Run
 from benchmarks.quality.tasks import Settings
 from benchmarks.quality.tasks.registry import TASKS
 
-HEADLINE = ("dense", "regate", "paper", "random", "randomboth", "student", "reweighted", "exact")
+HEADLINE = ("dense", "regate", "random", "cycled", "paper", "reweighted", "exact")
 
 _FEW = {
     "limit": 16,

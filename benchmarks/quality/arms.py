@@ -40,72 +40,100 @@ class Arm:
         return regate.Config.paper(**(common | (self.config or {})))
 
 
+_EVEN = {"alignment": "both", "schedule": "interleaved"}  # the default
+_CYCLED = {"alignment": "both"}  # the default, in cycles
+_HALF, _QUARTER, _TENTH = ({"visual_keep": share} for share in (0.5, 0.25, 0.1))
+_SHORT = {"cycle": 8, "full_steps": 1}
+_VISIBLE = {"elided": "visible"}
+
 ARMS = {
     "dense": Arm("all tokens, the untouched model", None),
     "exact": Arm("all tokens, with the engine (keep 1)", {"keep": 1.0, "reference_weight": 0.0}),
-    "regate": Arm(
-        "the default: m + 0.5 ref, keep 0.5, kept tokens computed with their predictors", {"alignment": "both"}
-    ),
-    "paper": Arm("the paper's: predictors of kept labels alone"),
-    "random": Arm("the paper's, as many labels at random", {"selection": "random"}),
-    "randomboth": Arm("the default, as many labels at random", {"selection": "random", "alignment": "both"}),
     "reweighted": Arm("all tokens, grounded words weighted up as ReGATE does", None, reweighted=True),
-    "student": Arm("the student's losses alone, no teacher", {"reference_weight": 0.0}),
-    "reference": Arm("reference losses alone", {"student_weight": 0.0, "reference_weight": 1.0}),
-    "gain": Arm("ref - m, what the image already explains", {"student_weight": -1.0, "reference_weight": 1.0}),
-    "explore": Arm("the paper's, a third of the kept labels at random", {"explore": 1 / 3}),
-    "equal": Arm("0.5 m + 0.5 ref", {"student_weight": 0.5}),
-    "keep25": Arm("the default, keep 0.25", {"keep": 0.25, "alignment": "both"}),
-    "keep75": Arm("the default, keep 0.75", {"keep": 0.75, "alignment": "both"}),
-    "budget": Arm("the default, the most worth keeping of the whole batch", {"budget": "batch", "alignment": "both"}),
-    "budget25": Arm(
-        "keep 0.25, the most worth keeping of the whole batch", {"budget": "batch", "keep": 0.25, "alignment": "both"}
+    # The default, and what it could be.
+    "regate": Arm(
+        "the default: m + 0.5 ref, keep 0.5, kept tokens computed with their predictors, full samples in every step",
+        _EVEN,
     ),
-    "inverse": Arm("the least of m + 0.5 ref", {"student_weight": -1.0, "reference_weight": -0.5}),
-    "gainlate": Arm(
-        "ref - m, from step 160 on, when the image is read",
+    "random": Arm("the default, as many labels at random", _EVEN | {"selection": "random"}),
+    "student": Arm("the default, the student's losses alone, no teacher", _EVEN | {"reference_weight": 0.0}),
+    "reference": Arm(
+        "the default, reference losses alone", _EVEN | {"student_weight": 0.0, "reference_weight": 1.0}
+    ),
+    "equal": Arm("the default, 0.5 m + 0.5 ref", _EVEN | {"student_weight": 0.5}),
+    "gain": Arm(
+        "the default, ref - m: what the image already explains",
+        _EVEN | {"student_weight": -1.0, "reference_weight": 1.0},
+    ),
+    "inverse": Arm(
+        "the default, the least of m + 0.5 ref", _EVEN | {"student_weight": -1.0, "reference_weight": -0.5}
+    ),
+    "keep25": Arm("the default, keep 0.25", _EVEN | {"keep": 0.25}),
+    "keep75": Arm("the default, keep 0.75", _EVEN | {"keep": 0.75}),
+    "budget": Arm("the default, the most worth keeping of the whole batch", _EVEN | {"budget": "batch"}),
+    "budget25": Arm(
+        "the default, keep 0.25, the most worth keeping of the whole batch",
+        _EVEN | {"budget": "batch", "keep": 0.25},
+    ),
+    "masking": Arm("the default's choice, loss masking alone", _EVEN, elides=False),
+    "visible": Arm("the default, what is left out visible", _EVEN | _VISIBLE),
+    # Full steps, and between them sparse ones.
+    "cycled": Arm("the default in cycles: full steps instead of full samples", _CYCLED),
+    "cycled-random": Arm("in cycles, as many labels at random", _CYCLED | {"selection": "random"}),
+    "cycled-keep25": Arm("in cycles, keep 0.25", _CYCLED | {"keep": 0.25}),
+    "cycled-keep75": Arm("in cycles, keep 0.75", _CYCLED | {"keep": 0.75}),
+    "cycled-lastfull": Arm("in cycles, the last 40 steps full", _CYCLED | {"final_full_steps": 40}),
+    "cycled-visible": Arm("in cycles, what is left out visible", _CYCLED | _VISIBLE),
+    "short": Arm("in short cycles: one full step in 8", _CYCLED | _SHORT),
+    # Fewer visual tokens.
+    "cycled-visual75": Arm("in cycles, 75% of visual tokens on sparse steps", _CYCLED | {"visual_keep": 0.75}),
+    "cycled-visual50": Arm("in cycles, 50% of visual tokens on sparse steps", _CYCLED | _HALF),
+    "cycled-visual50-lastfull": Arm(
+        "in cycles, 50% of visual tokens on sparse steps, the last 40 steps full",
+        _CYCLED | _HALF | {"final_full_steps": 40},
+    ),
+    "cycled-visual50-random": Arm(
+        "in cycles, 50% of visual tokens on sparse steps, drawn at random", _CYCLED | _HALF, visual_at_random=True
+    ),
+    "cycled-visual50-visible": Arm(
+        "in cycles, 50% of visual tokens on sparse steps, what is left out visible", _CYCLED | _HALF | _VISIBLE
+    ),
+    "cycled-visual25-visible": Arm(
+        "in cycles, 25% of visual tokens on sparse steps, what is left out visible", _CYCLED | _QUARTER | _VISIBLE
+    ),
+    "short-visual50-visible": Arm(
+        "in short cycles, 50% of visual tokens on sparse steps, what is left out visible",
+        _CYCLED | _SHORT | _HALF | _VISIBLE,
+    ),
+    "short-visual25-visible": Arm(
+        "in short cycles, 25% of visual tokens on sparse steps, what is left out visible",
+        _CYCLED | _SHORT | _QUARTER | _VISIBLE,
+    ),
+    "short-visual25-visible-random": Arm(
+        "in short cycles, 25% of visual tokens on sparse steps, drawn at random, what is left out visible",
+        _CYCLED | _SHORT | _QUARTER | _VISIBLE, visual_at_random=True,
+    ),
+    "short-visual10-visible": Arm(
+        "in short cycles, 10% of visual tokens on sparse steps, what is left out visible",
+        _CYCLED | _SHORT | _TENTH | _VISIBLE,
+    ),
+    # The paper's: predictors of kept labels alone are computed, in cycles.
+    "paper": Arm("the paper's: predictors of kept labels alone, in cycles"),
+    "paper-random": Arm("the paper's, as many labels at random", {"selection": "random"}),
+    "paper-student": Arm("the paper's, the student's losses alone, no teacher", {"reference_weight": 0.0}),
+    "paper-reference": Arm("the paper's, reference losses alone", {"student_weight": 0.0, "reference_weight": 1.0}),
+    "paper-equal": Arm("the paper's, 0.5 m + 0.5 ref", {"student_weight": 0.5}),
+    "paper-gain": Arm("the paper's, ref - m", {"student_weight": -1.0, "reference_weight": 1.0}),
+    "paper-gainlate": Arm(
+        "the paper's, ref - m, from step 160 on, when the image is read",
         {"student_weight": -1.0, "reference_weight": 1.0, "warmup": 160},
     ),
-    "full2": Arm("the paper's, 2 full steps in a cycle of 32", {"full_steps": 2}),
-    "full8": Arm("the paper's, 8 full steps in a cycle of 32", {"full_steps": 8}),
-    "interleaved": Arm(
+    "paper-explore": Arm("the paper's, a third of the kept labels at random", {"explore": 1 / 3}),
+    "paper-full2": Arm("the paper's, 2 full steps in a cycle of 32", {"full_steps": 2}),
+    "paper-full8": Arm("the paper's, 8 full steps in a cycle of 32", {"full_steps": 8}),
+    "paper-interleaved": Arm(
         "the paper's, as many full samples in every step instead of full steps", {"schedule": "interleaved"}
     ),
-    "interleavedboth": Arm(
-        "the default, as many full samples in every step instead of full steps",
-        {"schedule": "interleaved", "alignment": "both"},
-    ),
-    "lastfull": Arm("the paper's, the last 40 steps full", {"final_full_steps": 40}),
-    "lastfullboth": Arm("the default, the last 40 steps full", {"final_full_steps": 40, "alignment": "both"}),
-    "visual75": Arm("the default, 75% of visual tokens on sparse steps", {"visual_keep": 0.75, "alignment": "both"}),
-    "visual50": Arm("the default, 50% of visual tokens on sparse steps", {"visual_keep": 0.5, "alignment": "both"}),
-    "visual50lastfull": Arm(
-        "the default, 50% of visual tokens on sparse steps, the last 40 steps full",
-        {"visual_keep": 0.5, "final_full_steps": 40, "alignment": "both"},
-    ),
-    "visual25": Arm("the default, 25% of visual tokens on sparse steps", {"visual_keep": 0.25, "alignment": "both"}),
-    "visual50random": Arm(
-        "the default, 50% of visual tokens on sparse steps, drawn at random",
-        {"visual_keep": 0.5, "alignment": "both"},
-        visual_at_random=True,
-    ),
-    "visible": Arm("the default, what is left out visible", {"elided": "visible", "alignment": "both"}),
-    "visual50visible": Arm(
-        "the default, 50% of visual tokens on sparse steps, what is left out visible",
-        {"visual_keep": 0.5, "elided": "visible", "alignment": "both"},
-    ),
-    "visual25visible": Arm(
-        "the default, 25% of visual tokens on sparse steps, what is left out visible",
-        {"visual_keep": 0.25, "elided": "visible", "alignment": "both"},
-    ),
-    "visual10visible": Arm(
-        "the default, 10% of visual tokens on sparse steps, what is left out visible",
-        {"visual_keep": 0.1, "elided": "visible", "alignment": "both"},
-    ),
-    "visual25visiblerandom": Arm(
-        "the default, 25% of visual tokens on sparse steps, drawn at random, what is left out visible",
-        {"visual_keep": 0.25, "elided": "visible", "alignment": "both"},
-        visual_at_random=True,
-    ),
-    "masking": Arm("the paper's choice, loss masking alone", elides=False),
+    "paper-lastfull": Arm("the paper's, the last 40 steps full", {"final_full_steps": 40}),
+    "paper-masking": Arm("the paper's choice, loss masking alone", elides=False),
 }

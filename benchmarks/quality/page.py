@@ -271,18 +271,26 @@ def _context(runs: list[Record], arms: list[str]) -> str:
 
 
 PAIRS = (
-    ("regate", "randomboth", "at equal budget"),
-    ("paper", "random", "at equal budget"),
-    ("paper", "masking", "the same choice with every position computed, so what leaving positions out costs"),
-    ("regate", "masking", "the same with the kept tokens' own positions computed, too"),
-    ("regate", "paper", "for those positions"),
-    ("interleaved", "paper", "for full samples in every step instead of full steps"),
-    ("interleavedboth", "regate", "for full samples in every step instead of full steps"),
-    ("visual50lastfull", "visual50", "for full steps at the end"),
-    ("visual50visible", "visual50", "for seeing what is left out"),
-    ("visual25visible", "visual50", "the same with half as many"),
-    ("visual50random", "visual50", "for drawing them at random"),
-    ("paper", "student", "so what the reference adds"),
+    ("regate", "random", "at equal budget"),
+    ("cycled", "cycled-random", "at equal budget"),
+    ("paper", "paper-random", "at equal budget"),
+    ("regate", "reference", "so what the student's own losses add"),
+    ("regate", "student", "so what the reference adds"),
+    ("paper", "paper-student", "so what the reference adds"),
+    ("regate", "masking", "the same choice with every position computed, so what leaving positions out costs"),
+    ("paper", "paper-masking", "the same choice with every position computed, so what leaving positions out costs"),
+    ("cycled", "paper", "for the kept tokens' own positions"),
+    ("regate", "cycled", "for full samples in every step instead of full steps"),
+    ("short", "cycled", "for one full step in 8 instead of 4 in 32"),
+    ("short", "regate", "for full steps, if often, instead of full samples"),
+    ("paper-interleaved", "paper", "for full samples in every step instead of full steps"),
+    ("cycled-visual50-lastfull", "cycled-visual50", "for full steps at the end"),
+    ("cycled-visual50-visible", "cycled-visual50", "for seeing what is left out"),
+    ("cycled-visual25-visible", "cycled-visual50", "the same with half as many"),
+    ("cycled-visual50-random", "cycled-visual50", "for drawing them at random"),
+    ("short-visual25-visible", "short", "for a quarter of the visual tokens"),
+    ("short-visual25-visible", "cycled-visual25-visible", "for full steps more often"),
+    ("short-visual25-visible", "short-visual25-visible-random", "for not drawing them at random"),
 )
 
 

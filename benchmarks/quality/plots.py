@@ -17,7 +17,7 @@ from benchmarks.quality.arms import ARMS
 
 COLOURS = {
     "dense": "#4a4a4a", "exact": "#8d99ae", "regate": "#0b7a75", "paper": "#5fb3ae", "random": "#d1495b",
-    "student": "#6a4c93", "reweighted": "#edae49",
+    "student": "#6a4c93", "reweighted": "#edae49", "cycled": "#c97b9a",
 }  # fmt: skip
 _OTHER = "#b08968"
 

@@ -339,5 +339,5 @@ def test_every_arm_gives_a_record(name: str, task: Task, tmp_path: Path, monkeyp
 
 def test_arms_without_a_score_have_no_teacher() -> None:
     assert [name for name, arm in arms.ARMS.items() if not arm.taught] == [
-        "dense", "exact", "random", "randomboth", "reweighted", "student",
+        "dense", "exact", "reweighted", "random", "student", "cycled-random", "paper-random", "paper-student",
     ]  # fmt: skip
