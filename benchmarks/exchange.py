@@ -27,8 +27,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from benchmarks.machine import described, write
+from regate.memory.files import Table
 from regate.memory.sharing import Exchange
-from regate.memory.store import Store, Table
+from regate.memory.store import Store
 
 LOSSES: tuple[Table, ...] = ("reference", "difficulty")  # the tables with a number per label
 

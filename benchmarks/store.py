@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.machine import described, write
-from regate.memory.store import Store, Table
+from regate.memory.files import Table
+from regate.memory.store import Store
 
 LOSSES: tuple[Table, ...] = ("reference", "difficulty")  # the tables with a number per label
 

@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from regate.errors import RankError
 from regate.memory.checkpoint import ranks
-from regate.memory.store import TABLES, Store, Table, half
+from regate.memory.files import KEY_BYTES, TABLES, Table
+from regate.memory.store import Store, half
 
-Records = dict[Table, dict[bytes, np.ndarray]]
 T = TypeVar("T")
 
 
@@ -54,12 +54,43 @@ def in_step(parts: Iterable[T]) -> Iterator[T | None]:
         yield None
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Packed:
+    """Records of one table in three pieces, which costs a fraction of sending each by itself.
+
+    Attributes:
+        keys: one behind the other.
+        lengths: int32 [N], labels of each record.
+        losses: float16 [sum of lengths].
+    """
+
+    keys: bytes
+    lengths: np.ndarray
+    losses: np.ndarray
+
+    @classmethod
+    def of(cls, records: Mapping[bytes, np.ndarray]) -> _Packed:
+        losses = list(records.values())
+        lengths = np.array([len(x) for x in losses], np.int32)
+        return cls(b"".join(records), lengths, np.concatenate(losses) if losses else np.zeros(0, np.float16))
+
+    @property
+    def nbytes(self) -> int:
+        """As they are sent."""
+        return len(self.keys) + self.lengths.nbytes + self.losses.nbytes
+
+    def records(self) -> Iterator[tuple[bytes, np.ndarray]]:
+        ends = self.lengths.cumsum().tolist()
+        for i, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            yield self.keys[KEY_BYTES * i : KEY_BYTES * (i + 1)], self.losses[begin:end]
+
+
+@dataclass(frozen=True)
 class _Message:
     """What one rank passes on, and which file it keeps its own records in."""
 
     home: tuple[Any, ...]
-    records: Records
+    records: dict[Table, _Packed]
 
 
 @dataclass
@@ -83,7 +114,7 @@ class Exchange:
         self.store, self.every = store, every
         self.bytes_sent = 0
         self._ticks = 0
-        self._outgoing: Records = {table: {} for table in TABLES}
+        self._outgoing: dict[Table, dict[bytes, np.ndarray]] = {table: {} for table in TABLES}
         self._flight: _Flight | None = None
         self._group: Any = None
         self._one_file = False
@@ -130,8 +161,9 @@ class Exchange:
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
         data = (self.store.path / "data.mdb").stat()
-        message = _Message((socket.gethostname(), data.st_dev, data.st_ino), self._outgoing)
-        self.bytes_sent += sum(len(k) + v.nbytes for table in self._outgoing.values() for k, v in table.items())
+        packed = {table: _Packed.of(records) for table, records in self._outgoing.items()}
+        message = _Message((socket.gethostname(), data.st_dev, data.st_ino), packed)
+        self.bytes_sent += sum(records.nbytes for records in packed.values())
         self._outgoing = {table: {} for table in TABLES}
         flight = _Flight(threading.Thread(target=lambda: self._gather(message, flight), daemon=True))
         self._flight = flight
@@ -161,5 +193,5 @@ class Exchange:
         others = [message.records for message in flight.received if message.home != own]
         mine = others[here.index(dist.get_rank()) :: len(here)]
         for table in TABLES:
-            self.store.put(table, {k: v for records in mine for k, v in records[table].items()})
+            self.store.put(table, dict(one for records in mine for one in records[table].records()))
         self._one_file = not others

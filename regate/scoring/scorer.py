@@ -18,9 +18,10 @@ from model_adapters import Batch, Layout
 from regate.config import Config
 from regate.errors import ConfigError, GateNotAppliedError, StoreError
 from regate.labels import predicted
+from regate.memory.files import Table
 from regate.memory.recurrence import Recurrence
 from regate.memory.sharing import Exchange
-from regate.memory.store import Store, Table
+from regate.memory.store import Store
 from regate.scoring import difficulty
 from regate.scoring.selection import keep_highest
 from regate.teaching.teacher import Teacher

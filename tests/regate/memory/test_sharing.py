@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from regate.memory.sharing import Exchange, _Flight, _Message
-from regate.memory.store import TABLES, Store
+from regate.memory.files import TABLES
+from regate.memory.sharing import Exchange, _Flight, _Message, _Packed
+from regate.memory.store import Store
 
 
 @pytest.mark.parametrize("homes", ["aabb", "abab", "abc", "aaab", "aaa"])
 def test_ranks_of_one_file_take_over_a_part_each(homes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Together all that other files have, and nothing twice: a file has one writer at a time."""
     made = [{f"{rank}{i}".encode().ljust(16): np.ones(2, np.float32) for i in range(3)} for rank in range(len(homes))]
-    messages = [_Message((home,), {t: made[i] if t == "difficulty" else {} for t in TABLES})
+    messages = [_Message((home,), {t: _Packed.of(made[i] if t == "difficulty" else {}) for t in TABLES})
                 for i, home in enumerate(homes)]  # fmt: skip
     taken: dict[str, list[bytes]] = {home: [] for home in homes}
     for rank, home in enumerate(homes):

@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from regate.errors import StoreCorruptError, StoreError, StoreFullError, StoreMismatchError
-from regate.memory.store import FORMAT, TABLES, Store, Table
+from regate.memory import files
+from regate.memory.files import FORMAT, TABLES, Table
+from regate.memory.store import Store
 
 ROOT = Path(__file__).parents[3]
 # Another process needs the store alone, not the seconds that importing torch and transformers takes.
@@ -285,6 +287,35 @@ def _write_range(store: Store, start: int) -> None:
     for n in range(start, start + 200, 10):
         fill(store, 10, start=n)
         store.put("difficulty", {key(0): losses(start)})
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what is resident")
+def test_a_large_file_does_not_become_the_process_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much of it is looked at; and what an iteration still looks at stays where it is."""
+    monkeypatch.setattr(files, "SMALL", 2**20)
+    monkeypatch.setattr(files, "LOOKS", 64)
+
+    def resident() -> int:
+        """Bytes of mapped files."""
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["RssFile"].split()[0]) * 1024
+
+    n, one, before, most = 20_000, np.ones(500, np.float32), resident(), 0
+    keys = [key(i) for i in np.random.default_rng(0).permutation(n).tolist()]
+    with Store() as store:
+        for i in range(0, n, 2_000):
+            store.put("difficulty", dict.fromkeys(keys[i : i + 2_000], one))
+        size = store.stats()["bytes"]
+        for i in range(0, n, 64):
+            assert all(same(x, one) for x in store.get("difficulty", keys[i : i + 64]))
+            most = max(most, resident() - before)
+        assert size > 40e6
+        assert most < size / 3
+        for number, (_, found) in enumerate(store.items("difficulty")):
+            if number % 1_000 == 0:
+                store.get("difficulty", keys[:64])
+            assert found[0] == 1
+
 
 
 def test_processes_write_one_path_at_once(store: Store) -> None:
