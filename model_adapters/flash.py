@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from model_adapters.flash_functions import NAMES, NOTHING, TOLD, followed_by
+from model_adapters.walk import every_part
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seqlens")  # of a call, that say where samples begin
 _IN_CALLS = (*BOUNDARIES, "cu_seq_lens_k")
@@ -95,9 +96,10 @@ def called_by(decoder: nn.Module) -> list[Place]:
 
     That it calls none is remembered until a module of it is of another class or has another forward.
     """
-    code = frozenset(
-        id(part) for m in decoder.modules() for part in (type(m), type(m).forward, m.__dict__.get("forward"))
-    )
+    parts = every_part(decoder)
+    kinds = {type(part) for part in parts}
+    own = [vars(part).get("forward") for part in parts]
+    code = frozenset(map(id, (*kinds, *(kind.forward for kind in kinds), *own)))
     if _CALLS_NONE.get(decoder) == code:
         return []
     if not (found := _look(decoder)):

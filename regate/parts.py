@@ -48,6 +48,7 @@ class Parts:
         strays: of past backward passes, at how many positions hidden states were read that mean nothing, int64 [].
         lazy: makes the head's logits lazy.
         between: the modules through which `target` calls `decoder`.
+        head: hidden states to logits, as of the batch read last; it may be replaced (`resize_token_embeddings`).
         note: tells the user something, once.
     """
 
@@ -70,6 +71,7 @@ class Parts:
     strays: list[Tensor] = field(default_factory=list)
     lazy: LazyHead | None = None
     between: list[nn.Module] = field(init=False)
+    head: nn.Module = field(init=False)
     _in_step: bool | None = None
 
     def __post_init__(self) -> None:
@@ -104,11 +106,6 @@ class Parts:
             )
 
     @property
-    def head(self) -> nn.Module:
-        """Hidden states to logits; looked up, for it may be replaced (`resize_token_embeddings`)."""
-        return self.adapter.head(self.model)
-
-    @property
     def vocabulary(self) -> int:
         """V, as the config says, or the head, where it was widened by hand."""
         head = getattr(self.head, "projection", self.head)
@@ -141,6 +138,7 @@ class Parts:
             if batch.get("input_ids") is None
             else contextlib.nullcontext()
         )
+        self.head = self.adapter.head(self.model)
         try:
             with looked_up:  # ids are read off embeddings, for which ranks look up unlike many
                 layout = self.adapter.layout(self.model, batch)

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from model_adapters.walk import every_part
+
 
 class Read(IntEnum):
     """What a full step computes; each level adds what the one before leaves out."""
@@ -132,14 +134,15 @@ def _is_number(x: Any) -> bool:
 
 def _hooked(module: nn.Module, *, inside: bool) -> str | None:
     """A hook of the user's on the module or its parts; `inside`: what the module itself is given does not count."""
-    if not any(p._forward_hooks or p._forward_pre_hooks or _of_gradients(p) for p in module.modules()):
-        return None
-    for name, part in module.named_modules():
+    for part in every_part(module):
+        if not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks):
+            continue
         if isinstance(part, nn.Embedding):
             continue  # sees nothing of the output
         before = {} if inside and part is module else part._forward_pre_hooks
         for hook in (*part._forward_hooks.values(), *before.values(), *_of_gradients(part)):
             if _origin(hook).partition(".")[0] not in _PLUMBING:
+                name = next(name for name, other in module.named_modules() if other is part)
                 where = f"{type(module).__name__}.{name}" if name else type(module).__name__
                 return f"a hook ({_origin(hook)}) hangs on {where}"
     return None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from model_adapters.walk import every_part
 from regate.training.hooks import Hook, call_weakly
 from regate.training.sharding import local
 
@@ -171,7 +172,7 @@ class Steps:
 
     def _own(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """The model's parameters among its own; none if it is another model's, or of copies, which are seen to move."""
-        own = {id(p) for p in self._model.parameters()}
+        own = {id(p) for part in every_part(self._model) for p in part._parameters.values()}
         return [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
 
     def _frozen(self) -> bool:
@@ -229,7 +230,7 @@ def _makes_states() -> bool:
     return frame.f_code.co_name == "_init_optim_state"
 
 
-Kept = tuple[list[tuple[str, torch.dtype, int]], Tensor]
+Kept = tuple[list[tuple[int, str, torch.dtype, int]], Tensor]  # of which module which parameter; its values
 
 
 def _equal(some: Kept, others: Kept) -> bool:
@@ -242,13 +243,18 @@ def some_values(module: nn.Module) -> Kept:
 
     They are of trainable parameters that this rank holds a part of.
     """
-    learning = [(name, p) for name, p in module.named_parameters() if p.requires_grad and local(p).numel()]
+    learning = [
+        (id(part), name, p)
+        for part in every_part(module)
+        for name, p in part._parameters.items()
+        if p is not None and p.requires_grad and local(p).numel()
+    ]
     stride = max(len(learning) // _PARAMETERS, 1) | 1  # odd: of adapters' pairs one may stand still
     some = learning[::stride][-_PARAMETERS:]
     found: list[Tensor] = []
-    for _, parameter in some:
+    for _, _, parameter in some:
         values = local(parameter).detach().flatten()
         values = values[:: max(len(values) // _VALUES, 1)].contiguous()
         found.append(values.view(_INTEGERS[values.element_size()]).to(found[0].device if found else values.device))
-    names = [(name, p.dtype, len(values)) for (name, p), values in zip(some, found, strict=True)]
+    names = [(part, name, p.dtype, len(values)) for (part, name, p), values in zip(some, found, strict=True)]
     return names, torch.cat(found) if found else torch.zeros(0, dtype=torch.uint8)
