@@ -40,8 +40,8 @@ class Arm:
         return regate.Config.paper(**(common | (self.config or {})))
 
 
-_EVEN = {"alignment": "both", "schedule": "interleaved"}  # the default
-_CYCLED = {"alignment": "both"}  # the default, in cycles
+_EVEN = {"alignment": "both", "schedule": "interleaved"}  # as recommended
+_CYCLED = {"alignment": "both"}  # the same in cycles
 _HALF, _QUARTER, _TENTH = ({"visual_keep": share} for share in (0.5, 0.25, 0.1))
 _SHORT = {"cycle": 8, "full_steps": 1}
 _VISIBLE = {"elided": "visible"}
@@ -52,33 +52,29 @@ ARMS = {
     "reweighted": Arm("all tokens, grounded words weighted up as ReGATE does", None, reweighted=True),
     # The default, and what it could be.
     "regate": Arm(
-        "the default: m + 0.5 ref, keep 0.5, kept tokens computed with their predictors, full samples in every step",
+        "recommended: m + 0.5 ref, keep 0.5, kept tokens computed with their predictors, full samples in every step",
         _EVEN,
     ),
-    "random": Arm("the default, as many labels at random", _EVEN | {"selection": "random"}),
-    "student": Arm("the default, the student's losses alone, no teacher", _EVEN | {"reference_weight": 0.0}),
-    "reference": Arm(
-        "the default, reference losses alone", _EVEN | {"student_weight": 0.0, "reference_weight": 1.0}
-    ),
-    "equal": Arm("the default, 0.5 m + 0.5 ref", _EVEN | {"student_weight": 0.5}),
+    "random": Arm("recommended, as many labels at random", _EVEN | {"selection": "random"}),
+    "student": Arm("recommended, the student's losses alone, no teacher", _EVEN | {"reference_weight": 0.0}),
+    "reference": Arm("recommended, reference losses alone", _EVEN | {"student_weight": 0.0, "reference_weight": 1.0}),
+    "equal": Arm("recommended, 0.5 m + 0.5 ref", _EVEN | {"student_weight": 0.5}),
     "gain": Arm(
-        "the default, ref - m: what the image already explains",
+        "recommended, ref - m: what the image already explains",
         _EVEN | {"student_weight": -1.0, "reference_weight": 1.0},
     ),
-    "inverse": Arm(
-        "the default, the least of m + 0.5 ref", _EVEN | {"student_weight": -1.0, "reference_weight": -0.5}
-    ),
-    "keep25": Arm("the default, keep 0.25", _EVEN | {"keep": 0.25}),
-    "keep75": Arm("the default, keep 0.75", _EVEN | {"keep": 0.75}),
-    "budget": Arm("the default, the most worth keeping of the whole batch", _EVEN | {"budget": "batch"}),
+    "inverse": Arm("recommended, the least of m + 0.5 ref", _EVEN | {"student_weight": -1.0, "reference_weight": -0.5}),
+    "keep25": Arm("recommended, keep 0.25", _EVEN | {"keep": 0.25}),
+    "keep75": Arm("recommended, keep 0.75", _EVEN | {"keep": 0.75}),
+    "budget": Arm("recommended, the most worth keeping of the whole batch", _EVEN | {"budget": "batch"}),
     "budget25": Arm(
-        "the default, keep 0.25, the most worth keeping of the whole batch",
+        "recommended, keep 0.25, the most worth keeping of the whole batch",
         _EVEN | {"budget": "batch", "keep": 0.25},
     ),
-    "masking": Arm("the default's choice, loss masking alone", _EVEN, elides=False),
-    "visible": Arm("the default, what is left out visible", _EVEN | _VISIBLE),
+    "masking": Arm("the recommended choice, loss masking alone", _EVEN, elides=False),
+    "visible": Arm("recommended, what is left out visible", _EVEN | _VISIBLE),
     # Full steps, and between them sparse ones.
-    "cycled": Arm("the default in cycles: full steps instead of full samples", _CYCLED),
+    "cycled": Arm("recommended, but in cycles: full steps instead of full samples", _CYCLED),
     "cycled-random": Arm("in cycles, as many labels at random", _CYCLED | {"selection": "random"}),
     "cycled-keep25": Arm("in cycles, keep 0.25", _CYCLED | {"keep": 0.25}),
     "cycled-keep75": Arm("in cycles, keep 0.75", _CYCLED | {"keep": 0.75}),
@@ -86,6 +82,18 @@ ARMS = {
     "cycled-visible": Arm("in cycles, what is left out visible", _CYCLED | _VISIBLE),
     "short": Arm("in short cycles: one full step in 8", _CYCLED | _SHORT),
     # Fewer visual tokens.
+    "visual50-visible": Arm(
+        "recommended, 50% of visual tokens of samples that are not full, what is left out visible",
+        _EVEN | _HALF | _VISIBLE,
+    ),
+    "visual25-visible": Arm(
+        "recommended, 25% of visual tokens of samples that are not full, what is left out visible",
+        _EVEN | _QUARTER | _VISIBLE,
+    ),
+    "visual10-visible": Arm(
+        "recommended, 10% of visual tokens of samples that are not full, what is left out visible",
+        _EVEN | _TENTH | _VISIBLE,
+    ),
     "cycled-visual75": Arm("in cycles, 75% of visual tokens on sparse steps", _CYCLED | {"visual_keep": 0.75}),
     "cycled-visual50": Arm("in cycles, 50% of visual tokens on sparse steps", _CYCLED | _HALF),
     "cycled-visual50-lastfull": Arm(
@@ -111,7 +119,8 @@ ARMS = {
     ),
     "short-visual25-visible-random": Arm(
         "in short cycles, 25% of visual tokens on sparse steps, drawn at random, what is left out visible",
-        _CYCLED | _SHORT | _QUARTER | _VISIBLE, visual_at_random=True,
+        _CYCLED | _SHORT | _QUARTER | _VISIBLE,
+        visual_at_random=True,
     ),
     "short-visual10-visible": Arm(
         "in short cycles, 10% of visual tokens on sparse steps, what is left out visible",

@@ -58,10 +58,12 @@ defined.
 vocabulary token. Photographs are 1.2 epochs, and grounded words are kept from the first sparse step on, with
 it and the reference. Which of the two does it is open (arms `reference` and `student` on photographs).
 
-- **A gate that widens by itself** when what it leaves out gets worse was not built. It does get worse: on
-photographs words that sparse steps leave out are forgotten for a while (other words on the way, above), until
-full steps bring them back; the last look is behind such steps. With full samples in every step
-(`schedule="interleaved"`) it does not happen, and nothing is left for such a gate to mend.
+- **A gate that widens by itself** when what it leaves out gets worse was not built. In cycles it does get worse, in
+single seeds: words that sparse steps leave out are forgotten for a while (other words on the way, above), until full
+steps bring them back. With full samples in every step (`schedule="interleaved"`) it does not happen.
+
+- **Why full samples in every step** are better than full steps is not told: full steps that come often (`short`)
+forget nothing either, and end where the cycles end, a point below.
 
 - **Teachers too small or too large**, several epochs against one, and SmolLM2 as a student are open.
 """

@@ -317,7 +317,6 @@ def test_a_large_file_does_not_become_the_process_s_memory(monkeypatch: pytest.M
             assert found[0] == 1
 
 
-
 def test_processes_write_one_path_at_once(store: Store) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write_range, args=(store, start)) for start in (0, 200)]
