@@ -19,11 +19,11 @@ _TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not
 
 def serves(query: Tensor, value: Tensor) -> bool:
     """Is there a kernel for heads like these?"""
-    on_cuda = query.device.type == "cuda" and _dtype(query) in (torch.float16, torch.bfloat16)
+    on_cuda = query.device.type == "cuda" and dtype_of(query) in (torch.float16, torch.bfloat16)
     return query.shape[-1] == value.shape[-1] and (on_cuda or query.device.type in ("cpu", "meta"))
 
 
-def _dtype(query: Tensor) -> torch.dtype:
+def dtype_of(query: Tensor) -> torch.dtype:
     """In which attention is taken: under autocast, as `scaled_dot_product_attention` takes it."""
     device = query.device.type
     casts = query.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
@@ -43,7 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: i
     Returns:
         [1, H, T, D].
     """
-    query, key, value = (x.to(_dtype(query)) for x in (query, key, value))
+    query, key, value = (x.to(dtype_of(query)) for x in (query, key, value))
     options: dict[str, Any] = {}
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.device.type == "cuda" and _TAKES_GROUPS:

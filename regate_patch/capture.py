@@ -207,12 +207,17 @@ class GatedForward:
     def _indices(self, chosen: Active, rewritten: Rewrite) -> tuple[torch.Tensor | int, ...]:
         if rewritten.tail and rewritten not in self.whole:
             chosen = replace(chosen, read=None)  # it may be one of several graphs, and the next reads everything
+        if rewritten.end_to_end:
+            rows, places, starts, longest, read, slots = chosen.end_to_end(apart=rewritten.apart)
+            first: tuple[torch.Tensor | int, ...] = (rows, places, starts, longest)
+            if rewritten.visible:
+                assert chosen.visible is not None
+                first = (rows, places, slots, chosen.longest, chosen.of_rows, chosen.visible)
+            return (*first, read) if rewritten.tail else first
         if rewritten.visible:
             assert chosen.visible is not None
-            first = (chosen.index, chosen.valid, chosen.visible)
-            return (*first, *chosen.indices[2:]) if rewritten.tail else first
-        if rewritten.end_to_end:
-            return chosen.end_to_end(apart=rewritten.apart)[: 5 if rewritten.tail else 4]
+            filled = (chosen.index, chosen.valid, chosen.visible)
+            return (*filled, *chosen.indices[2:]) if rewritten.tail else filled
         if not rewritten.tail:
             return chosen.index, chosen.valid
         return chosen.indices

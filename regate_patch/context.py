@@ -18,7 +18,7 @@ from torch import Tensor
 from regate_patch.errors import ActiveIndexError
 from regate_patch.transfer import to_device
 
-Laid = tuple[Tensor, Tensor, Tensor, int, Tensor]
+Laid = tuple[Tensor, Tensor, Tensor, int, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ class Active:
         return self.index.shape[1]
 
     @property
+    def of_rows(self) -> Tensor:
+        """How many each row has, int64 [B] on the CPU."""
+        return self.valid.sum(1).cpu() if self.counts is None else torch.tensor(self.counts)
+
+    @property
     def empty(self) -> bool:
         """Is it known that there is none?"""
         return self.counts is not None and not any(self.counts)
@@ -79,14 +84,14 @@ class Active:
 
         Returns:
             Whose they are [T], their index [T], where rows or samples begin [N + 1] int32, how many the largest has,
-            and which of the T are read [R].
+            which of the T are read [R], and how many of its row stand before each [T].
         """
         if apart not in self.laid:
             self.laid[apart] = self._lay(apart)
         return self.laid[apart]
 
     def _lay(self, apart: bool) -> Laid:
-        rows, places, first = _one_by_one(self)
+        rows, slots, first = _one_by_one(self)
         read = torch.arange(len(rows), device=rows.device)
         if self.read is not None:
             whose, which, _ = _one_by_one(self.read)
@@ -95,7 +100,7 @@ class Active:
         if apart and self.samples is not None:
             ends = torch.tensor(self.samples).cumsum(0)
             first, longest = to_device(torch.nn.functional.pad(ends, (1, 0)), rows.device), max(self.samples)
-        return rows, self.index[rows, places], first.int(), longest, read
+        return rows, self.index[rows, slots], first.int(), longest, read, slots
 
     def reading(self, mask: Tensor, *, counts: Sequence[int] | None = None) -> Active:
         """These positions, of which only those in `mask` [B, S] bool are read; `counts` as in `from_mask`."""

@@ -97,6 +97,11 @@ def in_rows(x: Tensor, rows: int, dim: int, batch_dim: int) -> Tensor:
     return x.squeeze(batch_dim).unflatten(before, (rows, -1)).movedim(before, batch_dim)
 
 
+def put_in_rows(x: Tensor, rows: Tensor, places: Tensor, y: Tensor) -> Tensor:
+    """`x` [B, G, S, D] with `y` [1, G, T, D] at `places` [T] of rows `rows` [T]."""
+    return x.transpose(1, 2).index_put((rows, places), y[0].transpose(0, 1)).transpose(1, 2)
+
+
 def select_tokens(x: Tensor, mask: Tensor, index: Tensor, valid: Tensor, dim: int) -> Tensor:
     """Rows of `x` along `dim`, one per True in `mask` [B, S], that belong to active positions.
 

@@ -57,12 +57,16 @@ class Statistics:
         """The same for a call on these positions, the filling of short rows included where it is computed."""
         rows = len(active.index)
         read = active if active.read is None else active.read
+        laid = all(rewritten.end_to_end for rewritten in self.last)
+        computed, of_read = [active.longest] * rows, [read.longest] * rows
+        if laid and active.counts is not None and read.counts is not None:
+            computed, of_read = list(active.counts), list(read.counts)
+            if self.apart and active.samples:
+                computed = list(active.samples)
         if active.visible is not None:
-            return self._flops_seeing(active.visible.shape[1], active.longest, read.longest) * rows
-        if active.counts is None or read.counts is None or not all(rewritten.end_to_end for rewritten in self.last):
-            return self._flops([active.longest] * rows, rows * read.longest)
-        lengths = active.samples if self.apart and active.samples else active.counts
-        return self._flops(lengths, sum(read.counts))
+            seen = active.visible.shape[1]
+            return sum(self._flops_seeing(seen, n, m) for n, m in zip(computed, of_read, strict=True))
+        return self._flops(computed, sum(of_read))
 
     def _flops(self, lengths: Sequence[int], read: int) -> int:
         positions, squares = sum(lengths), sum(n * n for n in lengths)

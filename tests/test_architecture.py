@@ -37,6 +37,7 @@ ROOMS = {
         "sharding",
         "ops",
         "attention",
+        "attention_visible",
         "context",
         "analysis",
         "passes",

@@ -93,6 +93,9 @@ class EndToEnd(Within):
 
     def told(self, name: str) -> tuple[fx.Node, fx.Node]:
         rows, places, self.starts, self.longest = self.inputs("rows", "places", "starts", "longest")
+        return self.one_row(rows, places)
+
+    def one_row(self, rows: fx.Node, places: fx.Node) -> tuple[fx.Node, fx.Node]:
         with self.behind_inputs():
             index = self.graph.call_function(ops.in_one_row, (rows, places, self.length))
         return index, self.all_of(index)

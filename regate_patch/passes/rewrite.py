@@ -36,7 +36,7 @@ from regate_patch.passes.end_to_end import EndToEnd, NotEndToEndError, Within, c
 from regate_patch.passes.insert import insert
 from regate_patch.passes.layers import outline_layers
 from regate_patch.passes.mutations import name_mutations
-from regate_patch.passes.visible import AtRest, Visible, find_at_rest
+from regate_patch.passes.visible import AtRest, Visible, VisibleEndToEnd, find_at_rest
 
 DISABLE = "REGATE_DISABLE"  # environment variable: names of passes to switch off, with commas between
 
@@ -118,7 +118,7 @@ def _tail(state: State) -> None:
 
 
 def _end_to_end(state: State) -> None:
-    state.end_to_end = not state.visible and can_be_laid(state.span, state.tokens)
+    state.end_to_end = can_be_laid(state.span, state.tokens)
     if state.apart and not state.end_to_end:
         raise NotEndToEndError("samples were to be kept apart by laying them end to end")
 
@@ -138,7 +138,8 @@ def _visible(state: State) -> None:
 def _insert(state: State) -> None:
     kinds: dict[str, Any] = {"outer": EndToEnd, "inner": Within} if state.end_to_end else {}
     if state.at_rest is not None:
-        kinds = {"outer": partial(Visible, at_rest=state.at_rest)}
+        outer: Any = VisibleEndToEnd if state.end_to_end else Visible
+        kinds["outer"] = partial(outer, at_rest=state.at_rest)
     state.gm = insert(state.gm, state.span, state.tail, state.tokens, **kinds)
     state.put_in = count(state.gm)
 
@@ -218,8 +219,9 @@ class Rewrite:
     Attributes:
         module: takes `(active_index, active_valid, *inputs of the captured graph)`, with a tail
             `(active_index, active_valid, read_index, read_valid, *inputs of the captured graph)`; where rows are laid
-            end to end, `(rows, places, starts, longest, *inputs)`, with a tail `(.., longest, read, *inputs)`; where
-            positions that are not computed are seen, `visible` stands behind `active_valid`.
+            end to end, `(rows, places, starts, longest, *inputs)`, with a tail `(.., longest, read, *inputs)`. Where
+            positions that are not computed are seen, `visible` stands behind `active_valid`, and `slots, longest,
+            counts, visible` in the place of `starts, longest`.
         attention, mlp: number of blocks of each kind.
         recurrences: operations other than attention that run along the sequence (convolutions, linear attention);
             they run over the active positions in their order.

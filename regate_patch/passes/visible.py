@@ -29,7 +29,9 @@ from regate_patch.analysis.graph import argument, is_call, shape, where
 from regate_patch.analysis.mixers import SDPA, attends_to_tokens, is_attention, sdpa_arguments
 from regate_patch.analysis.refusals import chooses_positions
 from regate_patch.analysis.tokens import Tokens
+from regate_patch.attention_visible import attend_visible
 from regate_patch.errors import UnsupportedGraphError
+from regate_patch.passes.end_to_end import EndToEnd, NotEndToEndError
 from regate_patch.passes.insert import Inserter
 
 _PLACED = (ops.write, ops.after, operator.getitem, "masked_scatter", "index_put", torch.where)  # at some positions
@@ -183,4 +185,41 @@ class Visible(Inserter):
         for node in (still, everywhere):  # recomputed together with what they are made of
             if "checkpoint" in own.meta:
                 node.meta["checkpoint"] = own.meta["checkpoint"]
+        return everywhere
+
+
+class VisibleEndToEnd(EndToEnd):
+    """The same where all attention is in causal order: queries of all rows end to end, keys and values in rows."""
+
+    def __init__(self, graph: fx.Graph, span: Span, tokens: Tokens, name: str, *, at_rest: AtRest) -> None:
+        super().__init__(graph, span, tokens, name)
+        self.at_rest = at_rest
+        self.compact |= set(at_rest.nodes)
+
+    def told(self, name: str) -> tuple[fx.Node, fx.Node]:
+        self.where = self.inputs("rows", "places", "slots", "longest", "counts", "visible")
+        return self.one_row(*self.where[:2])
+
+    def insert(self, nodes: list[fx.Node]) -> None:
+        resting = set(self.at_rest.nodes)
+        super().insert([node for node in nodes if node not in resting])
+
+    def attend(self, core: fx.Node) -> None:
+        of_call = sdpa_arguments(core)
+        own = (of_call["key"], of_call["value"])
+        ends = [self.everywhere(core, *pair) for pair in zip(own, self.at_rest.keys[core], strict=True)]
+        core.op, core.target, core.kwargs = "call_function", attend_visible, {}
+        core.args = (of_call["query"], *ends, *self.where, of_call.get("scale"))
+
+    def everywhere(self, core: fx.Node, own: fx.Node, resting: fx.Node) -> fx.Node:
+        """A key or value [B, G, S, D], at rest where it is not computed."""
+        sizes = shape(resting)
+        if len(sizes) != 4 or (sizes[0], sizes[2]) != (self.tokens.batch, self.tokens.length):
+            raise NotEndToEndError(f"a key or value that is not [B, G, S, D]: {where(resting)}")
+        if own is resting:
+            return resting
+        args = (resting, *self.where[:2], own)
+        everywhere = self.make(("everywhere", resting, own), core, ops.put_in_rows, args, resting)
+        if "checkpoint" in own.meta:  # recomputed together with what it is made of
+            everywhere.meta["checkpoint"] = own.meta["checkpoint"]
         return everywhere

@@ -24,13 +24,17 @@ def _model(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("disable", [(), ("end_to_end",)], ids=["laid", "filled"])
 @pytest.mark.parametrize("padding", ["left", "right", "none"])
 @pytest.mark.parametrize("name", CORE)
-def test_random_positions(name: str, padding: Padding, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_positions(
+    name: str, padding: Padding, disable: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batch = _model(name, monkeypatch), oracle.double(CORE[name].batch(padding))
     active, visible = oracle.random_active(batch), batch["attention_mask"].bool()
     expected = oracle.masked(model, batch, active, visible=visible)
-    oracle.assert_same(oracle.engine(model, batch, active, visible=visible, padding_elided=True), expected)
+    found = oracle.engine(model, batch, active, visible=visible, padding_elided=True, disable=disable)
+    oracle.assert_same(found, expected)
     hidden = oracle.masked(model, batch, active)
     assert not torch.allclose(expected.output, hidden.output)
 
@@ -44,12 +48,13 @@ def test_with_checkpointing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle.assert_same(oracle.engine(model, batch, active, visible=visible, padding_elided=True), expected)
 
 
+@pytest.mark.parametrize("padding_elided", [False, True], ids=["filled", "laid"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_with_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_inductor(name: str, padding_elided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = _model(name, monkeypatch), oracle.double(CORE[name].batch("left", seed=1))
     active, visible = oracle.random_active(batch, seed=1), batch["attention_mask"].bool()
     expected = oracle.masked(model, batch, active, visible=visible)
-    found = oracle.engine(model, batch, active, backend="inductor", visible=visible)
+    found = oracle.engine(model, batch, active, backend="inductor", visible=visible, padding_elided=padding_elided)
     oracle.assert_same(found, expected, tolerance=1e-6)  # rotary angles are float32
 
 
@@ -66,7 +71,7 @@ def test_on_a_gpu_shared_heads_are_repeated_under_masks(checkpointed: bool, monk
     for on_gpu in (False, True):
         monkeypatch.setattr(causal, "_on_gpu", lambda query, on_gpu=on_gpu: on_gpu)
         found = oracle.engine(
-            model, batch, active, visible=visible, padding_elided=True,
+            model, batch, active, visible=visible, padding_elided=True, disable=("end_to_end",),
             observe=lambda name, gm: graphs.update({name: str(gm.graph)}),
         )  # fmt: skip
         oracle.assert_same(found, expected)

@@ -1,0 +1,165 @@
+"""Attention of each row's active positions over all that its row shows, computed or not; rows one after the other.
+
+On the CPU row by row, with as many products as a row has positions to attend to and to be attended. Elsewhere under one
+mask, queries filled up to as many as the longest row has: all else runs on active positions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from regate_patch.attention import dtype_of
+
+_aten = torch.ops.aten
+
+
+def attend_visible(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    places: Tensor,
+    slots: Tensor,
+    longest: int,
+    counts: Tensor,
+    visible: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """Attention of T positions of B rows that follow one another, in causal order.
+
+    Args:
+        query: [1, H, T, D], in ascending order within a row.
+        key, value: [B, G, S, D], H a multiple of G: each head of theirs serves H / G queries' heads in a row.
+        rows, places, slots: [T] int64, each query's row, where in it it stands, and how many queries of it come before.
+        longest: more than any slot.
+        counts: [B] int64 on the CPU, how many queries each row has.
+        visible: [B, S] bool, what may be seen; each query sees itself.
+        scale: of the products; None is D ** -0.5.
+
+    Returns:
+        [1, H, T, D].
+    """
+    query, key, value = (x.to(dtype_of(query)) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # kernels under a mask share no heads
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not _by_rows(query):
+        return _attend_filled(query, key, value, rows, places, slots, longest, visible, scale)
+    result: Tensor = _attend(query, key, value, places, counts, visible, scale)[0]
+    return result
+
+
+def _by_rows(query: Tensor) -> bool:
+    return query.device.type == "cpu"
+
+
+def _attend_filled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    places: Tensor,
+    slots: Tensor,
+    longest: int,
+    visible: Tensor,
+    scale: float,
+) -> Tensor:
+    """The same by any kernel."""
+    b, h, s, d = key.shape
+    filled = query.new_zeros(b, longest, h, d).index_put((rows, slots), query[0].transpose(0, 1))
+    last = places.new_full((b, longest), s).index_put((rows, slots), places)  # fillings see all, and nobody reads them
+    allowed = (torch.arange(s, device=places.device) <= last[..., None]) & (visible[:, None] | (last == s)[..., None])
+    output = torch.nn.functional.scaled_dot_product_attention(
+        filled.transpose(1, 2), key, value, attn_mask=allowed[:, None], scale=scale
+    )
+    return output.transpose(1, 2)[rows, slots].transpose(0, 1)[None]
+
+
+def _rows(counts: Tensor, places: Tensor, visible: Tensor, dtype: torch.dtype) -> Iterator[tuple[Any, Any, Any]]:
+    """Of each row with queries: which these are, which keys it needs, and what is added to scores [1, 1, n, keys].
+
+    The first two index tensors [1, H, T, ..] and [B, H, S, ..]; the last is None where it says causal order alone.
+    """
+    begin, every = 0, slice(None)
+    for row, n in enumerate(counts.tolist()):
+        if not n:
+            continue
+        at = slice(begin, begin + n)
+        own, begin = places[at], begin + n
+        seen = int(own[-1]) + 1
+        allowed = (torch.arange(seen) <= own[:, None]) & visible[row, :seen]
+        in_order = n == seen and bool(visible[row, :seen].all())
+        mask = allowed.new_zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)[None, None]
+        yield (every, every, at), (slice(row, row + 1), every, slice(seen)), None if in_order else mask
+
+
+@library.custom_op("regate::attend_visible", mutates_args=(), device_types="cpu")
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, counts: Tensor, visible: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The result, and the logarithm of the softmax's sums [1, H, T]."""
+    result, sums = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_wide(query))
+    for at, of, mask in _rows(counts, places, visible, query.dtype):
+        result[at], sums[at] = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query[at],
+            key[of],
+            value[of],
+            0.0,
+            mask is None,
+            attn_mask=mask,
+            scale=scale,
+        )
+    return result, sums
+
+
+@_attend.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, counts: Tensor, visible: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_wide(query))
+
+
+def _wide(query: Tensor) -> torch.dtype:
+    return query.dtype if query.dtype == torch.float64 else torch.float32
+
+
+@library.custom_op("regate::attend_visible_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, places: Tensor, counts: Tensor, visible: Tensor,
+    output: Tensor, sums: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    by_query, by_key, by_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for at, of, mask in _rows(counts, places, visible, query.dtype):
+        by_query[at], by_key[of], by_value[of] = (
+            _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[at], query[at], key[of], value[of], output[at],
+                sums[at], 0.0, mask is None, attn_mask=mask, scale=scale,
+            )
+        )  # fmt: skip
+    return by_query, by_key, by_value
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, places: Tensor, counts: Tensor, visible: Tensor,
+    output: Tensor, sums: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _remember(ctx: Any, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.scale = scale
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(grad, *ctx.saved_tensors, ctx.scale), *[None] * 4)
+
+
+_attend.register_autograd(_differentiate, setup_context=_remember)
