@@ -23,23 +23,24 @@ Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How to gate. Defaults are the paper's (arXiv 2507.21420, section 3 and appendix), but for `alignment`, which
-    follows docs/evidence.md; `Config.paper()` has all of the paper's.
+    """How to gate. Defaults are the paper's (arXiv 2507.21420, section 3 and appendix), but for `schedule` and
+    `alignment`, which follow docs/evidence.md; `Config.paper()` has all of the paper's.
 
     Attributes:
-        cycle: optimizer steps in one cycle.
-        full_steps: the first steps of each cycle, which keep every label.
+        full_steps, cycle: how much keeps every label, so many in each of so many: of samples or of optimizer steps, by
+            the `schedule`; 0 <= full_steps <= cycle.
         keep: share of the labels kept on the other, sparse steps; 0 < keep <= 1.
         budget: whose labels that is a share of, each "sample"'s, or those of the "batch", of one forward: then samples
             with much to learn keep more, and those with little, less or nothing.
-        warmup: full steps before the first cycle.
+        warmup: full steps at the beginning.
         final_full_steps: full steps at the end of training; needs `total_steps`.
         total_steps: optimizer steps of the whole run, or None.
-        schedule: "cycled" as these say. "interleaved" keeps every label of the same share of samples,
-            `full_steps / cycle`, in each step instead, each sample in its turn (`regate.scoring.turns`): steps cost the
-            same, and of n rows at a time `ceil(n * full_steps / cycle)` are full, not all, which lowers the peak of
-            memory; and nothing that sparse steps leave out is forgotten between full ones. Steps of warm-up and the
-            last ones are full with either.
+        schedule: after warm-up. "interleaved": in every step the share `full_steps / cycle` of the samples keeps every
+            label, each sample in its turn (`regate.scoring.turns`), and the others keep their share. Steps cost the
+            same, and of n rows at a time `ceil(n * full_steps / cycle)` are full, which lowers the peak of memory.
+            Where rows cannot be laid end to end, that share of forwards is full instead. "cycled", the paper's: the
+            first `full_steps` optimizer steps of each `cycle` are full, the others sparse, which learned worse
+            (docs/evidence.md).
         ema_decay: beta of the difficulty's moving average, `m <- beta*m + (1-beta)*loss`.
         student_weight, reference_weight: a label's score is `student_weight*m + reference_weight*ref`. Of either sign:
             -1 and 1 score what the visual input already explains, `ref - m`.
@@ -76,7 +77,7 @@ class Config:
     warmup: int = 100
     final_full_steps: int = 0
     total_steps: int | None = None
-    schedule: Schedule = "cycled"
+    schedule: Schedule = "interleaved"
     ema_decay: float = 0.9
     student_weight: float = 1.0
     reference_weight: float = 0.5

@@ -47,10 +47,10 @@ from regate.training.hooks import followable_dora, without_cache
 from regate.undisturbed import without_dropout
 from regate_patch import is_sharded, to_device
 
-IN_ROWS = (
-    "full turns save no memory here: attention says something else than causal order ({why}), so rows are not laid end "
-    "to end but filled up to the longest, and one full row makes all of them as long. One row per forward, or several "
-    "samples packed in it, is not filled; else schedule='cycled' costs less"
+AT_ONCE = (
+    "rows cannot be laid end to end, for attention says something else than causal order, and are filled up to the "
+    "longest. One full row would make all as long: so instead of some samples in every forward, all samples of some "
+    "forwards keep every label. Steps cost as much on average, but not each, and learn as in cycles (docs/evidence.md)"
 )
 ON_PADDING = (
     "labels stand on padding, or on a first token that padding predicts: full steps train on them as the model does, "
@@ -82,6 +82,7 @@ class Forward:
         self._target, self._decoder, self._head = parts.target, parts.decoder, parts.head
         self._call: dict[str, Any] = {k: v for k, v in (layout.call or batch).items() if k != "sample_ids"}
         self._device: torch.device = batch["labels"].device
+        self._all_whole = full or (whole is not None and bool(whole[samples.candidates.any(1)].all()))
         self._balanced = router.is_balanced(self._target, self._call)
         self._beside = supervision.beside(self._call, layout.labels) if parts.config.keep < 1 else {}
         self._scope = contextlib.ExitStack()
@@ -119,7 +120,8 @@ class Forward:
         layout, samples = parts.read(batch)
         parts.pace.wait()  # some embed their batch to read it
         labelled, full = bool(samples.candidates.any()), parts.config.is_full(step)
-        whole = None if full else parts.turns.of(samples)
+        parts.turns.forward(step)
+        whole = None if full else parts.turns.of(samples, at_once=parts.fills_rows and len(layout.labels) > 1)
         parts.scorer.prepare(samples, full=full, whole=whole)
         due = parts.ready_to_prove(labelled)
         if not labelled:
@@ -295,7 +297,7 @@ class Forward:
                 )
             self.decision = self.decision.thin(found, share)
         device = next(x.device for x in (*kwargs.values(), *args) if isinstance(x, Tensor))
-        visible = self.parts.config.elided == "visible" and not self.decision.full
+        visible = self.parts.config.elided == "visible" and not self._all_whole
         self._active = self.decision.positions(
             device, read=self._tail, owner=self._samples.segments.owner, visible=visible
         )
@@ -387,13 +389,13 @@ class Forward:
         """Of the samples of a sparse step, those in `whole`, bool [N], had their full turn."""
         parts = self.parts
         parts.turns.took(self._samples, whole)
-        labelled = self._samples.candidates.any(1)
-        numbers = {"samples_sparse": int((labelled & ~whole).sum()), "samples_whole": int(whole.sum())}
+        labelled, had = sum(self._samples.candidates.any(1).tolist()), sum(whole.tolist())
+        numbers = {"samples_sparse": labelled - had, "samples_whole": had}
         parts.counters.add(numbers)
-        filled = not all(rewritten.end_to_end for rewritten in parts.handle.statistics.last)
-        if filled and len(self.layout.labels) > 1 and bool(whole.any()):
-            visible = parts.config.elided == "visible"
-            parts.note(IN_ROWS.format(why="elided='visible'" if visible else "in this decoder"))
+        laid = all(rewritten.end_to_end for rewritten in parts.handle.statistics.last)
+        if not laid and len(self.layout.labels) > 1 and self._active is not None and not self._active.empty:
+            parts.fills_rows = True
+            parts.note(AT_ONCE)
 
     def close(self) -> None:
         """End what `arguments` began."""

@@ -47,6 +47,7 @@ class Parts:
         handed_out: does the model return its decoder's output? Then how to say so.
         strays: of past backward passes, at how many positions hidden states were read that mean nothing, int64 [].
         lazy: makes the head's logits lazy.
+        fills_rows: does the decoder fill rows up to the longest? Where it can, and until that is known, it does not.
         between: the modules through which `target` calls `decoder`.
         head: hidden states to logits, as of the batch read last; it may be replaced (`resize_token_embeddings`).
         note: tells the user something, once.
@@ -70,6 +71,7 @@ class Parts:
     handed_out: str | None = None
     strays: list[Tensor] = field(default_factory=list)
     lazy: LazyHead | None = None
+    fills_rows: bool = False
     between: list[nn.Module] = field(init=False)
     head: nn.Module = field(init=False)
     _in_step: bool | None = None

@@ -154,13 +154,15 @@ def _resume(gate: Gate, args: TrainingArguments, state: TrainerState) -> None:
 def _see_that_a_step_is_sparse(gate: Gate, state: TrainerState) -> None:
     """Or the user is told: a short run may end before the schedule's first sparse step."""
     config, steps = gate.config, state.max_steps
-    first = config.warmup + config.full_steps
+    cycles = config.schedule == "cycled"
+    first = config.warmup + config.full_steps * cycles
     if config.keep < 1 and not any(not config.is_full(step) for step in range(min(steps, first + 1))):
         gate.note(
             f"all {steps} steps of this run are full, and no label is left out: the first sparse step would be step "
-            f"{first} (Config.warmup={config.warmup}, then full_steps={config.full_steps} of each cycle). For a run of "
-            f"this length set, say, regate.Config(warmup={steps // 10}, cycle={max(steps // 10, 8)}, "
-            f"full_steps={max(steps // 80, 1)})"
+            f"{first} (Config.warmup={config.warmup}"
+            + (f", then full_steps={config.full_steps} of each cycle" if cycles else "")
+            + f"). For a run of this length set, say, regate.Config(warmup={steps // 10}"
+            + (f", cycle={max(steps // 10, 8)}, full_steps={max(steps // 80, 1)})" if cycles else ")")
         )
 
 

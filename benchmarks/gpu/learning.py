@@ -15,14 +15,14 @@ from benchmarks.quality.tasks import photos
 
 ARMS = {
     "photos": [
-        ["dense", "regate", "randomboth", "visual25visible", "exact"],
-        ["visual50", "visual50visible", "visual10visible", "visual25visiblerandom", "visible", "reweighted"],
+        ["dense", "regate", "random", "visual25-visible", "exact"],
+        ["visual50-visible", "visual10-visible", "cycled", "short", "visible", "reweighted"],
     ],
     "captions": [
-        ["dense", "regate", "randomboth", "exact", "visible", "reweighted"],
-        ["paper", "student", "reference", "keep25", "keep75", "interleavedboth", "lastfullboth"],
+        ["dense", "regate", "random", "exact", "visible", "reweighted"],
+        ["paper", "student", "reference", "keep25", "keep75", "budget", "cycled"],
     ],
-    "clips": [["dense", "regate", "randomboth", "exact"]],
+    "clips": [["dense", "regate", "random", "exact"]],
 }  # what matters most first
 SEEDS = range(10)
 

@@ -60,7 +60,7 @@ it and the reference. Which of the two does it is open (arms `reference` and `st
 
 - **A gate that widens by itself** when what it leaves out gets worse was not built. In cycles it does get worse, in
 single seeds: words that sparse steps leave out are forgotten for a while (other words on the way, above), until full
-steps bring them back. With full samples in every step (`schedule="interleaved"`) it does not happen.
+steps bring them back. With full samples in every step, the default, it does not happen.
 
 - **Why full samples in every step** are better than full steps is not told: full steps that come often (`short`)
 forget nothing either, and end where the cycles end, a point below.

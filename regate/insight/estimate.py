@@ -150,8 +150,8 @@ def estimate(
         epochs: of the run; the teacher is paid once.
         steps: optimizer steps of the run, of which the schedule says which are full; None is one per sample.
         copies: how many samples of the data each of `samples` stands for.
-        rows: of one forward on one device, for `peak_activations`; None is many. Where rows are filled up to the
-            longest (`gate.report()` says so), one full row among several makes it that of a full step.
+        rows: of one forward on one device, for `peak_activations`; None is many. Where rows cannot be laid end to
+            end, all of them are full at once (`gate.report()` says so), and the peak is that of a full step.
         flops_per_second: that dense training sustains, all devices together, for `hours`.
 
     Raises:
@@ -164,7 +164,8 @@ def estimate(
         raise ConfigError("estimate needs samples of (visual, prompt, answer) token counts, each with an answer")
     model = build_on_meta(model) if isinstance(model, PretrainedConfig) else model
     visible = config.elided == "visible"
-    costs = costs_of(model, inspect(model, visible=visible))
+    found = inspect(model, visible=visible)
+    costs, laid = costs_of(model, found), all(graph.end_to_end for graph in found.graphs)
     kept = [ceil(config.keep * s.answer - 1e-6) for s in counted]
     dense = 3 * sum(costs.forward(s.total, s.total) for s in counted)
     everywhere = config.logits == "all"
@@ -182,7 +183,7 @@ def estimate(
         teacher = 0.0
     steps = max(round(epochs * len(counted) * copies) if steps is None else steps, 1)
     full_share = sum(map(config.full_share, range(steps))) / steps
-    whole = _most_full(config, rows)
+    whole = _most_full(config, rows, laid=laid)
     epoch = full_share * full + (1 - full_share) * sparse
     longest = max(counted, key=lambda s: s.total)
     positions = sum(s.total for s in counted)
@@ -219,9 +220,9 @@ def answer_positions(answer: int, kept: int, config: Config) -> int:
     return min(ceil(kept * (2 - kept / answer) - 1e-6), answer)
 
 
-def _most_full(config: Config, rows: int | None) -> float:
-    """The share of full rows in the largest step after warm-up."""
-    if config.schedule == "cycled" or config.final_full_steps:
+def _most_full(config: Config, rows: int | None, *, laid: bool) -> float:
+    """The share of full rows in the largest step after warm-up; `laid`: are rows laid end to end?"""
+    if config.schedule == "cycled" or config.final_full_steps or not laid:
         return float(config.full_steps + config.final_full_steps > 0)
     share = config.full_steps / config.cycle
     return share if rows is None else ceil(rows * share - 1e-6) / rows

@@ -15,6 +15,11 @@ whole turn, more where the process is ahead, less where it is behind. So
     each sample has turns in proportion to its visits              what it missed stays owed to it, in whichever order
                                                                    and batches samples come
 
+Two cases leave less to choose. **Several ranks** wait for the one with a full row, so they give the turn that is left
+over in the same forwards, whosever is owed one there. And where one full row makes all rows of a forward as long, for
+they cannot be laid end to end, all of them have their turn **at once**, in one forward of `1 / share`, on every rank.
+Which forwards that are follows from the step and the number of the forward in it, and so needs no telling.
+
 Counting rows alone, each 1/share-th of them full, would give a batch that is smaller than that all its turns or none,
 epoch after epoch, wherever an epoch's rows are a multiple of it. "Whose last turn lies furthest back" would give those
 that are never seen again, as in a stream, every turn. Drawing at random leaves one sample in two hundred without a full
@@ -29,12 +34,14 @@ from __future__ import annotations
 
 from fractions import Fraction
 from hashlib import blake2b
+from math import floor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from regate.config import Config
+from regate.memory.checkpoint import ranks
 from regate.memory.sharing import Exchange
 from regate.scoring.scorer import Samples
 
@@ -51,36 +58,57 @@ class Turns:
     """
 
     def __init__(self, config: Config, exchange: Exchange) -> None:
-        self.interleaved = config.schedule == "interleaved"
-        self.share, self.seed = Fraction(config.full_steps, config.cycle), config.seed
+        self.interleaved = config.schedule == "interleaved" and config.full_steps > 0
+        self.share, self.cycle, self.seed = Fraction(config.full_steps, config.cycle), config.cycle, config.seed
         self.exchange, self.ahead = exchange, 0
+        self._step, self._micro = -1, 0
 
-    def of(self, samples: Samples) -> Tensor | None:
+    def forward(self, step: int) -> None:
+        """A training forward of the optimizer step `step` begins, on this rank and on every other."""
+        self._micro = self._micro + 1 if step == self._step else 0
+        self._step = step
+
+    def of(self, samples: Samples, *, at_once: bool = False) -> Tensor | None:
         """Those samples of a sparse step that have their full turn now, bool [N]; `took` notes that they had it.
 
-        None where the schedule gives no such turns.
+        None where the schedule gives no such turns. With `at_once` it is all of them, or none.
         """
         if not self.interleaved:
             return None
         whole = torch.zeros(len(samples.sample), dtype=torch.bool)
         if not (labelled := _labelled(samples)):
             return whole
+        if at_once:
+            whole[labelled] = self._due(self.share)
+            return whole
         owed = self._owed([samples.sample[i] for i in labelled])
         order = sorted(labelled, key=lambda i: (-owed[samples.sample[i]], samples.sample[i]))
         turn, worth = self.share.denominator, self.share.numerator
         n, part = divmod(len(order) * worth, turn)
-        if part:
+        if part and ranks() > 1:
+            n += self._due(Fraction(part, turn))
+        elif part:
             n += owed[samples.sample[order[n]]] + worth >= turn + self.ahead
         whole[order[:n]] = True
         return whole
+
+    def _due(self, rate: Fraction) -> bool:
+        """Is the running forward one of those, `rate` of all and evenly spread, that are due on all ranks?
+
+        In each cycle they are others, lest an epoch that divides it meet the same samples every time.
+        """
+        shift = Fraction(_drawn(b"cycle%d " % (self._step // self.cycle), self.seed), 2**64)
+        at = self._step + self._micro
+        return floor(rate * (at + 1) + shift) > floor(rate * at + shift)
 
     def took(self, samples: Samples, whole: Tensor) -> None:
         """A sparse step's samples were trained on, those in `whole` [N] with every label: store what is owed now."""
         if not (labelled := _labelled(samples)):
             return
         turn, owed = self.share.denominator, self._owed([samples.sample[i] for i in labelled])
+        had = whole.tolist()
         for i in labelled:
-            change = int(whole[i]) * turn - self.share.numerator
+            change = had[i] * turn - self.share.numerator
             owed[samples.sample[i]] -= change
             self.ahead += change
         records = {key: np.array([number / turn], np.float32) for key, number in owed.items()}
@@ -90,15 +118,17 @@ class Turns:
     def _owed(self, keys: list[bytes]) -> dict[bytes, int]:
         """Before this visit."""
         turn = self.share.denominator
-        stored = zip(keys, self.exchange.store.get("owed", keys), strict=True)
-        return {key: self._drawn(key) if owed is None else round(float(owed[0]) * turn) for key, owed in stored}
-
-    def _drawn(self, key: bytes) -> int:
-        digest = blake2b(key + repr(self.seed).encode(), digest_size=8, person=b"turn").digest()
-        return int.from_bytes(digest, "little") % self.share.denominator
+        owed = dict(zip(keys, self.exchange.store.get("owed", keys), strict=True))
+        first = {key: _drawn(key, self.seed) % turn for key, turns in owed.items() if turns is None}
+        return first | {key: round(float(turns[0]) * turn) for key, turns in owed.items() if turns is not None}
 
 
 def _labelled(samples: Samples) -> list[int]:
     """The samples with something to keep."""
-    found: list[int] = samples.candidates.any(1).nonzero().squeeze(1).tolist()
-    return found
+    return [i for i, has in enumerate(samples.candidates.any(1).tolist()) if has]
+
+
+def _drawn(what: bytes, seed: int) -> int:
+    """Below 2^64."""
+    digest = blake2b(what + repr(seed).encode(), digest_size=8, person=b"turn").digest()
+    return int.from_bytes(digest, "little")

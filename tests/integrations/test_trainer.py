@@ -17,7 +17,7 @@ from tests.zoo import CORE
 
 pytestmark = pytest.mark.matrix
 MODEL = CORE["smolvlm"]  # the checkpoints of some others (Llava) Trainer 5.23 itself cannot load back
-CONFIG = regate.Config(warmup=1, cycle=4, full_steps=1)
+CONFIG = regate.Config(warmup=1, cycle=4, full_steps=1, schedule="cycled")
 Row = dict[str, Tensor]
 
 
@@ -114,7 +114,7 @@ def test_numbers_in_the_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("warmup", "told"), [(6, True), (5, True), (4, False)])
 def test_a_run_that_ends_before_its_first_sparse_step_says_so(tmp_path: Path, warmup: int, told: bool) -> None:
     model = MODEL.build()
-    gate = regate.apply(model, regate.Config(warmup=warmup, cycle=4, full_steps=1), teacher=None)
+    gate = regate.apply(model, regate.Config(warmup=warmup, cycle=4, full_steps=1, schedule="cycled"), teacher=None)
     trainer(tmp_path, model).train()
     assert ("all 6 steps of this run are full" in str(gate.report())) == told
     assert (gate.report()["steps_sparse"] == 0) == told
@@ -122,7 +122,11 @@ def test_a_run_that_ends_before_its_first_sparse_step_says_so(tmp_path: Path, wa
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [({}, True), ({"schedule": "interleaved"}, False), ({"total_steps": 6, "final_full_steps": 1}, False)],
+    [
+        ({"schedule": "cycled"}, True),
+        ({}, False),
+        ({"schedule": "cycled", "total_steps": 6, "final_full_steps": 1}, False),
+    ],
 )
 def test_a_run_that_ends_long_after_its_last_full_step_says_so(
     tmp_path: Path, changes: dict[str, Any], told: bool

@@ -29,7 +29,7 @@ def test_numbers_of_other_packages_are_numbers() -> None:
 
 
 def test_schedule() -> None:
-    config = regate.Config(warmup=2, cycle=4, full_steps=1, final_full_steps=1, total_steps=12)
+    config = regate.Config(warmup=2, cycle=4, full_steps=1, final_full_steps=1, total_steps=12, schedule="cycled")
     full = [config.is_full(step) for step in range(12)]
     assert full == [True, True, True, False, False, False, True, False, False, False, True, True]
 
@@ -55,7 +55,10 @@ def test_a_score_needs_a_weight() -> None:
 
 
 def test_the_papers_settings_by_name() -> None:
-    others = {"alignment": "predictor"}  # what defaults do not follow, as the documentation of `Config` says
+    others = {
+        "alignment": "predictor",
+        "schedule": "cycled",
+    }  # as the documentation of `Config` says
     assert regate.Config.paper() == regate.Config(**others)
     assert regate.Config.paper(keep=0.25, seed=3) == regate.Config(keep=0.25, seed=3, **others)
 

@@ -96,7 +96,7 @@ def test_sparse_loss_is_the_oracles(alone: bool) -> None:
 
 def test_micro_batches_share_the_decision() -> None:
     model = CORE["llava"].build()
-    gate = regate.apply(model, regate.Config(warmup=1, cycle=2, full_steps=1), teacher=None)
+    gate = regate.apply(model, regate.Config(warmup=1, cycle=2, full_steps=1, schedule="cycled"), teacher=None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     decisions = []
     for step in range(4):

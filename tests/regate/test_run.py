@@ -119,8 +119,8 @@ def test_flags_win_over_the_environment_and_that_over_the_file(
     assert gate.report()["steps_sparse"] == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("regate: ")]
     assert said[0] == (
-        "regate: gating LlavaForConditionalGeneration in Trainer: keep 0.25, warm-up 1, cycles of 4 steps with 0 full, "
-        "teacher None"
+        "regate: gating LlavaForConditionalGeneration in Trainer: keep 0.25, warm-up 1, "
+        "then 0 of 4 samples full in each step, teacher None"
     )
     assert said[1].startswith("regate: 1 full and 1 sparse steps, ")
     assert len(said) == 2

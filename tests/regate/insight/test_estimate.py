@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
+from transformers import LlamaConfig, LlavaConfig, MistralConfig, Qwen2_5_VLConfig
 
 import regate
 from benchmarks.workloads import WORKLOADS, label
@@ -76,8 +76,8 @@ def test_verdicts() -> None:
 def test_interleaved_costs_as_much_and_peaks_lower() -> None:
     settings: dict[str, Any] = {"warmup": 0, "cycle": 128, "full_steps": 16, "alignment": "predictor"}
     sample = (96, 60, 400)
-    cycled = regate.estimate(LLAMA, [sample], regate.Config(**settings), steps=128, rows=8)
-    config = regate.Config(schedule="interleaved", **settings)
+    cycled = regate.estimate(LLAMA, [sample], regate.Config(schedule="cycled", **settings), steps=128, rows=8)
+    config = regate.Config(**settings)
     peaks = {rows: regate.estimate(LLAMA, [sample], config, steps=128, rows=rows) for rows in (None, 8, 4, 1)}
     assert all(found.schedule == pytest.approx(cycled.schedule) for found in peaks.values())
     sparse = (96 + 60 + 200) / 556
@@ -85,10 +85,12 @@ def test_interleaved_costs_as_much_and_peaks_lower() -> None:
     assert peaks[None].peak_activations == peaks[8].peak_activations == pytest.approx(1 / 8 + 7 / 8 * sparse)
     assert peaks[4].peak_activations == pytest.approx(1 / 4 + 3 / 4 * sparse)
     assert "69% in the largest step after warm-up" in str(peaks[8])
-    always = regate.Config(schedule="interleaved", final_full_steps=1, total_steps=128, **settings)
+    always = regate.Config(final_full_steps=1, total_steps=128, **settings)
     assert regate.estimate(LLAMA, [sample], always, steps=128, rows=8).peak_activations == 1
     never = regate.Config.paper(warmup=0, full_steps=0)
     assert regate.estimate(LLAMA, [sample], never, steps=128).peak_activations == pytest.approx(sparse)
+    windows = MistralConfig(**SIZES, sliding_window=64)
+    assert regate.estimate(windows, [sample], config, steps=128, rows=8).peak_activations == 1  # full at once
 
 
 def test_hours() -> None:

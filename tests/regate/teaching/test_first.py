@@ -22,7 +22,7 @@ from tests import oracle
 from tests.model_adapters import test_paper_systems, test_wrappers
 from tests.zoo import CORE
 
-CONFIG = regate.Config(warmup=1, cycle=4, full_steps=1)
+CONFIG = regate.Config(warmup=1, cycle=4, full_steps=1, schedule="cycled")
 BATCHES = [CORE["llava"].batch("right", seed=seed) for seed in range(3)]
 
 
