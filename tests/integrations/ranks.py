@@ -65,7 +65,8 @@ CELLS = [
 ]
 CELLS += [Cell("fsdp2", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")]
 CELLS.append(Cell("fsdp2", "lora", False, batches="unlabelled first"))
-CELLS += [Cell(wrap, "full", False, batches="full rows") for wrap in ("ddp", "fsdp2")]
+AT_ONCE = Cell("fsdp2", "full", False, batches="full rows")
+CELLS += [Cell("ddp", "full", False, batches="full rows"), AT_ONCE]
 CELLS += [Cell("ddp", "full", False, batches="visible"), Cell("fsdp2", "lora", True, batches="visible")]
 TEXT = ("text alone", "text alone in turns")  # rank 1 never has an image; each rank has none once
 CELLS += [Cell("fsdp2", "full", False, batches=TEXT[0])]

@@ -61,9 +61,10 @@ def test_a_script_that_never_heard_of_it(way: str, tmp_path: Path) -> None:
     }[way]
     gating, trained = said(command)
     assert gating == (
-        "regate: gating LlavaForConditionalGeneration in Trainer: keep 0.5, warm-up 1, cycles of 4 steps with 1 full"
+        "regate: gating LlavaForConditionalGeneration in Trainer: keep 0.5, warm-up 1, "
+        "then 1 of 4 samples full in each step"
     )
-    assert trained.startswith("regate: 2 full and 2 sparse steps")
+    assert trained.startswith("regate: 1 full and 3 sparse steps")
 
 
 def test_trl_with_lora(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_trl_with_lora(tmp_path: Path) -> None:
         [*RUN, "--full-steps", "1", "--", str(tmp_path / "script.py"), str(tmp_path / "out")], REGATE_WARMUP="1"
     )
     assert gating.startswith("regate: gating LlavaForConditionalGeneration in SFTTrainer: keep 0.5, warm-up 1")
-    assert trained.startswith("regate: 2 full and 1 sparse steps")
+    assert trained.startswith("regate: 1 full and 2 sparse steps")
 
 
 def test_a_launcher_whose_processes_train_nothing() -> None:
