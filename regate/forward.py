@@ -48,9 +48,10 @@ from regate.undisturbed import without_dropout
 from regate_patch import is_sharded, to_device
 
 AT_ONCE = (
-    "rows cannot be laid end to end, for attention says something else than causal order, and are filled up to the "
-    "longest. One full row would make all as long: so instead of some samples in every forward, all samples of some "
-    "forwards keep every label. Steps cost as much on average, but not each, and learn as in cycles (docs/evidence.md)"
+    "rows are filled up to the longest: they cannot be laid end to end, for attention says something else than causal "
+    "order, or a mask is given to each layer's graph from outside. One full row would make all as long: so instead of "
+    "some samples in every forward, all samples of some forwards keep every label. Steps cost as much on average, but "
+    "not each, and learn as in cycles (docs/evidence.md)"
 )
 ON_PADDING = (
     "labels stand on padding, or on a first token that padding predicts: full steps train on them as the model does, "
@@ -121,7 +122,7 @@ class Forward:
         parts.pace.wait()  # some embed their batch to read it
         labelled, full = bool(samples.candidates.any()), parts.config.is_full(step)
         parts.turns.forward(step)
-        whole = None if full else parts.turns.of(samples, at_once=parts.fills_rows and len(layout.labels) > 1)
+        whole = None if full else parts.turns_of(layout, samples)
         parts.scorer.prepare(samples, full=full, whole=whole)
         due = parts.ready_to_prove(labelled)
         if not labelled:

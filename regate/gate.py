@@ -363,10 +363,10 @@ class Gate:
     def choose(self, batch: Batch, *, full: bool = False) -> Tensor:
         """The labels [B, S] bool that a sparse (or full) step would keep of this batch now; trains nothing."""
         self.flush()
-        samples = self._parts.read(batch)[1]
+        layout, samples = self._parts.read(batch)
         if full:
             return samples.segments.pack(samples.candidates)
-        whole = self.turns.of(samples)
+        whole = self._parts.turns_of(layout, samples)
         self.scorer.prepare(samples, full=False, whole=whole)
         return samples.segments.pack(self.scorer.keep(samples, whole=whole))
 

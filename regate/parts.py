@@ -128,6 +128,10 @@ class Parts:
             return ready and self.proven is None
         return not any_rank(not ready)
 
+    def turns_of(self, layout: Layout, samples: Samples) -> Tensor | None:
+        """Those samples of a sparse step that have their full turn now, bool [N]; see `Turns.of`."""
+        return self.turns.of(samples, at_once=self.fills_rows and len(layout.labels) > 1)
+
     def read(self, batch: Batch) -> tuple[Layout, Samples]:
         """The batch as the decoder sees it, [B, S] on the CPU, and its samples.
 

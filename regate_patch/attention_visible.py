@@ -1,7 +1,7 @@
 """Attention of each row's active positions over all that its row shows, computed or not; rows one after the other.
 
-On the CPU row by row, with as many products as a row has positions to attend to and to be attended. Elsewhere under one
-mask, queries filled up to as many as the longest row has: all else runs on active positions alone.
+On the CPU row by row, with as many products as a row has positions to attend to and to be attended (`attend_by_rows`).
+Elsewhere under one mask, queries filled up to as many as the longest row has (`attend_filled`).
 """
 
 from __future__ import annotations
@@ -17,25 +17,20 @@ from regate_patch.attention import dtype_of
 _aten = torch.ops.aten
 
 
-def attend_visible(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    places: Tensor,
-    slots: Tensor,
-    longest: int,
-    counts: Tensor,
-    visible: Tensor,
-    scale: float | None,
+def by_rows(query: Tensor) -> bool:
+    """Which of the two is it on the query's device?"""
+    return query.device.type == "cpu"
+
+
+def attend_by_rows(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, counts: Tensor, visible: Tensor, scale: float | None
 ) -> Tensor:
     """Attention of T positions of B rows that follow one another, in causal order.
 
     Args:
         query: [1, H, T, D], in ascending order within a row.
         key, value: [B, G, S, D], H a multiple of G: each head of theirs serves H / G queries' heads in a row.
-        rows, places, slots: [T] int64, each query's row, where in it it stands, and how many queries of it come before.
-        longest: more than any slot.
+        places: [T] int64, where in its row each query stands.
         counts: [B] int64 on the CPU, how many queries each row has.
         visible: [B, S] bool, what may be seen; each query sees itself.
         scale: of the products; None is D ** -0.5.
@@ -43,41 +38,42 @@ def attend_visible(
     Returns:
         [1, H, T, D].
     """
-    query, key, value = (x.to(dtype_of(query)) for x in (query, key, value))
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # kernels under a mask share no heads
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    query, key, value = _alike(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not _by_rows(query):
-        return _attend_filled(query, key, value, rows, places, slots, longest, visible, scale)
     result: Tensor = _attend(query, key, value, places, counts, visible, scale)[0]
     return result
 
 
-def _by_rows(query: Tensor) -> bool:
-    return query.device.type == "cpu"
-
-
-def _attend_filled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    places: Tensor,
-    slots: Tensor,
-    longest: int,
-    visible: Tensor,
-    scale: float,
+def attend_filled(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, slots: Tensor, seen: Tensor, scale: float | None
 ) -> Tensor:
-    """The same by any kernel."""
-    b, h, s, d = key.shape
-    filled = query.new_zeros(b, longest, h, d).index_put((rows, slots), query[0].transpose(0, 1))
-    last = places.new_full((b, longest), s).index_put((rows, slots), places)  # fillings see all, and nobody reads them
-    allowed = (torch.arange(s, device=places.device) <= last[..., None]) & (visible[:, None] | (last == s)[..., None])
+    """The same by any kernel, under what `may_see` gives for the `slots` [T] of rows `rows` [T]."""
+    query, key, value = _alike(query, key, value)
+    b, h, _, d = key.shape
+    filled = query.new_zeros(b, seen.shape[2], h, d).index_put((rows, slots), query[0].transpose(0, 1))
     output = torch.nn.functional.scaled_dot_product_attention(
-        filled.transpose(1, 2), key, value, attn_mask=allowed[:, None], scale=scale
+        filled.transpose(1, 2), key, value, attn_mask=seen, scale=scale
     )
     return output.transpose(1, 2)[rows, slots].transpose(0, 1)[None]
+
+
+def may_see(rows: Tensor, places: Tensor, slots: Tensor, longest: int, visible: Tensor) -> Tensor:
+    """A mask [B, 1, K, S] for queries that stand at `slots` [T], below K = `longest`, of rows `rows` [T].
+
+    Fillings see everything, and nobody reads them. `places` and `visible` as in `attend_by_rows`.
+    """
+    b, s = visible.shape
+    last = places.new_full((b, longest), s).index_put((rows, slots), places)[..., None]
+    return ((torch.arange(s, device=places.device) <= last) & (visible[:, None] | (last == s)))[:, None]
+
+
+def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the type that attention is taken in, and with as many heads each: kernels under a mask share none."""
+    query, key, value = (x.to(dtype_of(query)) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    return query, key, value
 
 
 def _rows(counts: Tensor, places: Tensor, visible: Tensor, dtype: torch.dtype) -> Iterator[tuple[Any, Any, Any]]:

@@ -23,13 +23,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from regate_patch import ops
+from regate_patch import attention_visible, ops
 from regate_patch.analysis.blocks import ADDITIONS, SAME_VALUE, Block, Span
-from regate_patch.analysis.graph import argument, is_call, shape, where
+from regate_patch.analysis.graph import argument, is_call, shape, value, where
 from regate_patch.analysis.mixers import SDPA, attends_to_tokens, is_attention, sdpa_arguments
 from regate_patch.analysis.refusals import chooses_positions
 from regate_patch.analysis.tokens import Tokens
-from regate_patch.attention_visible import attend_visible
 from regate_patch.errors import UnsupportedGraphError
 from regate_patch.passes.end_to_end import EndToEnd, NotEndToEndError
 from regate_patch.passes.insert import Inserter
@@ -131,22 +130,29 @@ def _behind(ends: tuple[Any, ...], inside: set[fx.Node], stream: set[fx.Node], s
     return found
 
 
-class Visible(Inserter):
-    """Queries at active positions, keys and values at all."""
+class Resting(Inserter):
+    """Keys and values at rest are made of the whole sequence, and nothing of them is gathered."""
 
     def __init__(self, graph: fx.Graph, span: Span, tokens: Tokens, name: str, *, at_rest: AtRest) -> None:
         super().__init__(graph, span, tokens, name)
         self.at_rest = at_rest
         self.compact |= set(at_rest.nodes)
+
+    def insert(self, nodes: list[fx.Node]) -> None:
+        resting = set(self.at_rest.nodes)
+        super().insert([node for node in nodes if node not in resting])
+
+
+class Visible(Resting):
+    """Queries at active positions, keys and values at all."""
+
+    def __init__(self, graph: fx.Graph, span: Span, tokens: Tokens, name: str, *, at_rest: AtRest) -> None:
+        super().__init__(graph, span, tokens, name, at_rest=at_rest)
         self.seen: dict[fx.Node, tuple[Any, bool]] = {}  # by attention: its mask, and whether the kernel knew the order
 
     def told(self, name: str) -> tuple[fx.Node, fx.Node]:
         index, valid, self.visible = self.inputs(f"{name}_index", f"{name}_valid", "visible")
         return index, valid
-
-    def insert(self, nodes: list[fx.Node]) -> None:
-        resting = set(self.at_rest.nodes)
-        super().insert([node for node in nodes if node not in resting])
 
     def enter(self, node: fx.Node) -> None:
         if node in self.at_rest.keys:
@@ -188,28 +194,26 @@ class Visible(Inserter):
         return everywhere
 
 
-class VisibleEndToEnd(EndToEnd):
+class VisibleEndToEnd(Resting, EndToEnd):
     """The same where all attention is in causal order: queries of all rows end to end, keys and values in rows."""
 
-    def __init__(self, graph: fx.Graph, span: Span, tokens: Tokens, name: str, *, at_rest: AtRest) -> None:
-        super().__init__(graph, span, tokens, name)
-        self.at_rest = at_rest
-        self.compact |= set(at_rest.nodes)
-
     def told(self, name: str) -> tuple[fx.Node, fx.Node]:
-        self.where = self.inputs("rows", "places", "slots", "longest", "counts", "visible")
-        return self.one_row(*self.where[:2])
-
-    def insert(self, nodes: list[fx.Node]) -> None:
-        resting = set(self.at_rest.nodes)
-        super().insert([node for node in nodes if node not in resting])
+        self.whose, self.places, *others = self.inputs("rows", "places", "slots", "longest", "counts", "visible")
+        self.slots, self.longest, self.counts, self.visible = others
+        return self.one_row(self.whose, self.places)
 
     def attend(self, core: fx.Node) -> None:
         of_call = sdpa_arguments(core)
-        own = (of_call["key"], of_call["value"])
+        query, own = of_call["query"], (of_call["key"], of_call["value"])
         ends = [self.everywhere(core, *pair) for pair in zip(own, self.at_rest.keys[core], strict=True)]
-        core.op, core.target, core.kwargs = "call_function", attend_visible, {}
-        core.args = (of_call["query"], *ends, *self.where, of_call.get("scale"))
+        if attention_visible.by_rows(value(query)):
+            core.target, at = attention_visible.attend_by_rows, (self.places, self.counts, self.visible)
+        else:
+            args = (self.whose, self.places, self.slots, self.longest, self.visible)
+            seen = self.make("seen", core, attention_visible.may_see, args, core)
+            core.target, at = attention_visible.attend_filled, (self.whose, self.slots, seen)
+        core.op, core.kwargs = "call_function", {}
+        core.args = (query, *ends, *at, of_call.get("scale"))
 
     def everywhere(self, core: fx.Node, own: fx.Node, resting: fx.Node) -> fx.Node:
         """A key or value [B, G, S, D], at rest where it is not computed."""
@@ -218,7 +222,7 @@ class VisibleEndToEnd(EndToEnd):
             raise NotEndToEndError(f"a key or value that is not [B, G, S, D]: {where(resting)}")
         if own is resting:
             return resting
-        args = (resting, *self.where[:2], own)
+        args = (resting, self.whose, self.places, own)
         everywhere = self.make(("everywhere", resting, own), core, ops.put_in_rows, args, resting)
         if "checkpoint" in own.meta:  # recomputed together with what it is made of
             everywhere.meta["checkpoint"] = own.meta["checkpoint"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from regate_patch import Active, attention_visible
-from regate_patch.attention_visible import attend_visible
+from regate_patch.attention_visible import attend_by_rows, attend_filled, may_see
 
 ROWS, LENGTH, DIM = 4, 13, 8
 
@@ -26,7 +26,7 @@ def _written_out(query: Tensor, key: Tensor, value: Tensor, active: Tensor, visi
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("filled", [False, True])
-def test_against_the_formula(filled: bool, groups: int, scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_the_formula(filled: bool, groups: int, scale: float | None) -> None:
     """Rows that compute all, some and nothing, with padding on either side."""
     torch.manual_seed(0)
     visible = torch.ones(ROWS, LENGTH, dtype=torch.bool)
@@ -40,10 +40,10 @@ def test_against_the_formula(filled: bool, groups: int, scale: float | None, mon
         torch.randn(size, dtype=torch.double, requires_grad=True)
         for size in ((1, heads, len(rows), DIM), (ROWS, 2, LENGTH, DIM), (ROWS, 2, LENGTH, DIM))
     )
-    if filled:  # as on other devices
-        monkeypatch.setattr(attention_visible, "_by_rows", lambda query: False)
-    args = (query, key, value, rows, places, slots, longest, chosen.of_rows, visible)
-    found = attend_visible(*args, scale)
+    if filled:
+        found = attend_filled(query, key, value, rows, slots, may_see(rows, places, slots, longest, visible), scale)
+    else:
+        found = attend_by_rows(query, key, value, places, chosen.of_rows, visible, scale)
     expected = _written_out(query, key, value, active, visible, DIM**-0.5 if scale is None else scale)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     weights = torch.randn_like(found)
@@ -64,7 +64,7 @@ def test_the_operator_is_one_that_compilers_can_trust() -> None:
         for size in ((1, 2, len(rows), DIM), (ROWS, 2, LENGTH, DIM), (ROWS, 2, LENGTH, DIM))
     )
     everything = torch.ones(ROWS, LENGTH, dtype=torch.bool)
-    torch.library.opcheck(
+    library.opcheck(
         attention_visible._attend, (query, key, value, places, chosen.of_rows, everything, DIM**-0.5),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip

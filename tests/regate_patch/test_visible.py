@@ -10,7 +10,7 @@ from torch import nn
 
 import regate_patch
 from model_adapters import conventional
-from regate_patch import Active, reference
+from regate_patch import Active, attention_visible, reference
 from regate_patch.passes import causal
 from tests import oracle
 from tests.plain import Decoder, Style
@@ -78,6 +78,25 @@ def test_on_a_gpu_shared_heads_are_repeated_under_masks(checkpointed: bool, monk
         assert graphs["insert"].count("enable_gqa: True") == 2
         assert graphs["heads"].count("enable_gqa: True") == (0 if on_gpu else 2)
         assert graphs["heads"].count("call_function[target=regate_patch.ops.repeat_heads]") == (4 if on_gpu else 0)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_elsewhere_than_on_a_cpu_attention_alone_is_filled(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under one mask for all layers."""
+    model, batch = _model("qwen2_5_vl", monkeypatch), oracle.double(CORE["qwen2_5_vl"].batch("left"))
+    active, visible = oracle.random_active(batch), batch["attention_mask"].bool()
+    expected = oracle.masked(model, batch, active, visible=visible)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    monkeypatch.setattr(attention_visible, "by_rows", lambda query: False)
+    graphs: dict[str, str] = {}
+    found = oracle.engine(
+        model, batch, active, visible=visible, padding_elided=True,
+        observe=lambda name, gm: graphs.update({name: str(gm.graph)}),
+    )  # fmt: skip
+    oracle.assert_same(found, expected)
+    assert graphs["insert"].count("target=regate_patch.attention_visible.may_see]") == 1
+    assert graphs["insert"].count("target=regate_patch.attention_visible.attend_filled]") == 2
 
 
 def test_without_what_is_left_out_all_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
