@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model_adapters import conventional, visual
 from model_adapters.attention import followable_attention
+from model_adapters.checkpointing import followable_checkpoints
 from model_adapters.flash import followable_calls
 from model_adapters.recording import followable_recording
 
@@ -118,6 +119,7 @@ class ModelAdapter:
             self.capturable(model),
             followable_attention(model, decoder),
             followable_calls(decoder),
+            followable_checkpoints(decoder),
             followable_recording(),
         ):
             yield

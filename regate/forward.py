@@ -49,9 +49,8 @@ from regate_patch import is_sharded, to_device
 
 AT_ONCE = (
     "rows are filled up to the longest: they cannot be laid end to end, for attention says something else than causal "
-    "order, or a mask is given to each layer's graph from outside. One full row would make all as long: so instead of "
-    "some samples in every forward, all samples of some forwards keep every label. Steps cost as much on average, but "
-    "not each, and learn as in cycles (docs/evidence.md)"
+    "order. One full row would make all as long: so instead of some samples in every forward, all samples of some "
+    "forwards keep every label. Steps cost as much on average, but not each, and learn as in cycles (docs/evidence.md)"
 )
 ON_PADDING = (
     "labels stand on padding, or on a first token that padding predicts: full steps train on them as the model does, "

@@ -15,6 +15,7 @@ from torch import Tensor, library
 from regate_patch.attention import dtype_of
 
 _aten = torch.ops.aten
+_AT_ONCE = 256  # queries
 
 
 def by_rows(query: Tensor) -> bool:
@@ -76,22 +77,25 @@ def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
     return query, key, value
 
 
-def _rows(counts: Tensor, places: Tensor, visible: Tensor, dtype: torch.dtype) -> Iterator[tuple[Any, Any, Any]]:
-    """Of each row with queries: which these are, which keys it needs, and what is added to scores [1, 1, n, keys].
+def _parts(counts: Tensor, places: Tensor, visible: Tensor, dtype: torch.dtype) -> Iterator[tuple[Any, Any, Any]]:
+    """Queries of a row, as many as are taken at once: which these are, which keys they need, what is added to scores.
 
-    The first two index tensors [1, H, T, ..] and [B, H, S, ..]; the last is None where it says causal order alone.
+    The first two index tensors [1, H, T, ..] and [B, H, S, ..]; the last, [1, 1, n, keys], is None where it says causal
+    order alone. The kernel computes what a mask hides: few queries at a time, which need no later keys, are faster.
     """
-    begin, every = 0, slice(None)
+    every, end = slice(None), 0
     for row, n in enumerate(counts.tolist()):
+        begin, end = end, end + n
         if not n:
             continue
-        at = slice(begin, begin + n)
-        own, begin = places[at], begin + n
-        seen = int(own[-1]) + 1
-        allowed = (torch.arange(seen) <= own[:, None]) & visible[row, :seen]
-        in_order = n == seen and bool(visible[row, :seen].all())
-        mask = allowed.new_zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)[None, None]
-        yield (every, every, at), (slice(row, row + 1), every, slice(seen)), None if in_order else mask
+        if int(places[end - 1]) + 1 == n and bool(visible[row, :n].all()):
+            yield (every, every, slice(begin, end)), (slice(row, row + 1), every, slice(n)), None
+            continue
+        for own in places[begin:end].split(_AT_ONCE):
+            at, begin, seen = slice(begin, begin + len(own)), begin + len(own), int(own[-1]) + 1
+            hidden = (torch.arange(seen) > own[:, None]) | ~visible[row, :seen]
+            mask = hidden.to(dtype).masked_fill_(hidden, -torch.inf)[None, None]
+            yield (every, every, at), (slice(row, row + 1), every, slice(seen)), mask
 
 
 @library.custom_op("regate::attend_visible", mutates_args=(), device_types="cpu")
@@ -100,7 +104,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of the softmax's sums [1, H, T]."""
     result, sums = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_wide(query))
-    for at, of, mask in _rows(counts, places, visible, query.dtype):
+    for at, of, mask in _parts(counts, places, visible, query.dtype):
         result[at], sums[at] = _aten._scaled_dot_product_flash_attention_for_cpu(
             query[at],
             key[of],
@@ -130,13 +134,15 @@ def _backward(
     output: Tensor, sums: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     by_query, by_key, by_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    for at, of, mask in _rows(counts, places, visible, query.dtype):
-        by_query[at], by_key[of], by_value[of] = (
+    for at, of, mask in _parts(counts, places, visible, query.dtype):
+        by_query[at], of_key, of_value = (
             _aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad[at], query[at], key[of], value[of], output[at],
                 sums[at], 0.0, mask is None, attn_mask=mask, scale=scale,
             )
         )  # fmt: skip
+        by_key[of] += of_key
+        by_value[of] += of_value
     return by_query, by_key, by_value
 
 

@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any, Literal
@@ -32,12 +32,14 @@ from regate_patch.errors import (
     PatchError,
     UnsupportedGraphError,
 )
+from regate_patch.passes.causal import Proven, masks_made
 from regate_patch.passes.rewrite import Observer, Rewrite, rewrite, switched_off
 from regate_patch.sharding import is_sharded, run_linear_by, uncaptured, usual_linear
 from regate_patch.statistics import Statistics
 
 log = logging.getLogger("regate_patch")
 OnUnsupported = Literal["raise", "warn"]
+Masks = tuple[tuple[int, Proven], ...]
 
 _DYNAMO: dict[str, Any] = {
     "specialize_float": True,  # eps and scales are numbers, not inputs
@@ -140,7 +142,7 @@ class GatedForward:
 
         @functools.cache
         def variant(
-            any_length: bool, samples: bool, rows: bool, visible: bool
+            any_length: bool, samples: bool, rows: bool, visible: bool, masks: Masks
         ) -> tuple[Rewrite, Callable[..., Any]] | None:
             rewritten = rewrite(
                 gm,
@@ -149,6 +151,7 @@ class GatedForward:
                 any_length=any_length,
                 samples=samples,
                 visible=visible,
+                masks=dict(masks),
                 disable=self.disable | ({"end_to_end"} if rows else set()) | self._of_no_use(),
                 observe=self.observe,
             )
@@ -157,31 +160,35 @@ class GatedForward:
             self.statistics.graphs.append(rewritten)
             return rewritten, self._inner(rewritten.module, rewritten.layers)
 
-        def best(chosen: Active) -> tuple[Rewrite, Callable[..., Any]] | None:
+        def best(chosen: Active, masks: Masks) -> tuple[Rewrite, Callable[..., Any]] | None:
             visible = chosen.visible is not None
             samples = chosen.samples is not None and not visible
-            wanted = {"samples": samples, "rows": chosen.empty, "visible": visible}  # no product takes no rows at all
+            rows = chosen.empty  # no product takes no rows at all
+            wanted = {"samples": samples, "rows": rows, "visible": visible, "masks": masks}
             usual = variant(any_length=False, **wanted)
             if usual is None or usual[0].longest == inf or 0 < chosen.length <= usual[0].longest:
                 return usual
             return variant(any_length=True, **wanted)  # 0: nobody said how long the sequence is
 
-        if best(self._chosen()) is None:
+        example = _given(self._chosen(), example_inputs)
+        made = masks_made(gm) if self.allow_graph_breaks and self.padding_elided else {}
+        if best(self._chosen(), example) is None:
             self.statistics.other_graphs += 1
-            return self._inner(fx.GraphModule(gm, gm.graph))  # Dynamo's own is written when it first runs: too late
+            run = self._inner(fx.GraphModule(gm, gm.graph))  # Dynamo's own is written when it first runs: too late
+            return (lambda *inputs: _tell(self._chosen(), made, run(*inputs))) if made else run
 
         if self.visible:
-            variant(any_length=False, samples=False, rows=False, visible=True)
+            variant(any_length=False, samples=False, rows=False, visible=True, masks=example)
 
         def run_on_active_positions(*inputs: Any) -> Any:
             chosen = self._chosen()
-            found = best(chosen)
+            found = best(chosen, _given(chosen, inputs))
             assert found is not None
             rewritten, run = found
             chosen.ran.append(rewritten)
             if rewritten.visible and self.allow_graph_breaks:
                 inputs = self._standing_still(chosen, rewritten, inputs)
-            return run(*self._indices(chosen, rewritten), *inputs)
+            return _tell(chosen, made, run(*self._indices(chosen, rewritten), *inputs))
 
         return run_on_active_positions
 
@@ -280,6 +287,22 @@ class GatedForward:
 
     def __reduce__(self) -> Any:
         return class_forward, (self.decoder,)
+
+
+def _tell(chosen: Active, made: Mapping[int, Proven], outputs: Any) -> Any:
+    """A graph's outputs; of the masks among them, later graphs of the call learn what they say."""
+    for place, proven in made.items():
+        chosen.masks[outputs[place]] = (proven, outputs[place]._version)
+    return outputs
+
+
+def _given(chosen: Active, inputs: Sequence[Any]) -> Masks:
+    """Those of a graph's inputs that are masks of which an earlier graph of the call has told, as they were then."""
+    if not chosen.masks:
+        return ()
+    tensors = ((place, x) for place, x in enumerate(inputs) if isinstance(x, torch.Tensor))
+    told = ((place, x, chosen.masks.get(x)) for place, x in tensors)
+    return tuple((place, of[0]) for place, x, of in told if of is not None and of[1] == x._version)
 
 
 def class_forward(module: nn.Module) -> types.MethodType:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from regate_patch.errors import ActiveIndexError
 from regate_patch.transfer import to_device
@@ -40,6 +41,8 @@ class Active:
         ran: the `Rewrite`s that ran on these positions, one entry per run.
         laid: what `end_to_end` has found out, once for all graphs that ask.
         streams: where one call runs several graphs that see what is not computed, the stream in front of each of them.
+        masks: where one call runs several graphs, what is proven of the masks that they make
+            (`regate_patch.passes.causal.Proven`), and their versions then.
     """
 
     index: Tensor
@@ -52,6 +55,7 @@ class Active:
     ran: list[Any] = field(default_factory=list, init=False, compare=False)  # of this one alone: `replace` begins anew
     laid: dict[bool, Laid] = field(default_factory=dict, init=False, compare=False, repr=False)
     streams: list[Tensor | None] = field(default_factory=list, init=False, compare=False, repr=False)
+    masks: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary, init=False, compare=False, repr=False)
 
     @property
     def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -58,6 +58,12 @@ def layers_of(decoder: nn.Module) -> nn.ModuleList:
     return layers
 
 
+def cut_between_layers(model: nn.Module) -> None:
+    """Hooks that nobody can capture, as where parameters are sharded: each layer becomes a graph of its own."""
+    for layer in layers_of(conventional.decoder(model)):
+        layer.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
+
+
 def run(model: nn.Module, batch: dict[str, Tensor], scope: Any, active: Tensor) -> Run:
     """One forward and backward under `scope`, of a random function of the decoder's active outputs."""
     decoder = conventional.decoder(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import sympy
@@ -87,6 +87,21 @@ def nodes_in(arguments: Any) -> Iterable[fx.Node]:
 
     fx.map_arg(arguments, note)
     return found
+
+
+def frozen(x: Any, names: Mapping[fx.Node, Hashable]) -> Hashable:
+    """Arguments of a call as something that can be compared: 1, 1.0 and True are three things. Nodes go by `names`."""
+    if isinstance(x, fx.Node):
+        return names.get(x, x)
+    if isinstance(x, (tuple, list)):
+        return (type(x).__name__, *(frozen(item, names) for item in x))
+    if isinstance(x, dict):
+        return ("dict", *((key, frozen(item, names)) for key, item in x.items()))
+    if isinstance(x, slice):
+        return ("slice", *(frozen(item, names) for item in (x.start, x.stop, x.step)))
+    if isinstance(x, (int, float, complex, str, type(None))):
+        return type(x), repr(x)
+    return x if isinstance(x, Hashable) else id(x)
 
 
 def writes_in_place(node: fx.Node) -> bool:

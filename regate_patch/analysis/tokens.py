@@ -31,14 +31,11 @@ class Tokens:
 
     def is_batch(self, size: Any) -> bool:
         """Equal to the batch size as an expression, or a symbol for the same number that no op has unified with it."""
-        e = expr(size)
-        if e == self.batch:
-            return True
-        if not isinstance(size, torch.SymInt) or not (e.is_Symbol and self.batch.is_Symbol):
-            return False
-        env = size.node.shape_env
-        hint = getattr(env, "optimization_hint", None) or partial(env.size_hint, allow_none=True)  # the name of old
-        return bool(hint(e) == hint(self.batch) is not None)
+        return _same(size, self.batch)
+
+    def is_length(self, size: Any) -> bool:
+        """The same of the sequence length."""
+        return _same(size, self.length)
 
     def on(self, node: Any) -> list[int]:
         """The token axes of a tensor."""
@@ -60,6 +57,17 @@ class Tokens:
     def pads(self, size: sympy.Expr) -> bool:
         """Is the size that of a padded axis, or of a part of one?"""
         return self.length in size.free_symbols and size.has(Mod, PythonMod, FloorDiv, sympy.Mod, sympy.floor)
+
+
+def _same(size: Any, known: sympy.Expr) -> bool:
+    e = expr(size)
+    if e == known:
+        return True
+    if not isinstance(size, torch.SymInt) or not (e.is_Symbol and known.is_Symbol):
+        return False
+    env = size.node.shape_env
+    hint = getattr(env, "optimization_hint", None) or partial(env.size_hint, allow_none=True)  # the name of old
+    return bool(hint(e) == hint(known) is not None)
 
 
 def find_tokens(gm: fx.GraphModule, mixers: list[tuple[fx.Node, fx.Node]]) -> Tokens:

@@ -13,14 +13,17 @@ position ids [B, S] or [n, B, S], on probes: several sizes, padding on either si
 lengths. A window or a chunk of n positions shows as a
 number n in the subgraph; one probe is longer than every such number. Where that one fails, a probe as long as the
 smallest number may still pass: up to this length the window hides nothing. What cannot be proven stays as it is.
+
+Where a decoder is captured in several graphs, one makes the mask that others read. The first tells what its results say
+(`masks_made`), and whoever runs the graphs tells those that are given them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -48,19 +51,49 @@ class Proven:
     samples: bool = False
 
 
+class _Probe(NamedTuple):
+    """One case in which a mask's subgraph is run; tensors are [B, S]."""
+
+    told: Tensor  # its padding mask or position ids
+    seen: Tensor  # bool, which positions are no padding
+    sample: Tensor  # whose they are
+
+    @property
+    def visible(self) -> Tensor:
+        """What a mask should say, bool [B, 1, S, S]."""
+        length = self.seen.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool).tril() & self.seen[:, None, None, :]
+        return causal & (self.sample[:, None, :, None] == self.sample[:, None, None, :])
+
+
+def masks_made(gm: fx.GraphModule) -> dict[int, Proven]:
+    """Of a graph's results, by their places, the masks [B, 1, S, S] that say no more than causal order."""
+    (output,) = [node for node in gm.graph.nodes if node.op == "output"]
+    found = {}
+    for place, node in enumerate(output.args[0]):
+        if is_tensor(node) and value(node).dim() == 4 and node.op != "placeholder":
+            batch, _, _, length = shape(node)
+            if length.is_Symbol and (proven := _proven(gm, node, Tokens(batch, length), {})).up_to:
+                found[place] = proven
+    return found
+
+
 def use_causal_kernels(
-    gm: fx.GraphModule, span: Span, tokens: Tokens, *, any_length: bool, samples: bool
+    gm: fx.GraphModule, span: Span, tokens: Tokens, *, any_length: bool, samples: bool, masks: Mapping[int, Proven]
 ) -> tuple[int, float, bool]:
     """Replace the masks that can be.
 
     Args:
         any_length: only those that say no more than "causal" however long the sequence is.
         samples: also those that keep samples apart, if all do.
+        masks: of the graph's inputs, by their places, those that are known to be such masks.
 
     Returns:
         How many attentions lost theirs, up to which sequence length that is right, and whether samples must be kept
         apart by other means now.
     """
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    known = {inputs[place]: proof for place, proof in masks.items()}
     proven: dict[fx.Node, Proven] = {}
     cores: list[tuple[fx.Node, Proven]] = []
     for core in span.mixers:
@@ -73,7 +106,7 @@ def use_causal_kernels(
         if lengths != {tokens.length}:
             continue
         if mask not in proven:
-            proven[mask] = _proven(gm, mask, tokens)
+            proven[mask] = _proven(gm, mask, tokens, known)
         if proven[mask].up_to == inf or (proven[mask].up_to and not any_length):
             cores.append((core, proven[mask]))
     apart = samples and len(cores) == len(span.mixers) and all(found.samples for _, found in cores)
@@ -109,14 +142,21 @@ def _on_gpu(query: fx.Node) -> bool:
     return bool(value(query).device.type == "cuda")
 
 
-def _proven(gm: fx.GraphModule, mask: fx.Node, tokens: Tokens) -> Proven:
-    if shape(mask)[-2:] != (tokens.length, tokens.length) or len(shape(mask)) != 4:
+def _proven(gm: fx.GraphModule, mask: fx.Node, tokens: Tokens, known: Mapping[fx.Node, Proven]) -> Proven:
+    if value(mask).dim() != 4 or not all(map(tokens.is_length, value(mask).shape[-2:])):
         return Proven(0)
     subgraph = _subgraph(mask)
     given = [node for node in subgraph if node.op == "placeholder" and not _is_size(node, tokens)]
     if len(given) > 1 or any(node.op == "get_attr" for node in subgraph):
         return Proven(0)
     read = given[0] if given else None
+    if read is not None and read in known:
+        rows, _, *lengths = value(read).shape
+        if not tokens.is_batch(rows) or not all(map(tokens.is_length, lengths)):
+            return Proven(0)
+        of_input = known[read]
+        up_to = _causal_up_to(gm, subgraph, mask, read, tokens, samples=of_input.samples)
+        return Proven(min(up_to, of_input.up_to), of_input.samples)
     if read is None or _is_padding_mask(read, tokens):
         if up_to := _causal_up_to(gm, subgraph, mask, read, tokens, samples=False):
             return Proven(up_to)
@@ -128,14 +168,14 @@ def _proven(gm: fx.GraphModule, mask: fx.Node, tokens: Tokens) -> Proven:
 def _causal_up_to(
     gm: fx.GraphModule, subgraph: list[fx.Node], mask: fx.Node, read: fx.Node | None, tokens: Tokens, *, samples: bool
 ) -> float:
-    """Up to which sequence length; `samples`: what is read are position ids."""
+    """Up to which sequence length; `samples`: what is read tells samples apart."""
     numbers = [abs(n) for n in _integers(subgraph) if _FEW < abs(n) < torch.iinfo(torch.int32).max]
 
     def passes(longest: int) -> bool:
         try:
             return longest <= _LONGEST and all(
-                _is_causal(_run(gm, subgraph, mask, read, told, tokens), seen, sample)
-                for told, seen, sample in _probes(longest, tokens, padding=read is not None, samples=samples)
+                _is_causal(_run(gm, subgraph, mask, read, probe, tokens), probe)
+                for probe in _probes(longest, tokens, padding=read is not None, samples=samples)
             )
         except Exception:  # a subgraph that cannot be run on its own proves nothing
             return False
@@ -158,22 +198,23 @@ def _subgraph(mask: fx.Node) -> list[fx.Node]:
 
 
 def _is_size(node: fx.Node, tokens: Tokens) -> bool:
-    return is_scalar(node) and (expr(value(node)) == tokens.length or tokens.is_batch(value(node)))
+    return is_scalar(node) and (tokens.is_length(value(node)) or tokens.is_batch(value(node)))
 
 
 def _is_padding_mask(node: fx.Node, tokens: Tokens) -> bool:
     if not is_tensor(node) or value(node).is_floating_point():
         return False
-    return value(node).dim() == 2 and tokens.is_batch(value(node).shape[0]) and shape(node)[1] == tokens.length
+    sizes = value(node).shape
+    return len(sizes) == 2 and tokens.is_batch(sizes[0]) and tokens.is_length(sizes[1])
 
 
 def _are_position_ids(node: fx.Node, tokens: Tokens) -> bool:
     """[B, S], or [n, B, S], several of them per token; one row may serve all."""
     if not is_tensor(node) or value(node).dtype not in (torch.int64, torch.int32) or value(node).dim() not in (2, 3):
         return False
-    *several, rows, length = shape(node)
-    one_row = rows == 1 or tokens.is_batch(value(node).shape[-2])
-    return one_row and length == tokens.length and all(size.is_number for size in several)
+    *several, rows, length = value(node).shape
+    one_row = expr(rows) == 1 or tokens.is_batch(rows)
+    return one_row and tokens.is_length(length) and all(expr(size).is_number for size in several)
 
 
 def _integers(subgraph: list[fx.Node]) -> list[int]:
@@ -197,8 +238,8 @@ def _integers(subgraph: list[fx.Node]) -> list[int]:
     return found
 
 
-def _probes(longest: int, tokens: Tokens, *, padding: bool, samples: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What the mask is told, which positions are no padding, and whose they are: [B, S] each; one is this long."""
+def _probes(longest: int, tokens: Tokens, *, padding: bool, samples: bool) -> Iterator[_Probe]:
+    """One of them is this long."""
     random = torch.Generator().manual_seed(0)
     rows = [1, 2, 3] if tokens.batch.is_Symbol else [int(tokens.batch)] * 3
     seen = [torch.ones(rows[0], longest, dtype=torch.bool), torch.ones(rows[1], 9, dtype=torch.bool)]
@@ -206,12 +247,12 @@ def _probes(longest: int, tokens: Tokens, *, padding: bool, samples: bool) -> It
         seen.append(torch.ones(rows[2], 21, dtype=torch.bool))
         for mask in seen:
             ids = torch.arange(mask.shape[1]).repeat(len(mask), 1)
-            yield ids, mask, torch.zeros_like(ids)
+            yield _Probe(ids, mask, torch.zeros_like(ids))
             begins = torch.rand(mask.shape, generator=random) < 0.2
             begins[:, -2:] = True  # a sample of one position, twice
             first = torch.where(begins, ids, 0).cummax(1).values
-            yield ids - first, mask, begins.cumsum(1)
-            yield ids + 3 * begins.cumsum(1), mask, begins.cumsum(1)  # which do not begin again, but leap
+            yield _Probe(ids - first, mask, begins.cumsum(1))
+            yield _Probe(ids + 3 * begins.cumsum(1), mask, begins.cumsum(1))  # which do not begin again, but leap
         return
     if padding:
         right, left, holes = (torch.ones(rows[i], length, dtype=torch.bool) for i, length in enumerate((7, 12, 21)))
@@ -221,14 +262,14 @@ def _probes(longest: int, tokens: Tokens, *, padding: bool, samples: bool) -> It
         holes[:, 0] = True
         seen += [right, left, holes]
     for mask in seen:
-        yield mask, mask, torch.zeros(mask.shape)
+        yield _Probe(mask, mask, torch.zeros(mask.shape))
 
 
 def _run(
-    gm: fx.GraphModule, subgraph: list[fx.Node], mask: fx.Node, read: fx.Node | None, told: Tensor, tokens: Tokens
+    gm: fx.GraphModule, subgraph: list[fx.Node], mask: fx.Node, read: fx.Node | None, probe: _Probe, tokens: Tokens
 ) -> Tensor:
-    """The mask that the subgraph makes of this padding mask or these position ids, on the CPU."""
-    rows, length = told.shape
+    """The mask that the subgraph makes of what it is told, on the CPU."""
+    rows, length = probe.seen.shape
     known: dict[fx.Node, Any] = {}
 
     def leaf(x: Any) -> Any:
@@ -241,9 +282,9 @@ def _run(
 
     for node in subgraph:
         if node is read:
-            known[node] = told.to(value(node).dtype).expand(*value(node).shape[:-2], rows, length)
+            known[node] = _told(node, probe)
         elif node.op == "placeholder":
-            known[node] = length if expr(value(node)) == tokens.length else rows
+            known[node] = length if tokens.is_length(value(node)) else rows
         elif node.op == "call_function":
             known[node] = node.target(*known_in(node.args), **known_in(node.kwargs))  # type: ignore[operator]
         else:
@@ -252,14 +293,24 @@ def _run(
     return known[mask]
 
 
-def _is_causal(mask: Tensor, seen: Tensor, sample: Tensor) -> bool:
+def _told(read: fx.Node, probe: _Probe) -> Tensor:
+    """In the form of this input: a mask, or a padding mask, or position ids."""
+    form = value(read)
+    if form.dim() == 4:
+        if form.dtype == torch.bool:
+            return probe.visible
+        return torch.zeros(probe.visible.shape, dtype=form.dtype).masked_fill(
+            ~probe.visible, torch.finfo(form.dtype).min
+        )
+    return probe.told.to(form.dtype).expand(*form.shape[:-2], *probe.told.shape)
+
+
+def _is_causal(mask: Tensor, probe: _Probe) -> bool:
     """Is it, for queries that are no padding, True (or 0) at keys of the same sample that are none and not later, False
     (or -inf) else?"""
-    rows, length = seen.shape
+    rows, length = probe.seen.shape
     if mask.shape[-2:] != (length, length) or mask.shape[0] not in (1, rows):
         return False
-    expected = torch.ones(length, length, dtype=torch.bool).tril() & seen[:, None, None, :]
-    expected = expected & (sample[:, None, :, None] == sample[:, None, None, :])
     if mask.dtype == torch.bool:
         visible = mask
     else:
@@ -267,4 +318,4 @@ def _is_causal(mask: Tensor, seen: Tensor, sample: Tensor) -> bool:
         if not bool((hidden | (mask == 0)).all()):
             return False
         visible = ~hidden
-    return bool(((visible == expected) | ~seen[:, None, :, None]).all())
+    return bool(((visible == probe.visible) | ~probe.seen[:, None, :, None]).all())

@@ -34,7 +34,17 @@ from torch.utils import _pytree as pytree
 
 from regate_patch import ops
 from regate_patch.analysis.blocks import Span
-from regate_patch.analysis.graph import erase_dead, expr, is_call, is_scalar, is_tensor, shape, value, writes_in_place
+from regate_patch.analysis.graph import (
+    erase_dead,
+    expr,
+    frozen,
+    is_call,
+    is_scalar,
+    is_tensor,
+    shape,
+    value,
+    writes_in_place,
+)
 from regate_patch.analysis.tokens import Tokens
 from regate_patch.passes.mutations import viewed
 
@@ -228,8 +238,8 @@ def _lines(gm: fx.GraphModule, nodes: Iterable[fx.Node], names: dict[fx.Node, Ha
     lines = []
     for node in nodes:
         region = node.meta.get("checkpoint")
-        again = None if region is None else (regions.setdefault(region, len(regions)), _frozen(region.options, names))
-        lines.append((node.op, _target(gm, node), _frozen(node.args, names), _frozen(node.kwargs, names), again))
+        again = None if region is None else (regions.setdefault(region, len(regions)), frozen(region.options, names))
+        lines.append((node.op, _target(gm, node), frozen(node.args, names), frozen(node.kwargs, names), again))
     return tuple(lines)
 
 
@@ -249,21 +259,6 @@ def _form(node: fx.Node) -> Hashable:
     if not isinstance(x, torch.Tensor):
         return (type(x),)
     return type(x), x.dtype, x.device, shape(node), x.requires_grad
-
-
-def _frozen(x: Any, names: dict[fx.Node, Hashable]) -> Hashable:
-    """Arguments as something that can be compared: 1, 1.0 and True are three things."""
-    if isinstance(x, fx.Node):
-        return names[x]
-    if isinstance(x, (tuple, list)):
-        return (type(x).__name__, *(_frozen(item, names) for item in x))
-    if isinstance(x, dict):
-        return ("dict", *((key, _frozen(item, names)) for key, item in x.items()))
-    if isinstance(x, slice):
-        return ("slice", *(_frozen(item, names) for item in (x.start, x.stop, x.step)))
-    if isinstance(x, (int, float, complex, str, type(None))):
-        return type(x), repr(x)
-    return x if isinstance(x, Hashable) else id(x)
 
 
 # -- what stands there instead ------------------------------------------------------------------------

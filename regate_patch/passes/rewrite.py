@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -30,7 +30,7 @@ from regate_patch.analysis.refusals import check
 from regate_patch.analysis.tail import find_tail
 from regate_patch.analysis.tokens import Tokens, find_tokens
 from regate_patch.errors import UnknownPassError
-from regate_patch.passes.causal import repeat_shared_heads, use_causal_kernels
+from regate_patch.passes.causal import Proven, repeat_shared_heads, use_causal_kernels
 from regate_patch.passes.checkpointing import inline, outline
 from regate_patch.passes.end_to_end import EndToEnd, NotEndToEndError, Within, can_be_laid
 from regate_patch.passes.insert import insert
@@ -47,7 +47,7 @@ class State:
 
     Attributes:
         gm: the graph.
-        whole, padding_elided, any_length, samples, visible: as `rewrite` was asked.
+        whole, padding_elided, any_length, samples, visible, masks: as `rewrite` was asked.
         found: does the graph hold attention? If not, no pass has more to do.
         stream: see `Rewrite`.
         tokens: what axes are tokens.
@@ -68,6 +68,7 @@ class State:
     any_length: bool
     samples: bool
     visible: bool
+    masks: Mapping[int, Proven]
     found: bool = True
     stream: int | None = None
     tokens: Tokens = None  # type: ignore[assignment]  # from the pass that finds it on
@@ -108,7 +109,12 @@ def _check(state: State) -> None:
 def _causal(state: State) -> None:
     if state.padding_elided:
         state.causal, state.longest, state.apart = use_causal_kernels(
-            state.gm, state.span, state.tokens, any_length=state.any_length, samples=state.samples
+            state.gm,
+            state.span,
+            state.tokens,
+            any_length=state.any_length,
+            samples=state.samples,
+            masks=state.masks,
         )
 
 
@@ -276,6 +282,7 @@ def rewrite(
     any_length: bool = True,
     samples: bool = False,
     visible: bool = False,
+    masks: Mapping[int, Proven] | None = None,
     disable: Collection[str] = (),
     observe: Observer | None = None,
 ) -> Rewrite | None:
@@ -288,6 +295,7 @@ def rewrite(
         any_length: the rewritten graph must serve sequences of any length, else those up to its `longest`.
         samples: whoever runs it knows how many active positions each sample has, where rows hold several.
         visible: active positions see those that are not computed, as `Active.visible` says when it runs.
+        masks: of the graph's inputs, by their places, those that another graph made and what they say.
         disable: names of passes to leave out.
         observe: called with "captured" and then each pass's name, and the graph after it (for tests and debugging).
 
@@ -296,9 +304,11 @@ def rewrite(
     """
     samples = samples and not visible and "end_to_end" not in disable
     try:
-        return _walk(State(_copy(gm), whole, padding_elided, any_length, samples, visible), disable, observe)
+        return _walk(
+            State(_copy(gm), whole, padding_elided, any_length, samples, visible, masks or {}), disable, observe
+        )
     except NotEndToEndError:
-        state = State(_copy(gm), whole, padding_elided, any_length, samples=False, visible=visible)
+        state = State(_copy(gm), whole, padding_elided, any_length, samples=False, visible=visible, masks=masks or {})
         return _walk(state, {*disable, "end_to_end"}, observe)
 
 

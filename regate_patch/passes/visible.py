@@ -8,7 +8,7 @@ Terms
 
 Pseudo-code
     for every attention, its key and value at rest: the nodes that make them once more, with the span's entry in the
-        place of the stream
+        place of the stream; what is the same in several layers once for all
     key = scatter(key at rest, key); value = scatter(value at rest, value)        all S positions, in their order
     mask = its rows of active queries; hidden is padding, and what comes later where the kernel knew that
 """
@@ -16,6 +16,7 @@ Pseudo-code
 from __future__ import annotations
 
 import operator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -25,7 +26,7 @@ from torch import fx
 
 from regate_patch import attention_visible, ops
 from regate_patch.analysis.blocks import ADDITIONS, SAME_VALUE, Block, Span
-from regate_patch.analysis.graph import argument, is_call, shape, value, where
+from regate_patch.analysis.graph import argument, frozen, is_call, shape, value, where
 from regate_patch.analysis.mixers import SDPA, attends_to_tokens, is_attention, sdpa_arguments
 from regate_patch.analysis.refusals import chooses_positions
 from regate_patch.analysis.tokens import Tokens
@@ -62,14 +63,21 @@ def find_at_rest(graph: fx.Graph, span: Span, tokens: Tokens) -> AtRest:
     found, inside = AtRest(), set(span.nodes)
     stream = {n for b in span.blocks for n in (b.entry, b.exit) if shape(n) == shape(span.entry)} | {span.entry}
     made: dict[fx.Node, fx.Node] = dict.fromkeys(stream, span.entry)
+    known: dict[Hashable, fx.Node] = {}  # layers' norms begin alike, and now with the same
     for core in cores:
         ends = (argument(core, 1, "key"), argument(core, 2, "value"))
         behind = _behind(ends, inside, stream, span)
         for node in span.nodes:
             if node in behind and node not in made:
+                key = frozen((node.op, node.target, node.args, node.kwargs), made)
+                if (same := known.get(key)) is not None:
+                    made[node] = same
+                    continue
                 with graph.inserting_after(node):
                     made[node] = graph.node_copy(node, lambda n: made.get(n, n))
                 found.nodes.append(made[node])
+                if "checkpoint" not in node.meta and "dropout" not in str(node.target):
+                    known[key] = made[node]
         found.keys[core] = (made[ends[0]], made[ends[1]])
         if not behind & (stream - {span.entry}):  # in the first layer all positions are at rest
             for own in ends:

@@ -65,8 +65,9 @@ CELLS = [
 ]
 CELLS += [Cell("fsdp2", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")]
 CELLS.append(Cell("fsdp2", "lora", False, batches="unlabelled first"))
-AT_ONCE = Cell("fsdp2", "full", False, batches="full rows")
-CELLS += [Cell("ddp", "full", False, batches="full rows"), AT_ONCE]
+CELLS += [Cell(wrap, "full", False, batches="full rows") for wrap in ("ddp", "fsdp2")]
+AT_ONCE = Cell("ddp", "full", False, batches="full rows, filled up")
+CELLS.append(AT_ONCE)
 CELLS += [Cell("ddp", "full", False, batches="visible"), Cell("fsdp2", "lora", True, batches="visible")]
 TEXT = ("text alone", "text alone in turns")  # rank 1 never has an image; each rank has none once
 CELLS += [Cell("fsdp2", "full", False, batches=TEXT[0])]
@@ -102,6 +103,8 @@ def build(cell: Cell, whole: Path | None = None) -> nn.Module:
     torch.manual_seed(0)
     model: Any = CORE["llava"].build() if whole is None else in_parts(whole)
     model = model if cell.wrap == "zero3" else model.double()  # which ZeRO-3 does not take
+    if cell == AT_ONCE:
+        model.set_attn_implementation("eager")
     if cell.weights == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -210,7 +213,7 @@ def train(cell: Cell, rank: int | None, folder: Path | None = None) -> dict[str,
     parts = cell.weights == "never whole"
     model = build(cell, folder if parts and rank is not None else None)
     config = CONFIG if cell.batches == "alike" else replace(CONFIG, logits="kept")
-    if cell.batches == "full rows":  # one in each batch after the first step
+    if cell.batches.startswith("full rows"):  # one in each batch after the first step
         config = replace(config, cycle=2, full_steps=1, schedule="interleaved")
     if cell.batches == "visible":
         config = replace(config, elided="visible", visual_keep=0.5)

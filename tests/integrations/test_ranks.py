@@ -68,9 +68,10 @@ def test_difficulties_reach_the_other_rank(cell: Cell, ranks: list[dict[str, Any
     assert ranks[0][str(cell)]["sent"] > 0
 
 
-def test_turns_of_the_other_ranks_samples_are_known(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_turns_of_the_other_ranks_samples_are_known(wrap: str, ranks: list[dict[str, Any]]) -> None:
     """In two steps after warm-up each batch had two full turns for its two samples: nothing is owed that was not."""
-    cell = next(cell for cell in CELLS if (cell.wrap, cell.batches) == ("ddp", "full rows"))
+    cell = next(cell for cell in CELLS if (cell.wrap, cell.batches) == (wrap, "full rows"))
     first, second = (rank[str(cell)]["owed"] for rank in ranks)
     assert len(first) == 4
     assert first == second == train(cell, None)["owed"]
@@ -79,7 +80,7 @@ def test_turns_of_the_other_ranks_samples_are_known(ranks: list[dict[str, Any]])
 
 
 def test_turns_at_once_are_in_the_same_forwards(ranks: list[dict[str, Any]]) -> None:
-    """A graph per layer is given masks from outside, so rows are filled up: on all ranks all rows are full, or some."""
+    """Attention is written out, so rows are filled up: on all ranks all rows are full, or none."""
     first, second = (rank[str(AT_ONCE)] for rank in ranks)
     assert first["owed"] == second["owed"]
     assert len(first["owed"]) == 4

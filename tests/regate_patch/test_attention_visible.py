@@ -26,8 +26,9 @@ def _written_out(query: Tensor, key: Tensor, value: Tensor, active: Tensor, visi
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("filled", [False, True])
-def test_against_the_formula(filled: bool, groups: int, scale: float | None) -> None:
-    """Rows that compute all, some and nothing, with padding on either side."""
+def test_against_the_formula(filled: bool, groups: int, scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that compute all, some and nothing, with padding on either side, and in more parts than one."""
+    monkeypatch.setattr(attention_visible, "_AT_ONCE", 3)
     torch.manual_seed(0)
     visible = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     visible[1, :3], visible[2, 10:] = False, False

@@ -10,12 +10,14 @@ from torch import nn
 
 import regate_patch
 from model_adapters import conventional
+from model_adapters.checkpointing import followable_checkpoints
 from regate_patch import Active, attention_visible, reference
 from regate_patch.passes import causal
 from tests import oracle
 from tests.plain import Decoder, Style
 from tests.zoo import CORE
 from tests.zoo.common import Padding
+from tests.zoo.releases import not_with
 
 
 def _model(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
@@ -51,6 +53,8 @@ def test_with_checkpointing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("padding_elided", [False, True], ids=["filled", "laid"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_with_inductor(name: str, padding_elided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not padding_elided:
+        not_with("torch 2.11.0", "inductor writes C++ that does not compile")
     model, batch = _model(name, monkeypatch), oracle.double(CORE[name].batch("left", seed=1))
     active, visible = oracle.random_active(batch, seed=1), batch["attention_mask"].bool()
     expected = oracle.masked(model, batch, active, visible=visible)
@@ -61,6 +65,7 @@ def test_with_inductor(name: str, padding_elided: bool, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_on_a_gpu_shared_heads_are_repeated_under_masks(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else attention would run on no fused kernel there, and hold all scores."""
+    not_with("transformers 5.17.0", "its attention repeats them by itself")
     model, batch = _model("qwen3_vl", monkeypatch), oracle.double(CORE["qwen3_vl"].batch("none"))
     active, visible = oracle.random_active(batch), batch["attention_mask"].bool()
     del batch["attention_mask"]  # without it the decoder leaves sharing to the kernel
@@ -117,14 +122,16 @@ def test_decoders_of_other_designs(style: Style) -> None:
         torch.testing.assert_close(decoder(x)[active], expected[active], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("padding_elided", [False, True], ids=["filled", "laid"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_graph_per_layer(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_per_layer(checkpointing: bool, padding_elided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where parameters are sharded: visual features, which are added between graphs, move no position at rest."""
     model, batch = _model("qwen3_vl", monkeypatch), oracle.double(CORE["qwen3_vl"].batch("left"))
     active, visible = oracle.random_active(batch), batch["attention_mask"].bool()
     expected = oracle.masked(model, batch, active, visible=visible)
-    for layer in oracle.layers_of(conventional.decoder(model)):
-        layer.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
+    oracle.cut_between_layers(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    oracle.assert_same(oracle.engine(model, batch, active, visible=visible, allow_graph_breaks=True), expected)
+    options = {"allow_graph_breaks": True, "padding_elided": padding_elided}
+    with followable_checkpoints(conventional.decoder(model)):
+        oracle.assert_same(oracle.engine(model, batch, active, visible=visible, **options), expected)

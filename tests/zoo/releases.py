@@ -52,8 +52,18 @@ def broken(name: str) -> bool:
 
 
 def _here(name: str, known: dict[tuple[str, str], str]) -> str | None:
-    releases = (f"{package.__name__} {Version(package.__version__).base_version}" for package in (transformers, torch))
-    return next((f"{release}: {known[name, release]}" for release in releases if (name, release) in known), None)
+    return next((f"{release}: {known[name, release]}" for release in installed() if (name, release) in known), None)
+
+
+def installed() -> list[str]:
+    """As they are written above."""
+    return [f"{package.__name__} {Version(package.__version__).base_version}" for package in (transformers, torch)]
+
+
+def not_with(release: str, why: str) -> None:
+    """Skip the test at hand with this release."""
+    if release in installed():
+        pytest.skip(f"{release}: {why}")
 
 
 def needs(name: str) -> None:

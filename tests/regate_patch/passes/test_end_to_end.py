@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import regate_patch
 from model_adapters import conventional
+from model_adapters.checkpointing import followable_checkpoints
 from regate_patch import Active
 from regate_patch.attention import attend
 from tests import oracle
 from tests.regate_patch.passes.test_causal import SMALL
 from tests.zoo import CORE
+from tests.zoo.releases import not_with
 
 
 @pytest.mark.parametrize("heads", [4, 2, 1])
@@ -95,9 +97,35 @@ def test_inductor() -> None:
     assert (len(handle.statistics.graphs), handle.statistics.recompiles) == (1, 0)
 
 
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_a_graph_per_layer(name: str, checkpointing: bool, backend: str) -> None:
+    """As where parameters are sharded: the graph that makes the mask tells those of the layers what it says."""
+    if backend == "inductor":
+        not_with("torch 2.11.0", "inductor writes C++ that does not compile")
+    torch._dynamo.reset()
+    model, batch = CORE[name].build().double(), oracle.double(CORE[name].batch("right"))
+    active = oracle.random_active(batch)
+    expected = oracle.masked(model, batch, active)
+    oracle.cut_between_layers(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    graphs: list[str] = []
+    with followable_checkpoints(conventional.decoder(model)):
+        got = oracle.engine(
+            model, batch, active, allow_graph_breaks=True, padding_elided=True, backend=backend,
+            observe=lambda name, gm: graphs.append(str(gm.graph)) if name == "insert" else None,
+        )  # fmt: skip
+    oracle.assert_same(got, expected, tolerance=1e-10 if name == "llava" and backend == "eager" else 1e-6)
+    assert all("attn_mask" not in graph and "regate_patch.attention.attend" in graph for graph in graphs)
+    assert graphs
+
+
 @pytest.mark.parametrize("config", [LlamaConfig, MistralConfig])
 @pytest.mark.parametrize("leap", [False, True])
-def test_samples_of_a_row_are_apart(config: Any, leap: bool) -> None:
+@pytest.mark.parametrize("apart", [False, True], ids=["whole", "a graph per layer"])
+def test_samples_of_a_row_are_apart(config: Any, leap: bool, apart: bool) -> None:
     """A packed row equals rows of their own, whether position ids begin again or leap."""
     torch._dynamo.reset()
     model = AutoModelForCausalLM.from_config(config(**SMALL)).double()
@@ -109,10 +137,14 @@ def test_samples_of_a_row_are_apart(config: Any, leap: bool) -> None:
     counts = tuple(owner[mask].unique_consecutive(return_counts=True)[1].tolist())
     chosen = replace(Active.from_mask(mask), samples=counts)
     decoder = conventional.decoder(model)
-    handle = regate_patch.patch(decoder, backend="eager", padding_elided=True)
+    handle = regate_patch.patch(decoder, backend="eager", padding_elided=True, allow_graph_breaks=apart)
+    if apart:
+        oracle.cut_between_layers(model)
     with regate_patch.active(chosen):
         got = decoder(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state
-    assert [(graph.causal, graph.apart) for graph in handle.statistics.graphs] == [(2, True)]
+    assert (
+        [(graph.causal, graph.apart) for graph in handle.statistics.last] == [(1, True)] * 2 if apart else [(2, True)]
+    )
     handle.remove()
     for i in range(6):
         own = (owner == i) & mask
