@@ -58,7 +58,7 @@ def main() -> None:
             parser.error(f"{store.path} has records; give --path an empty directory")
 
         start = time.perf_counter()
-        chunk = 10_000
+        chunk = 1_000
         for first in tqdm(range(0, args.samples, chunk), desc="fill", unit="transaction", disable=None):
             samples = range(first, min(first + chunk, args.samples))
             losses = rng.exponential(1.0, (len(samples), args.labels)).astype(np.float32)

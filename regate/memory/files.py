@@ -22,6 +22,7 @@ FORMAT = b"regate-store-1"
 KEY_BYTES = 16
 SMALL = 2**28  # bytes of a file that may stay mapped as it is
 LOOKS = 2**11  # records of a larger one that are looked at before it is mapped anew; each brings its neighbours along
+PATIENCE = 8  # times as many may be, where nothing is written
 _DAMAGED = (
     lmdb.CorruptedError,
     lmdb.IncompatibleError,
@@ -39,7 +40,7 @@ class Files:
 
     What is looked at of a mapped file counts as the process's memory, as `top` tells it, until the kernel wants it
     back: in the end the whole file. So a large one is mapped anew now and then, by which nothing is lost, nor read
-    again from the disk.
+    again from the disk. It takes milliseconds, so it is done before a write, for which nobody waits, if there is one.
     """
 
     @staticmethod
@@ -103,7 +104,7 @@ class Files:
         `records` is how many it is about to look at.
         """
         with self._lock:
-            self._let_go()
+            self._let_go(LOOKS if write else PATIENCE * LOOKS)
             self._running += 1
             self._seen += records
         try:
@@ -113,8 +114,8 @@ class Files:
             with self._lock:
                 self._running -= 1
 
-    def _let_go(self) -> None:
-        if self._seen < LOOKS or self._running:  # a transaction's values lie in what is mapped
+    def _let_go(self, looks: int) -> None:
+        if self._seen < looks or self._running:  # a transaction's values lie in what is mapped
             return
         self._seen, info = 0, self.env.info()
         if info["last_pgno"] * self.env.stat()["psize"] > SMALL:
