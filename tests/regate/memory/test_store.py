@@ -293,7 +293,7 @@ def _write_range(store: Store, start: int) -> None:
 def test_a_large_file_does_not_become_the_process_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """However much of it is looked at; and what an iteration still looks at stays where it is."""
     monkeypatch.setattr(files, "SMALL", 2**20)
-    monkeypatch.setattr(files, "LOOKS", 64)
+    monkeypatch.setattr(files, "LOOKS", 8)
 
     def resident() -> int:
         """Bytes of mapped files."""
@@ -315,6 +315,19 @@ def test_a_large_file_does_not_become_the_process_s_memory(monkeypatch: pytest.M
             if number % 1_000 == 0:
                 store.get("difficulty", keys[:64])
             assert found[0] == 1
+
+
+def test_a_large_file_is_let_go_before_a_write_if_there_is_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads, waits."""
+    monkeypatch.setattr(files, "LOOKS", 8)
+    fill(store, 8)
+    found = files.Files.at(store.path, store.max_bytes)
+    found._seen = 0
+    for seen in (8, 16, 24):
+        store.get("difficulty", [key(n) for n in range(8)])
+        assert found._seen == seen
+    store.put("difficulty", {key(0): losses(0)})
+    assert found._seen == 1
 
 
 def test_processes_write_one_path_at_once(store: Store) -> None:
