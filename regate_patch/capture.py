@@ -48,7 +48,8 @@ _DYNAMO: dict[str, Any] = {
     "capture_scalar_outputs": True,
     "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
     "fail_on_recompile_limit_hit": True,  # never fall back to eager, where nothing would be elided
-    "recompile_limit": 64,
+    "recompile_limit": 1024,  # of a class's forward, whose code all its objects share: two a gate, also of gone ones
+    "accumulated_recompile_limit": 1024,
     "optimize_ddp": False,  # cuts graphs at gradient buckets: blocks would no longer be whole
 }
 
