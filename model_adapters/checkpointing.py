@@ -33,6 +33,8 @@ def followable_checkpoints(decoder: nn.Module) -> Iterator[None]:
 def _hooked(part: nn.Module) -> bool:
     if not isinstance(part, GradientCheckpointingLayer) or "forward" in vars(part):
         return False
+    if type(part).__call__ is nn.Module.__call__:  # within another of these scopes
+        return False
     return part.gradient_checkpointing and bool(part._forward_pre_hooks or part._forward_hooks)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, library
 from regate_patch.attention import dtype_of
 
 _aten = torch.ops.aten
-_AT_ONCE = 256  # queries
+_QUERIES = 256  # that are taken at once
 
 
 def by_rows(query: Tensor) -> bool:
@@ -91,7 +91,7 @@ def _parts(counts: Tensor, places: Tensor, visible: Tensor, dtype: torch.dtype) 
         if int(places[end - 1]) + 1 == n and bool(visible[row, :n].all()):
             yield (every, every, slice(begin, end)), (slice(row, row + 1), every, slice(n)), None
             continue
-        for own in places[begin:end].split(_AT_ONCE):
+        for own in places[begin:end].split(_QUERIES):
             at, begin, seen = slice(begin, begin + len(own)), begin + len(own), int(own[-1]) + 1
             hidden = (torch.arange(seen) > own[:, None]) | ~visible[row, :seen]
             mask = hidden.to(dtype).masked_fill_(hidden, -torch.inf)[None, None]

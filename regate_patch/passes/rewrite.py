@@ -303,13 +303,14 @@ def rewrite(
         UnsupportedGraphError: see `regate_patch.analysis.blocks`, `refusals` and `regate_patch.passes.insert`.
     """
     samples = samples and not visible and "end_to_end" not in disable
+
+    def begun(samples: bool) -> State:
+        return State(_copy(gm), whole, padding_elided, any_length, samples, visible, masks or {})
+
     try:
-        return _walk(
-            State(_copy(gm), whole, padding_elided, any_length, samples, visible, masks or {}), disable, observe
-        )
+        return _walk(begun(samples), disable, observe)
     except NotEndToEndError:
-        state = State(_copy(gm), whole, padding_elided, any_length, samples=False, visible=visible, masks=masks or {})
-        return _walk(state, {*disable, "end_to_end"}, observe)
+        return _walk(begun(samples=False), {*disable, "end_to_end"}, observe)
 
 
 def _walk(state: State, disable: Collection[str], observe: Observer | None) -> Rewrite | None:

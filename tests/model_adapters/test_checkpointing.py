@@ -83,3 +83,10 @@ def test_layers_without_hooks_stay(decoder: nn.Module) -> None:
     with followable_checkpoints(decoder):
         assert "__call__" in vars(_Layer)
         assert _Layer.forward is _forward
+
+
+def test_one_within_another(decoder: nn.Module) -> None:
+    """A checkpoint within a checkpoint would run the forward a third time."""
+    with followable_checkpoints(decoder):
+        assert _step(decoder, followed=True) == (1, 2)
+    assert _Layer.forward is _forward

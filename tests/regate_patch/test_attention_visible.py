@@ -28,7 +28,7 @@ def _written_out(query: Tensor, key: Tensor, value: Tensor, active: Tensor, visi
 @pytest.mark.parametrize("filled", [False, True])
 def test_against_the_formula(filled: bool, groups: int, scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that compute all, some and nothing, with padding on either side, and in more parts than one."""
-    monkeypatch.setattr(attention_visible, "_AT_ONCE", 3)
+    monkeypatch.setattr(attention_visible, "_QUERIES", 3)
     torch.manual_seed(0)
     visible = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     visible[1, :3], visible[2, 10:] = False, False

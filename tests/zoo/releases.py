@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from torch._inductor.exc import InductorError
 
 # The release a type came with; the others are in the oldest that is tested.
 SINCE = {
@@ -60,10 +61,12 @@ def installed() -> list[str]:
     return [f"{package.__name__} {Version(package.__version__).base_version}" for package in (transformers, torch)]
 
 
-def not_with(release: str, why: str) -> None:
-    """Skip the test at hand with this release."""
-    if release in installed():
-        pytest.skip(f"{release}: {why}")
+def fails_with(release: str, why: str, error: type[BaseException]) -> pytest.MarkDecorator:
+    """A mark for what must fail in this way with this release, and pass with any other."""
+    return pytest.mark.xfail(release in installed(), reason=f"{release}: {why}", raises=error, strict=True)
+
+
+INDUCTOR_ON_CPU = fails_with("torch 2.11.0", "inductor writes C++ that does not compile", InductorError)
 
 
 def needs(name: str) -> None:

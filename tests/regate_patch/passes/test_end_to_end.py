@@ -19,7 +19,7 @@ from regate_patch.attention import attend
 from tests import oracle
 from tests.regate_patch.passes.test_causal import SMALL
 from tests.zoo import CORE
-from tests.zoo.releases import not_with
+from tests.zoo.releases import INDUCTOR_ON_CPU
 
 
 @pytest.mark.parametrize("heads", [4, 2, 1])
@@ -97,13 +97,11 @@ def test_inductor() -> None:
     assert (len(handle.statistics.graphs), handle.statistics.recompiles) == (1, 0)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=INDUCTOR_ON_CPU)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 def test_a_graph_per_layer(name: str, checkpointing: bool, backend: str) -> None:
     """As where parameters are sharded: the graph that makes the mask tells those of the layers what it says."""
-    if backend == "inductor":
-        not_with("torch 2.11.0", "inductor writes C++ that does not compile")
     torch._dynamo.reset()
     model, batch = CORE[name].build().double(), oracle.double(CORE[name].batch("right"))
     active = oracle.random_active(batch)
