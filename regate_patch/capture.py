@@ -23,7 +23,7 @@ import torch.fx.experimental._config as shape_config
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from regate_patch.compiling import Backend, compiled, known
+from regate_patch.compiling import Backend, compiled, known, with_own_code
 from regate_patch.context import Active, active, current
 from regate_patch.errors import (
     ActiveIndexError,
@@ -48,8 +48,7 @@ _DYNAMO: dict[str, Any] = {
     "capture_scalar_outputs": True,
     "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
     "fail_on_recompile_limit_hit": True,  # never fall back to eager, where nothing would be elided
-    "recompile_limit": 1024,  # of a class's forward, whose code all its objects share: two a gate, also of gone ones
-    "accumulated_recompile_limit": 1024,
+    "recompile_limit": 64,
     "optimize_ddp": False,  # cuts graphs at gradient buckets: blocks would no longer be whole
 }
 
@@ -133,7 +132,10 @@ class GatedForward:
                 self.allow_graph_breaks = is_sharded(self.decoder)
             uncaptured(self.decoder)
             self.compiled = torch.compile(
-                self.forward, backend=self._compile, dynamic=True, fullgraph=not self.allow_graph_breaks
+                with_own_code(self.forward),
+                backend=self._compile,
+                dynamic=True,
+                fullgraph=not self.allow_graph_breaks,
             )
         with tracing(self.decoder), usual_linear() as self.linear:
             return self.compiled(*args, **kwargs)

@@ -73,7 +73,21 @@ def _alone(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
         return gm(*inputs)
 
-    # Dynamo keeps what it compiled with the code object, counts it, and looks through all of it at each call.
-    code = run.__code__.replace(co_name=f"run_{next(_NUMBERS)}")
-    own = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
-    return torch.compile(own, backend=backend, dynamic=True, fullgraph=True)
+    return torch.compile(with_own_code(run), backend=backend, dynamic=True, fullgraph=True)
+
+
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, or method of the same object, whose code is nobody else's.
+
+    Dynamo keeps what it compiled with the code object, counts it, and looks through all of it at each call, also when
+    the models that it was compiled for are gone: the 32nd gate on decoders of one class would hit its limit.
+    """
+    if isinstance(function, types.MethodType):
+        return types.MethodType(with_own_code(function.__func__), function.__self__)
+    if not isinstance(function, types.FunctionType):
+        return function
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{next(_NUMBERS)}")
+    own = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    own.__dict__.update(function.__dict__)
+    return own

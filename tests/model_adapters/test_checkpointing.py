@@ -86,7 +86,17 @@ def test_layers_without_hooks_stay(decoder: nn.Module) -> None:
 
 
 def test_one_within_another(decoder: nn.Module) -> None:
-    """A checkpoint within a checkpoint would run the forward a third time."""
+    """No checkpoint within a checkpoint."""
+    calls: list[None] = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(None)
+        return checkpoint(*args, use_reentrant=False)
+
+    for layer in decoder:
+        layer._gradient_checkpointing_func = counted
+        layer.register_forward_hook(lambda *_: None)
     with followable_checkpoints(decoder):
         assert _step(decoder, followed=True) == (1, 2)
+    assert len(calls) == 2
     assert _Layer.forward is _forward
