@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import regate
 from benchmarks.quality.tasks import Settings
@@ -18,14 +18,19 @@ class Arm:
         config: changes to `regate.Config.paper()`; None trains without a gate.
         reweighted: grounded words get the share `Settings.grounded_share` of the loss.
         elides: False computes every position and only masks the loss.
-        visual_at_random: visual tokens are left out at random, not by what they look like.
+        visual_by: which visual tokens stay: the library's choice, by "likeness" to others; drawn at "random"; or those
+            with the largest "gradient" of the batch's loss, from a pass of its own that is counted as no cost.
+        teacher: None is a copy of the student's language model; a "small" or "large" one has another size.
+        samples: the share of the training samples that is used, the more often each.
     """
 
     told: str
     config: dict[str, Any] | None = field(default_factory=dict)
     reweighted: bool = False
     elides: bool = True
-    visual_at_random: bool = False
+    visual_by: Literal["likeness", "random", "gradient"] = "likeness"
+    teacher: Literal["small", "large"] | None = None
+    samples: float = 1.0
 
     @property
     def taught(self) -> bool:
@@ -73,6 +78,16 @@ ARMS = {
     ),
     "masking": Arm("the recommended choice, loss masking alone", _EVEN, elides=False),
     "visible": Arm("recommended, what is left out visible", _EVEN | _VISIBLE),
+    "teacher-small": Arm("recommended, with a teacher of one layer, a quarter as wide", _EVEN, teacher="small"),
+    "teacher-large": Arm("recommended, with a teacher twice as deep and as wide", _EVEN, teacher="large"),
+    # Several epochs.
+    "few-dense": Arm("all tokens, a fifth of the samples five times as often", None, samples=0.2),
+    "few-regate": Arm("recommended, a fifth of the samples five times as often", _EVEN, samples=0.2),
+    "few-random": Arm(
+        "recommended, a fifth of the samples five times as often, as many labels at random",
+        _EVEN | {"selection": "random"},
+        samples=0.2,
+    ),
     # Full steps, and between them sparse ones.
     "cycled": Arm("recommended, but in cycles: full steps instead of full samples", _CYCLED),
     "cycled-random": Arm("in cycles, as many labels at random", _CYCLED | {"selection": "random"}),
@@ -90,6 +105,17 @@ ARMS = {
         "recommended, 25% of visual tokens of samples that are not full, what is left out visible",
         _EVEN | _QUARTER | _VISIBLE,
     ),
+    "visual25-visible-random": Arm(
+        "recommended, 25% of visual tokens of samples that are not full, drawn at random, what is left out visible",
+        _EVEN | _QUARTER | _VISIBLE,
+        visual_by="random",
+    ),
+    "visual25-visible-gradient": Arm(
+        "recommended, 25% of visual tokens of samples that are not full, those with the largest gradient in a pass of "
+        "its own, what is left out visible",
+        _EVEN | _QUARTER | _VISIBLE,
+        visual_by="gradient",
+    ),
     "visual10-visible": Arm(
         "recommended, 10% of visual tokens of samples that are not full, what is left out visible",
         _EVEN | _TENTH | _VISIBLE,
@@ -101,7 +127,7 @@ ARMS = {
         _CYCLED | _HALF | {"final_full_steps": 40},
     ),
     "cycled-visual50-random": Arm(
-        "in cycles, 50% of visual tokens on sparse steps, drawn at random", _CYCLED | _HALF, visual_at_random=True
+        "in cycles, 50% of visual tokens on sparse steps, drawn at random", _CYCLED | _HALF, visual_by="random"
     ),
     "cycled-visual50-visible": Arm(
         "in cycles, 50% of visual tokens on sparse steps, what is left out visible", _CYCLED | _HALF | _VISIBLE
@@ -120,7 +146,7 @@ ARMS = {
     "short-visual25-visible-random": Arm(
         "in short cycles, 25% of visual tokens on sparse steps, drawn at random, what is left out visible",
         _CYCLED | _SHORT | _QUARTER | _VISIBLE,
-        visual_at_random=True,
+        visual_by="random",
     ),
     "short-visual10-visible": Arm(
         "in short cycles, 10% of visual tokens on sparse steps, what is left out visible",

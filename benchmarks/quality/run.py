@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 import regate
 from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.context import losses_of_kept
-from benchmarks.quality.elision import everything_computed, visual_at_random
+from benchmarks.quality.elision import Gradients, at_random, everything_computed, visual_by
 from benchmarks.quality.evaluate import evaluate, free_running, with_blank, with_shuffled
-from benchmarks.quality.start import endless, started
+from benchmarks.quality.start import endless, started, teacher
 from benchmarks.quality.tasks import Batch, Settings, Task, arguments
 
 Record = dict[str, Any]
@@ -38,19 +38,25 @@ class Run:
         self.answer_tokens = self.positions = 0
         self.seconds = self.teacher_seconds = 0.0
         self.gate: regate.Gate | None = None
+        self._gradients = Gradients() if self.arm.visual_by == "gradient" else None
+        self.train = task.train.first(round(self.arm.samples * len(task.train)))
         if self.arm.config is not None:
-            self.gate = regate.apply(self.model, self.arm.settings(self.settings, seed), backend="eager")
+            size = self.arm.teacher
+            teaching = "auto" if size is None else teacher(task, seed, starts, size)
+            self.gate = regate.apply(
+                self.model, self.arm.settings(self.settings, seed), backend="eager", teacher=teaching
+            )
         self.choices: list[tuple[int, int, int, int]] = []  # sparse steps: step, kept, grounded, both
         self.curve: list[Record] = []
 
     def record(self) -> Record:
         """Train, evaluate, and tell."""
-        for i in range(len(self.task.train)):
-            self.task.train[i]  # encoded once, so that nobody's seconds are those of reading images
+        for i in range(len(self.train)):
+            self.train[i]  # encoded once, so that nobody's seconds are those of reading images
         torch.manual_seed(self.seed)
         if self.gate is not None and self.arm.taught:
             start = self._seconds()
-            batches = self.task.train.batches(self.settings.batch_size)
+            batches = self.train.batches(self.settings.batch_size)
             self.gate.precompute(map(arguments, batches), progress=False)
             self.teacher_seconds = self._seconds() - start
         with self._elided():
@@ -76,13 +82,13 @@ class Run:
         with contextlib.ExitStack() as scope:
             if not self.arm.elides:
                 scope.enter_context(everything_computed())
-            if self.arm.visual_at_random:
-                scope.enter_context(visual_at_random(self.seed))
+            if self.arm.visual_by != "likeness":
+                scope.enter_context(visual_by(self._gradients or at_random(self.seed)))
             yield
 
     def _train(self) -> None:
         settings, model = self.settings, self.model
-        batches = endless(self.task.train.batches(settings.batch_size, seed=self.seed + 1))
+        batches = endless(self.train.batches(settings.batch_size, seed=self.seed + 1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
         every = max(1, settings.steps // settings.evaluations)
@@ -90,6 +96,8 @@ class Run:
         bar = tqdm(range(settings.steps), desc=f"{self.task.name} {self.name} {self.seed}", mininterval=20)
         for step in bar:
             batch = next(batches)
+            if self._gradients is not None:
+                self._gradients.look(model, batch)
             start = self._seconds()
             self._loss(batch).backward()
             optimizer.step()

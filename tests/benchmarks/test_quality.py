@@ -15,12 +15,12 @@ import torch
 
 import benchmarks.quality.__main__ as quality
 import regate
-from benchmarks.quality import analysis, arms, page, results, stranger
+from benchmarks.quality import analysis, arms, occlusion, page, results, stranger
 from benchmarks.quality.context import losses_of_kept
-from benchmarks.quality.elision import everything_computed, visual_at_random
+from benchmarks.quality.elision import Gradients, at_random, everything_computed, visual_by, worthiest
 from benchmarks.quality.evaluate import with_blank, with_shuffled
 from benchmarks.quality.run import Run, calibration, reweighted
-from benchmarks.quality.start import endless, started
+from benchmarks.quality.start import endless, started, teacher
 from benchmarks.quality.tasks import Settings, Task, arguments, captions, clips, photos
 from benchmarks.quality.tasks.registry import TASKS
 from examples.demo import tiny
@@ -120,12 +120,55 @@ def test_visual_tokens_can_be_left_out_at_random(task: Task) -> None:
     batch = next(iter(task.train.batches(4)))
     active = []
     for seed in range(2):
-        with visual_at_random(seed):
+        with visual_by(at_random(seed)):
             model(**arguments(batch), use_cache=False)
         assert gate.last is not None
         assert gate.last.active.sum(1).tolist() == gate.last.computed
         active.append(gate.last.active)
     assert not torch.equal(*active)
+
+
+def test_visual_tokens_can_be_chosen_by_their_gradient(task: Task) -> None:
+    """The norms are those of an embedding that is moved by hand, and the largest stay."""
+    model, batch = _attentive(task), next(iter(task.train.batches(4)))
+    looked = Gradients().look(model, batch)
+    assert model.training
+    given: list[torch.Tensor] = []
+
+    def moved(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        given.append(kwargs["inputs_embeds"].detach().requires_grad_())
+        return args, kwargs | {"inputs_embeds": given[-1]}
+
+    hook = model.model.language_model.register_forward_pre_hook(moved, with_kwargs=True)
+    model.eval()(**arguments(batch)).loss.backward()
+    hook.remove()
+    assert given[0].grad is not None
+    torch.testing.assert_close(looked.norms, given[0].grad.norm(dim=-1))
+    visual = batch["input_ids"] == model.config.image_token_id
+    stay = worthiest(looked(visual), visual, 0.5)
+    for row, own, staying in zip(looked.norms, visual, stay, strict=True):
+        n = int(own.sum())
+        assert staying.sum() == -(-n // 2)
+        assert not (staying & ~own).any()
+        assert row[staying].min() >= row[own & ~staying].max()
+
+
+def test_what_answers_need_is_told_by_hiding_it(task: Task) -> None:
+    found = occlusion.measure(_attentive(task), task.validation)
+    assert set(found) == {"all", *(f"{rule} {keep:g}" for rule in occlusion.RULES for keep in occlusion.KEEPS)}
+    for keep in occlusion.KEEPS:
+        best = found[f"gradient {keep:g}"]["gradient"]
+        assert keep < best < 1
+        assert best == max(found[f"{rule} {keep:g}"]["gradient"] for rule in occlusion.RULES)
+
+
+def test_teachers_of_other_sizes(task: Task, tmp_path: Path) -> None:
+    own = sum(p.numel() for p in task.build(0).model.language_model.parameters())
+    small, large = (teacher(task, 0, tmp_path, size) for size in ("small", "large"))
+    sizes = [sum(p.numel() for p in some.model.parameters()) for some in (small, large)]
+    assert sizes[0] < own < sizes[1]
+    again = teacher(task, 0, tmp_path, "small")
+    torch.testing.assert_close(again.state_dict(), small.state_dict(), rtol=0, atol=0)
 
 
 def test_runs_are_added_to_those_before(tmp_path: Path) -> None:
@@ -339,5 +382,6 @@ def test_every_arm_gives_a_record(name: str, task: Task, tmp_path: Path, monkeyp
 
 def test_arms_without_a_score_have_no_teacher() -> None:
     assert [name for name, arm in arms.ARMS.items() if not arm.taught] == [
-        "dense", "exact", "reweighted", "random", "student", "cycled-random", "paper-random", "paper-student",
+        "dense", "exact", "reweighted", "random", "student", "few-dense", "few-random", "cycled-random", "paper-random",
+        "paper-student",
     ]  # fmt: skip
