@@ -60,6 +60,9 @@ class Config:
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
             have embeddings most like another's (see `regate.scoring.visual`). Hiding them costs quality; with
             elided="visible" it cost little (docs/evidence.md).
+        guard: how many nats the mean loss of the labels that sparse steps leave out may rise above the lowest it was;
+            beyond, steps are full until it is down again, and the report says so (`regate.scoring.guard`). None does
+            not look. Samples that keep every label are what it is read off, so `full_steps` must not be 0.
         logits: where training forwards compute them: at positions that predict "kept" labels, a chunk at a time, or,
             which takes more time and memory, at "all". With "kept" the loss and its gradients are the same up to
             rounding, and reading `outputs.logits` is an error that names this setting; with "all" full steps run the
@@ -88,6 +91,7 @@ class Config:
     seed: int = 0
     elided: Elided = "hidden"
     visual_keep: float = 1.0
+    guard: float | None = None
     logits: Logits = "kept"
     disable: tuple[str, ...] = ()
 
@@ -119,6 +123,10 @@ class Config:
         self._require("alignment", self.alignment in get_args(Alignment), f"one of {get_args(Alignment)}")
         self._require("elided", self.elided in get_args(Elided), f"one of {get_args(Elided)}")
         self._require("visual_keep", 0 < self.visual_keep <= 1, "in (0, 1]")
+        if self.guard is not None:
+            self._require_all(("guard",), Real, "a number")
+            self._require("guard", 0 < self.guard < math.inf, "more than 0 and finite")
+            self._require("guard", self.full_steps > 0, "None where full_steps is 0, for nothing would tell")
         self._require("logits", self.logits in get_args(Logits), f"one of {get_args(Logits)}")
 
     def _require_all(self, fields: Iterable[str], kind: type, allowed: str) -> None:
@@ -137,6 +145,7 @@ class Config:
             "cycle": 128, "full_steps": 16, "schedule": "cycled", "keep": 0.5, "budget": "sample", "warmup": 100,
             "final_full_steps": 0, "ema_decay": 0.9, "student_weight": 1.0, "reference_weight": 0.5, "score": None,
             "selection": "score", "explore": 0.0, "alignment": "predictor", "elided": "hidden", "visual_keep": 1.0,
+            "guard": None,
         }  # fmt: skip
         return cls(**(settings | changes))
 

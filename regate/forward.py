@@ -119,7 +119,7 @@ class Forward:
         start, taught = time.perf_counter(), parts.counters.teacher_seconds
         layout, samples = parts.read(batch)
         parts.pace.wait()  # some embed their batch to read it
-        labelled, full = bool(samples.candidates.any()), parts.config.is_full(step)
+        labelled, full = bool(samples.candidates.any()), parts.is_full(step)
         parts.turns.forward(step)
         whole = None if full else parts.turns_of(layout, samples)
         parts.scorer.prepare(samples, full=full, whole=whole)
@@ -378,7 +378,8 @@ class Forward:
             output, self._places, known=known, hidden_states=hidden_states(self._decoded), head=self._head
         )
         parts.scorer.write()
-        parts.scorer.observe(self._samples, self._kept, losses)
+        whole = torch.full((len(self._kept),), decision.full) if self._whole is None else self._whole
+        parts.scorer.observe(self._samples, self._kept, losses, whole=whole)
         if self._whole is not None:
             self._end_turns(self._whole)
         output = self._handed_out(output)

@@ -22,6 +22,7 @@ from regate.errors import ConfigError, NotGatedError, UnknownArchitectureError
 from regate.forward import Forward
 from regate.insight.report import Report
 from regate.memory import checkpoint
+from regate.memory.keys import NO_IDS
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store
 from regate.pace.pace import Pace
@@ -29,7 +30,6 @@ from regate.parts import Parts
 from regate.proof.reads import changes_call
 from regate.scoring.ahead import teach_all
 from regate.scoring.decision import Decision
-from regate.scoring.keys import NO_IDS
 from regate.scoring.scorer import Samples, Scorer
 from regate.scoring.turns import Turns
 from regate.state import RunState
@@ -50,6 +50,10 @@ NO_COPY = (
 OF_ANOTHER_RUN = (
     "the store at {path} holds difficulties of {n} samples, learnt in another run, and this run goes by them until it "
     "has its own. gate.load continues a run; gate.store.clear('difficulty') forgets what others learnt"
+)
+GOT_WORSE = (
+    "the labels that sparse steps leave out got worse: their mean loss rose by more than {rise} above the lowest that "
+    "it had been (Config.guard), first noticed at step {step}. Steps are full until it is down again"
 )
 CHANGED_SINCE = (
     "the language model's weights were changed after the gate was applied and before training: its teacher is a copy "
@@ -265,12 +269,16 @@ class Gate:
         return None if self._forward is None else self._forward.decoded(args, kwargs, output)
 
     def _on_step(self) -> None:
-        self.watch.step(full=self.config.is_full(self.step))
+        self.watch.step(full=self._parts.is_full(self.step))
+        guard = self.scorer.guard
+        self.counters.steps_guarded += guard.open and not self.config.is_full(self.step)
+        if guard.step():
+            self.note(GOT_WORSE.format(rise=self.config.guard, step=self.step))
         self.exchange.tick()
 
     def _on_missed(self, cause: str, never: bool) -> None:
         """An optimizer step was made of forwards that were not gated; `never`: none was so far."""
-        full = self.config.is_full(self.step)
+        full = self._parts.is_full(self.step)
         if full and not never:
             return
         self.counters.steps_missed += not full

@@ -16,12 +16,12 @@ from model_adapters.conventional import signature, text_config, way_to
 from model_adapters.flash import called_by
 from regate.config import Config
 from regate.errors import HiddenStatesError, UnknownArchitectureError
+from regate.memory import keys
 from regate.memory.checkpoint import ranks
 from regate.memory.sharing import any_rank
 from regate.output.logits import LazyHead
 from regate.pace.pace import Pace
 from regate.proof.prove import Proven
-from regate.scoring import keys
 from regate.scoring.scorer import Samples, Scorer
 from regate.scoring.turns import Turns
 from regate.training import batches
@@ -121,6 +121,10 @@ class Parts:
         if self.proven is None or self._in_step is None:
             self._in_step = is_sharded(self.target) or (self.adapter.in_step and ranks() > 1)
         return self._in_step
+
+    def is_full(self, step: int) -> bool:
+        """Does optimizer step `step` keep every label, by the schedule, or since the guard is open?"""
+        return self.config.is_full(step) or self.scorer.guard.open
 
     def ready_to_prove(self, ready: bool) -> bool:
         """Is the proof due in this forward? In step it runs on all ranks at once: when all have labels."""

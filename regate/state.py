@@ -42,6 +42,7 @@ class RunState:
             "step": self._steps.made,
             "counters": asdict(scorer.counters),
             "prior": scorer.prior.state_dict(),
+            "guard": scorer.guard.state_dict(),
             "references": 0 if scorer.lazily else store.count("reference"),
             "teacher": dict(scorer.taught_by) if scorer.lazily else {},
             "difficulty": checkpoint.pack(store.items("difficulty")),
@@ -64,6 +65,8 @@ class RunState:
         self._steps.restart(state["step"])
         scorer.counters.load(state["counters"])
         scorer.prior.load_state_dict(state["prior"])
+        if "guard" in state:
+            scorer.guard.load_state_dict(state["guard"])
         store.clear("difficulty")
         store.put("difficulty", dict(checkpoint.unpack(state["difficulty"])))
         self._turns.ahead = state.get("ahead", 0)

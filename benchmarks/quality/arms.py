@@ -45,6 +45,7 @@ class Arm:
         return regate.Config.paper(**(common | (self.config or {})))
 
 
+_GUARD = {"guard": 0.1}
 _EVEN = {"alignment": "both", "schedule": "interleaved"}  # as recommended
 _CYCLED = {"alignment": "both"}  # the same in cycles
 _HALF, _QUARTER, _TENTH = ({"visual_keep": share} for share in (0.5, 0.25, 0.1))
@@ -76,6 +77,7 @@ ARMS = {
         "recommended, keep 0.25, the most worth keeping of the whole batch",
         _EVEN | {"budget": "batch", "keep": 0.25},
     ),
+    "guarded": Arm("recommended, with a guard at 0.1", _EVEN | _GUARD),
     "masking": Arm("the recommended choice, loss masking alone", _EVEN, elides=False),
     "visible": Arm("recommended, what is left out visible", _EVEN | _VISIBLE),
     "teacher-small": Arm("recommended, with a teacher of one layer, a quarter as wide", _EVEN, teacher="small"),
@@ -92,6 +94,8 @@ ARMS = {
     "cycled": Arm("recommended, but in cycles: full steps instead of full samples", _CYCLED),
     "cycled-random": Arm("in cycles, as many labels at random", _CYCLED | {"selection": "random"}),
     "cycled-keep25": Arm("in cycles, keep 0.25", _CYCLED | {"keep": 0.25}),
+    "cycled-keep25-guarded": Arm("in cycles, keep 0.25, with a guard at 0.1", _CYCLED | {"keep": 0.25} | _GUARD),
+    "cycled-guarded": Arm("in cycles, with a guard at 0.1", _CYCLED | _GUARD),
     "cycled-keep75": Arm("in cycles, keep 0.75", _CYCLED | {"keep": 0.75}),
     "cycled-lastfull": Arm("in cycles, the last 40 steps full", _CYCLED | {"final_full_steps": 40}),
     "cycled-visible": Arm("in cycles, what is left out visible", _CYCLED | _VISIBLE),

@@ -45,6 +45,8 @@ class Report(Mapping[str, Number]):
                 f"turns      {n['samples_whole']:,} of {of_sparse:,} samples of sparse steps kept every label"
                 f"{_share(n['samples_whole'], of_sparse)}"
             )
+        if n["steps_guarded"]:
+            lines.append(f"guard      {n['steps_guarded']:,} of the full steps, since what is left out had got worse")
         if n["forwards_joined"]:
             lines.append(
                 f"ranks      {n['forwards_joined']:,} forwards ran encoders for nothing, because other ranks had images"

@@ -23,6 +23,7 @@ from regate.memory.recurrence import Recurrence
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store
 from regate.scoring import difficulty
+from regate.scoring.guard import Guard
 from regate.scoring.selection import keep_highest
 from regate.teaching.teacher import Teacher
 from regate.training.counters import Counters
@@ -57,11 +58,13 @@ class Samples:
 
 @dataclass
 class _Pending:
-    """Losses of one forward at its kept labels, bool [N, L], on the device and perhaps still being computed."""
+    """Losses of one forward at its kept labels, bool [N, L], on the device and perhaps still being computed; `whole`,
+    bool [N], kept all of theirs."""
 
     samples: Samples
     kept: Tensor
     losses: Tensor
+    whole: Tensor
 
 
 class Scorer:
@@ -93,6 +96,7 @@ class Scorer:
         self.taught_by: dict[str, str] = {}  # the teacher's fingerprint
         self.prior = difficulty.VocabularyPrior(decay=config.ema_decay)
         self.recurrence = Recurrence()
+        self.guard = Guard(config)
         self._pending: list[_Pending] = []
         self._unwritten: dict[bytes, np.ndarray] = {}  # difficulties that are not in the store yet
 
@@ -157,9 +161,8 @@ class Scorer:
             ConfigError: the function's scores are no finite numbers, one for each label.
         """
         config, candidates = self.config, samples.candidates
-        m = self._difficulties(samples)
         prior = self.prior.expect(torch.where(candidates, samples.layout.labels, 0))
-        m = torch.where(m == difficulty.UNSEEN, prior, m)
+        m = _known(self._difficulties(samples), prior)
         ref = torch.zeros_like(m)
         if self.teacher is not None:
             ref = _spread(self.store.get("reference", samples.text), candidates, 0.0)
@@ -234,9 +237,12 @@ class Scorer:
         latest = [self._unwritten.get(name, row) for name, row in zip(samples.sample, rows, strict=True)]
         return _spread(latest, samples.candidates, difficulty.UNSEEN)
 
-    def observe(self, samples: Samples, kept: Tensor, losses: Tensor) -> None:
-        """The student's `losses` at labels `kept`, bool [N, L], in the order in which they stand."""
-        self._pending.append(_Pending(samples, kept, losses))
+    def observe(self, samples: Samples, kept: Tensor, losses: Tensor, *, whole: Tensor) -> None:
+        """The student's `losses` at labels `kept`, bool [N, L], in the order in which they stand.
+
+        `whole`, bool [N], are the samples that kept every label by the schedule.
+        """
+        self._pending.append(_Pending(samples, kept, losses, whole))
 
     def collect(self) -> None:
         """Learn from the losses of earlier forwards; waits until they are computed."""
@@ -244,11 +250,15 @@ class Scorer:
         for item in pending:
             candidates, losses = item.samples.candidates, item.losses.cpu()
             self.counters.nonfinite_losses += int((~torch.isfinite(losses)).sum())
-            self.prior.observe(item.samples.layout.labels[item.kept], losses)
+            labels = torch.where(candidates, item.samples.layout.labels, 0)
+            prior = self.prior.expect(labels) if self.guard.looks else None
+            self.prior.observe(labels[item.kept], losses)
             m = self._difficulties(item.samples)
             self._look_out(item.samples, m)
             loss = torch.zeros_like(m)
             loss[item.kept] = losses
+            if prior is not None:
+                self.guard.see(_known(m, prior), loss, candidates, item.whole)
             m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay)
             rows = m[candidates].split(candidates.sum(1).tolist())
             self._unwritten |= {k: r.numpy() for k, r in zip(item.samples.sample, rows, strict=True) if len(r)}
@@ -279,6 +289,11 @@ class Scorer:
     def _put(self, table: Table, records: dict[bytes, np.ndarray]) -> None:
         self.store.put(table, records)
         self.exchange.add(table, records)
+
+
+def _known(m: Tensor, prior: Tensor) -> Tensor:
+    """Difficulties, and what the prior expects where there is none."""
+    return torch.where(m == difficulty.UNSEEN, prior, m)
 
 
 def _spread(rows: Sequence[np.ndarray | None], candidates: Tensor, missing: float) -> Tensor:

@@ -18,13 +18,15 @@ Number = int | float
 
 @dataclass
 class Counters:
-    """Plain sums over the run. FLOPs are of decoder and output projection, forward and backward. `samples_sparse` and
+    """Plain sums over the run. FLOPs are of decoder and output projection, forward and backward. `steps_guarded` are
+    full ones that were sparse by the schedule (`Config.guard`). `samples_sparse` and
     `samples_whole` are of sparse steps, the latter in their full turn. In `forwards_joined` this rank ran modules for
     nothing because others ran them for their images."""
 
     steps_full: int = 0
     steps_sparse: int = 0
     steps_missed: int = 0
+    steps_guarded: int = 0
     forwards_ungated: int = 0
     forwards_joined: int = 0
     samples_sparse: int = 0

@@ -13,7 +13,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from model_adapters import Layout, find_adapter
-from regate.scoring import keys
+from regate.memory import keys
 from tests.zoo import members
 from tests.zoo.common import IMAGE, PAD, Specimen
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import regate
 from model_adapters import Layout, ModelAdapter, find_adapter
-from regate.scoring import keys
-from regate.scoring.keys import digest
+from regate.memory import keys
+from regate.memory.keys import digest
 from tests.zoo import CORE
 
 FULL = regate.Config(warmup=1000)
