@@ -108,13 +108,20 @@ def reached(records: Sequence[Record], arm: str, cost: str, *, of_final: float =
     return Reached(shares, len(some))
 
 
-def areas(records: Sequence[Record], arm: str, cost: str) -> list[float]:
-    """One per seed, up to what the cheapest arm of that seed spent in all."""
+def areas(records: Sequence[Record], arm: str, cost: str) -> dict[int, float]:
+    """By seed, up to what the cheapest arm of that seed spent in all."""
     budgets: dict[int, float] = {}
     for record in records:
         total = float(curve(record, cost)[0][-1])
         budgets[record["seed"]] = min(total, budgets.get(record["seed"], total))
-    return [area(r, budgets[r["seed"]], cost) for r in records if r["arm"] == arm]
+    return {r["seed"]: area(r, budgets[r["seed"]], cost) for r in records if r["arm"] == arm}
+
+
+def ahead(records: Sequence[Record], arm: str, cost: str, *, base: str = "dense") -> dict[int, bool]:
+    """Is an arm's area larger than another's, up to what the cheaper of the two spent? By the seeds that both have."""
+    both = [record for record in records if record["arm"] in (arm, base)]
+    own, others = areas(both, arm, cost), areas(both, base, cost)
+    return {seed: own[seed] > others[seed] for seed in own if seed in others}
 
 
 def final(name: str, part: Part) -> Measure:

@@ -15,9 +15,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.quality import analysis, plots, results
+from benchmarks.quality import analysis, plots, results, targets
 from benchmarks.quality.analysis import Difference, Part, Record
 from benchmarks.quality.arms import ARMS
+from benchmarks.quality.markdown import percent, shown, table
 
 DOCS = Path(__file__).parents[2] / "docs"
 ENOUGH = 10  # seeds of a headline arm
@@ -86,6 +87,7 @@ def write(*, part: Part = "validation", folder: Path = results.FOLDER, docs: Pat
     (docs / "evidence").mkdir(parents=True, exist_ok=True)
     first, *paragraphs = _TOP.format(enough=ENOUGH, part=_PARTS[part]).strip().split("\n\n")
     parts = [first, *(textwrap.fill(p, 120) for p in paragraphs)]
+    parts.append(targets.section(found, part))
     for name, result in found.items():
         plots.draw(result, docs / "evidence" / f"{name}.png", part)
         parts.append(section(name, result, part))
@@ -125,10 +127,6 @@ def section(name: str, result: dict[str, Any], part: Part) -> str:
 Column = tuple[str, Callable[[Record], float], Callable[[float], str]]
 
 
-def _percent(x: float) -> str:
-    return f"{100 * x:.1f}%"
-
-
 _HEADS = {"grounded": "grounded words", "other": "other words", "free_running": "whole answer", "loss": "loss"}
 
 
@@ -139,11 +137,11 @@ def _measures(part: Part) -> list[str]:
 
 def _quality(part: Part) -> list[Column]:
     """Columns; the controls are on validation samples always."""
-    shown = {name: "{:.4f}".format if name == "loss" else _percent for name in _HEADS}
+    shown = {name: "{:.4f}".format if name == "loss" else percent for name in _HEADS}
     return [
         *((_HEADS[name], analysis.final(name, part), shown[name]) for name in _measures(part)),
-        ("grounded, blank input", lambda run: run["final"]["blank"]["grounded"], _percent),
-        ("grounded, another's input", lambda run: run["final"]["shuffled"]["grounded"], _percent),
+        ("grounded, blank input", lambda run: run["final"]["blank"]["grounded"], percent),
+        ("grounded, another's input", lambda run: run["final"]["shuffled"]["grounded"], percent),
     ]
 
 
@@ -153,7 +151,7 @@ def _table(columns: Sequence[Column], runs: list[Record], arms: list[str]) -> st
         some = [run for run in runs if run["arm"] == arm]
         cells = [show(mean(map(measure, some))) for _, measure, show in columns]
         rows.append([arm, ARMS[arm].told, str(len(some)), *cells])
-    return _markdown(rows)
+    return table(rows)
 
 
 def _arrived(runs: list[Record]) -> str:
@@ -162,7 +160,7 @@ def _arrived(runs: list[Record]) -> str:
     for seed, points in sorted((run["seed"], run["curve"]) for run in runs if run["arm"] == "dense"):
         last, end = points[-1], points[-1]["step"]
         before = max((p for p in points if p["step"] <= 0.75 * end), key=lambda p: p["step"])
-        told.append(f"{seed}: {_percent(last['grounded'])} ({100 * (last['grounded'] - before['grounded']):+.0f})")
+        told.append(f"{seed}: {percent(last['grounded'])} ({100 * (last['grounded'] - before['grounded']):+.0f})")
     return (
         textwrap.fill(
             "Dense at the end by seed, and in brackets what it still learnt in the last quarter of the run, on the "
@@ -193,22 +191,15 @@ def differences(runs: list[Record], arms: list[str], part: Part) -> str:
         grounded = found["grounded"]
         if arm == "dense" or grounded is None:
             continue
-        cells = [_interval(found[name], 100 if name != "loss" else 1) for name in measures]
+        cells = [shown(found[name], 100 if name != "loss" else 1) for name in measures]
         by_seed = " ".join(f"{100 * x:+.1f}" for x in grounded.by_seed.values())
         rows.append([arm, str(len(grounded.by_seed)), *cells, by_seed])
-    return _markdown(rows)
-
-
-def _interval(found: Difference | None, scale: int) -> str:
-    if found is None:
-        return ""
-    digits = 1 if scale > 1 else 4
-    mean_, low, high = (f"{scale * x:+.{digits}f}" for x in (found.mean, found.low, found.high))
-    return f"{mean_} [{low}, {high}]" if len(found.by_seed) > 1 else mean_
+    return table(rows)
 
 
 def _costs(runs: list[Record], arms: list[str]) -> str:
-    rows = [["arm", "answer tokens", "positions", "FLOPs of decoder and head", "seconds", "of them the teacher's"]]
+    costs_ = ("answer tokens", "positions", "FLOPs of decoder and head", "seconds", "of them the teacher's")
+    rows = [["arm", *costs_, "seconds of steps after the first look"]]
     dense = {run["seed"]: run for run in runs if run["arm"] == "dense"}
     for arm in arms:
         some = [run for run in runs if run["arm"] == arm and run["seed"] in dense]
@@ -218,27 +209,47 @@ def _costs(runs: list[Record], arms: list[str]) -> str:
         tokens, positions, seconds = (f"{mean(c(r) / c(dense[r['seed']]) for r in some):.0%}" for c in costs)
         flops = [r["report"]["flops_computed"] / r["report"]["flops_dense"] for r in some if r["report"]]
         teacher = mean(r["curve"][-1]["teacher_seconds"] / costs[2](dense[r["seed"]]) for r in some)
-        rows.append([arm, tokens, positions, f"{mean(flops):.0%}" if flops else "100%", seconds, f"{teacher:.0%}"])
-    return _markdown(rows)
+        steady = median(_after_the_first_look(r) / _after_the_first_look(dense[r["seed"]]) for r in some)
+        computed = f"{mean(flops):.0%}" if flops else "100%"
+        rows.append([arm, tokens, positions, computed, seconds, f"{teacher:.0%}", f"{steady:.0%}"])
+    return table(rows)
+
+
+def _after_the_first_look(run: Record) -> float:
+    """Seconds of steps when capture and proof are over."""
+    looks = run["curve"]
+    first = looks[1] if len(looks) > 2 else looks[0]
+    return float(looks[-1]["seconds"] - first["seconds"])
 
 
 def _reaching(runs: list[Record], arms: list[str]) -> str:
     """Cost of 98% of dense's final accuracy on grounded words."""
-    rows = [["arm", "reached", "answer tokens", "seconds", "mean accuracy on the way, by tokens", "by seconds"]]
+    on_the_way = ("mean accuracy on the way, by tokens", "ahead of dense", "by seconds", "ahead of dense")
+    rows = [["arm", "reached", "answer tokens", "seconds", *on_the_way]]
     for arm in arms:
         found = {cost: analysis.reached(runs, arm, cost, of_final=0.98) for cost in ("answer_tokens", "all_seconds")}
         tokens = found["answer_tokens"]
         if not tokens.seeds:
             continue
         shares = [f"{median(x.shares.values()):.0%}" if x.shares else "" for x in found.values()]
-        on_the_way = [_percent(mean(analysis.areas(runs, arm, cost))) for cost in found]
-        rows.append([arm, f"{len(tokens.shares)} of {tokens.seeds}", *shares, *on_the_way])
+        ways = [
+            x
+            for cost in found
+            for x in (percent(mean(analysis.areas(runs, arm, cost).values())), _ahead(runs, arm, cost))
+        ]
+        rows.append([arm, f"{len(tokens.shares)} of {tokens.seeds}", *shares, *ways])
     told = (
         "Where 98% of dense's last validation accuracy on grounded words was reached, as a share of dense's whole cost "
         "(median of the seeds that did, of those that begin below it), and the mean accuracy on the way to what the "
-        "cheapest arm spent in all:"
+        "cheapest arm spent in all; in how many seeds an arm is ahead of dense on the way to what the cheaper of the "
+        "two spent:"
     )
-    return f"{textwrap.fill(told, 120)}\n\n{_markdown(rows)}"
+    return f"{textwrap.fill(told, 120)}\n\n{table(rows)}"
+
+
+def _ahead(runs: list[Record], arm: str, cost: str) -> str:
+    found = analysis.ahead(runs, arm, cost)
+    return "" if arm == "dense" else f"{sum(found.values())} of {len(found)}"
 
 
 def _calibration(runs: list[Record], arms: list[str]) -> str:
@@ -255,7 +266,7 @@ def _calibration(runs: list[Record], arms: list[str]) -> str:
             cells.append(" / ".join(shown))
         rows.append([arm, *cells])
     told = "Precision / recall on sparse steps: kept words that are grounded, grounded words that are kept."
-    return f"{told}\n\n{_markdown(rows)}"
+    return f"{told}\n\n{table(rows)}"
 
 
 def _context(runs: list[Record], arms: list[str]) -> str:
@@ -274,7 +285,7 @@ def _context(runs: list[Record], arms: list[str]) -> str:
         "After the last step, the mean loss of the words that a sparse step keeps: without the elided words before "
         "them (as the step learns and remembers it), and with all words, as at inference:"
     )
-    return f"{textwrap.fill(told, 120)}\n\n{_markdown(rows)}"
+    return f"{textwrap.fill(told, 120)}\n\n{table(rows)}"
 
 
 PAIRS = (
@@ -316,11 +327,11 @@ def findings(runs: list[Record], arms: list[str], part: Part) -> list[str]:
         found = analysis.paired(runs, arm, grounded)
         if arm == "dense" or found is None:
             continue
-        lines.append(f"- **{arm}**: {verdict(found)}, {_interval(found, 100)} points, {len(found.by_seed)} seed(s).")
+        lines.append(f"- **{arm}**: {verdict(found)}, {shown(found, 100)} points, {len(found.by_seed)} seed(s).")
     for arm, base, why in PAIRS:
         against = analysis.paired(runs, arm, grounded, base=base)
         if against is not None:
-            told = f"{verdict(against, base=base)}, {_interval(against, 100)} points, {len(against.by_seed)} seed(s)"
+            told = f"{verdict(against, base=base)}, {shown(against, 100)} points, {len(against.by_seed)} seed(s)"
             lines.append(f"- **{arm} against {base}**, {why}: {told}.")
     return ["\n".join(lines)]
 
@@ -337,11 +348,6 @@ def verdict(found: Difference, *, base: str = "dense") -> str:
     if found.low > -MARGIN:
         return f"{few}not worse than {base} by more than a point"
     return f"{few}not told apart from {base}"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def main() -> None:

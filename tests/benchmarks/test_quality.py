@@ -15,7 +15,7 @@ import torch
 
 import benchmarks.quality.__main__ as quality
 import regate
-from benchmarks.quality import analysis, arms, occlusion, page, results, stranger
+from benchmarks.quality import analysis, arms, occlusion, page, results, stranger, targets
 from benchmarks.quality.context import losses_of_kept
 from benchmarks.quality.elision import Gradients, at_random, everything_computed, visual_by, worthiest
 from benchmarks.quality.evaluate import with_blank, with_shuffled
@@ -295,12 +295,15 @@ def test_calibration_by_quarter() -> None:
     ]
 
 
-def _record(arm: str, seed: int, accuracy: list[float], cost: float = 10.0) -> dict[str, Any]:
+def _record(arm: str, seed: int, accuracy: list[float], cost: float = 10.0, *, answers: float = 1.0) -> dict[str, Any]:
+    """`answers`: the share of its positions that are answer tokens."""
     curve = [
-        {"grounded": a, "answer_tokens": cost * i, "positions": cost * i, "seconds": cost * i, "teacher_seconds": 1.0}
+        {"grounded": a, "answer_tokens": cost * i, "positions": cost * i / answers, "seconds": cost * i,
+         "teacher_seconds": 1.0}
         for i, a in enumerate(accuracy)
-    ]
-    return {"arm": arm, "seed": seed, "curve": curve, "final": {"test": {"grounded": accuracy[-1]}}}
+    ]  # fmt: skip
+    test = {"grounded": accuracy[-1], "other": 0.9}
+    return {"arm": arm, "seed": seed, "curve": curve, "final": {"test": test, "free_running": 0.5}}
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -338,7 +341,26 @@ def test_cost_to_reach_and_area() -> None:
     assert analysis.reached([dense, regate], "regate", "all_seconds").shares == {0: pytest.approx(6 / 21)}
     there = [_record(arm, 1, [0.8, 0.8]) for arm in ("dense", "regate")]  # says nothing of what it costs to get there
     assert analysis.reached([dense, regate, *there], "regate", "answer_tokens").seeds == 1
-    assert analysis.areas([dense, regate], "dense", "answer_tokens") == [pytest.approx(0.2)]  # up to 10, regate's all
+    areas = analysis.areas([dense, regate], "dense", "answer_tokens")
+    assert areas == {0: pytest.approx(0.2)}  # up to 10, regate's all
+    assert analysis.ahead([dense, regate, there[0]], "regate", "answer_tokens") == {0: True}
+    assert analysis.ahead([dense, regate], "dense", "answer_tokens", base="regate") == {0: False}
+
+
+def test_targets_are_held_to_what_runs_show() -> None:
+    runs = [_record("dense", seed, [0.0, 0.4, 0.8], answers=0.5) for seed in range(10)]
+    runs += [_record("regate", seed, [0.0, 0.79, 0.82], cost=5.0, answers=0.5) for seed in range(10)]
+    runs += [_record("random", seed, [0.0, 0.4, 0.9], cost=5.0, answers=0.5) for seed in range(10)]
+    rows = {
+        told.strip(): cell.strip()
+        for line in targets.section({"captions": {"runs": runs}}, "test").splitlines()[4:]
+        for told, cell in [line.strip("|").split("|")]
+    }
+    told = {target: cell.split(": ")[1] for target, cell in rows.items()}
+    assert set(told.values()) == {"met", "missed"}
+    assert told["`regate` is ahead of `random`"] == "missed"
+    assert told["98% of dense's accuracy by half of its answer tokens"] == "met"
+    assert len(rows) == 6, "targets of arms that were not run are not told"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""What the experiments were to show, set before they ran, beside what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import mean, median
+from typing import Any
+
+from benchmarks.quality import analysis
+from benchmarks.quality.analysis import Difference, Measure, Part, Record
+from benchmarks.quality.markdown import shown, table
+
+TASKS = ("captions", "clips", "photos")
+Cell = str
+MET, MISSED = "met", "missed"
+
+
+def section(found: dict[str, dict[str, Any]], part: Part) -> str:
+    """A row for each target, a column for each task; empty where it has no such runs, or the target is not of it."""
+    tasks = [name for name in TASKS if name in found]
+    grounded, other = analysis.final("grounded", part), analysis.final("other", part)
+    rows: list[tuple[str, Callable[[list[Record]], Cell]]] = [
+        (
+            "`regate` is no more than a point below dense on grounded words, its interval included",
+            lambda runs: _above(_paired(runs, "regate", "dense", grounded), -0.01),
+        ),
+        ("and has 0.99 of its accuracy on other words", lambda runs: _share_of_dense(runs, other, 0.99)),
+        *(
+            [(
+                "and no fewer whole answers",
+                lambda runs: _not_below(_paired(runs, "regate", "dense", analysis.final("free_running", part))),
+            )]
+            if part == "test"
+            else []
+        ),
+        ("`regate` is ahead of `random`", lambda runs: _above(_paired(runs, "regate", "random", grounded), 0.0)),
+        (
+            "the sum of both scores is not behind the `student`'s alone",
+            lambda runs: _not_below(_paired(runs, "regate", "student", grounded)),
+        ),
+        (
+            "nor behind the `reference`'s alone",
+            lambda runs: _not_below(_paired(runs, "regate", "reference", grounded)),
+        ),
+        (
+            "98% of dense's accuracy by half of its answer tokens",
+            lambda runs: _reached(runs, "regate", "answer_tokens", 0.50),
+        ),
+        (
+            "and by 65% of its seconds, where answers are 40% of positions",
+            lambda runs: _reached(runs, "regate", "all_seconds", 0.65) if _answers(runs) >= 0.4 else "",
+        ),
+        (
+            "the same with `keep25`",
+            lambda runs: _reached(runs, "keep25", "all_seconds", 0.65) if _answers(runs) >= 0.4 else "",
+        ),
+        (
+            "a quarter of the visual tokens, the others visible, costs no more than a point, its interval included",
+            lambda runs: _above(_paired(runs, "visual25-visible", "dense", grounded), -0.01),
+        ),
+    ]  # fmt: skip
+    lines = [["target", *tasks]]
+    lines += [[told, *(measure(found[task]["runs"]) for task in tasks)] for told, measure in rows]
+    return "## What was to be shown\n\n" + table([line for line in lines if any(line[1:])])
+
+
+def _paired(runs: list[Record], arm: str, base: str, measure: Measure) -> Difference | None:
+    return analysis.paired(runs, arm, measure, base=base)
+
+
+def _above(found: Difference | None, least: float) -> Cell:
+    return "" if found is None else f"{shown(found)}: {MET if found.low > least else MISSED}"
+
+
+def _not_below(found: Difference | None) -> Cell:
+    return "" if found is None else f"{shown(found)}: {MET if found.high >= 0 else MISSED}"
+
+
+def _share_of_dense(runs: list[Record], measure: Measure, least: float) -> Cell:
+    of = {(run["arm"], run["seed"]): measure(run) for run in runs}
+    seeds = [seed for arm, seed in of if arm == "regate" and of.get(("dense", seed))]
+    if not seeds:
+        return ""
+    share = mean(of["regate", seed] / of["dense", seed] for seed in seeds)
+    return f"{share:.3f}: {MET if share >= least else MISSED}"
+
+
+def _reached(runs: list[Record], arm: str, cost: str, most: float) -> Cell:
+    found = analysis.reached(runs, arm, cost, of_final=0.98)
+    if not found.seeds:
+        return ""
+    if not found.shares:
+        return f"in none of {found.seeds}: {MISSED}"
+    share = median(found.shares.values())
+    return f"{share:.0%}, in {len(found.shares)} of {found.seeds} seeds: {MET if share <= most else MISSED}"
+
+
+def _answers(runs: list[Record]) -> float:
+    """Answer tokens over positions of dense training."""
+    ends = [run["curve"][-1] for run in runs if run["arm"] == "dense"]
+    return mean(end["answer_tokens"] / end["positions"] for end in ends) if ends else 0.0
