@@ -66,6 +66,7 @@ CELLS = [
 CELLS += [Cell("fsdp2", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")]
 CELLS.append(Cell("fsdp2", "lora", False, batches="unlabelled first"))
 CELLS += [Cell(wrap, "full", False, batches="full rows") for wrap in ("ddp", "fsdp2")]
+CELLS += [Cell(wrap, "full", False, batches="guarded") for wrap in ("ddp", "fsdp2")]
 AT_ONCE = Cell("ddp", "full", False, batches="full rows, filled up")
 CELLS.append(AT_ONCE)
 CELLS += [Cell("ddp", "full", False, batches="visible"), Cell("fsdp2", "lora", True, batches="visible")]
@@ -215,6 +216,8 @@ def train(cell: Cell, rank: int | None, folder: Path | None = None) -> dict[str,
     config = CONFIG if cell.batches == "alike" else replace(CONFIG, logits="kept")
     if cell.batches.startswith("full rows"):  # one in each batch after the first step
         config = replace(config, cycle=2, full_steps=1, schedule="interleaved")
+    if cell.batches == "guarded":
+        config = replace(config, cycle=2, full_steps=1, guard=0.1)
     if cell.batches == "visible":
         config = replace(config, elided="visible", visual_keep=0.5)
     if cell.batches.startswith("unlabelled") or cell.batches == TEXT[1]:  # of unseen samples, one process knows more
@@ -224,6 +227,8 @@ def train(cell: Cell, rank: int | None, folder: Path | None = None) -> dict[str,
         teacher = "copy" if rank is None else "first"
     gate = regate.apply(model, config, backend=cell.backend, teacher=teacher)  # type: ignore[arg-type]
     gate.exchange.every = 1
+    if cell.batches == "guarded" and not rank:  # this rank alone has seen that what is left out got worse
+        gate.scorer.guard.load_state_dict({"mean": 9.0, "labels": 10**6, "lowest": 1.0, "left": 0})
     sharded = not cell.deepspeed and rank is not None
     called: Any = wrapped(model, cell.wrap) if sharded else model
     optimizer: Any = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -79,6 +79,13 @@ def test_turns_of_the_other_ranks_samples_are_known(wrap: str, ranks: list[dict[
         assert (rank[str(cell)]["report"]["samples_whole"], rank[str(cell)]["report"]["samples_sparse"]) == (2, 2)
 
 
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.batches == "guarded"], ids=str)
+def test_what_one_rank_sees_get_worse_makes_steps_full_on_all(cell: Cell, ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        report = rank[str(cell)]["report"]
+        assert (report["steps_full"], report["steps_guarded"]) == (STEPS, STEPS - 1)
+
+
 def test_turns_at_once_are_in_the_same_forwards(ranks: list[dict[str, Any]]) -> None:
     """Attention is written out, so rows are filled up: on all ranks all rows are full, or none."""
     first, second = (rank[str(AT_ONCE)] for rank in ranks)
