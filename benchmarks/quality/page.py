@@ -1,4 +1,4 @@
-"""`docs/evidence.md` and its plots, from committed results; with a folder of runs, gathers them first.
+"""`docs/evidence.md`, its plots and the README's table, from committed results; gathers a folder of runs first.
 
 python -m benchmarks.quality.page [RUNS] [--final]
 
@@ -15,12 +15,14 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.quality import analysis, plots, results, targets
+from benchmarks.quality import analysis, plots, results, summary
 from benchmarks.quality.analysis import Difference, Part, Record
 from benchmarks.quality.arms import ARMS
 from benchmarks.quality.markdown import percent, shown, table
+from benchmarks.tables import into
 
-DOCS = Path(__file__).parents[2] / "docs"
+README = Path(__file__).parents[2] / "README.md"
+DOCS = README.parent / "docs"
 ENOUGH = 10  # seeds of a headline arm
 MARGIN = 0.01  # what counts as not worse
 
@@ -87,7 +89,7 @@ def write(*, part: Part = "validation", folder: Path = results.FOLDER, docs: Pat
     (docs / "evidence").mkdir(parents=True, exist_ok=True)
     first, *paragraphs = _TOP.format(enough=ENOUGH, part=_PARTS[part]).strip().split("\n\n")
     parts = [first, *(textwrap.fill(p, 120) for p in paragraphs)]
-    parts.append(targets.section(found, part))
+    parts.append(summary.targets(found, part))
     for name, result in found.items():
         plots.draw(result, docs / "evidence" / f"{name}.png", part)
         parts.append(section(name, result, part))
@@ -115,7 +117,7 @@ def section(name: str, result: dict[str, Any], part: Part) -> str:
     parts = [
         f"## {name.capitalize()}", textwrap.fill(about, 120), f"![Accuracy over cost: {name}](evidence/{name}.png)",
         f"### Quality on {part} samples", _table(_quality(part), runs, arms), _arrived(runs),
-        _fallen(runs, arms),
+        _fallen(runs, arms), _guarded(runs, arms),
         "Minus dense, paired by seed:", differences(runs, arms, part),
         "### Cost", "Shares of dense, means over seeds:", _costs(runs, arms), _reaching(runs, arms),
         "### What the gate keeps", _calibration(runs, arms), _context(runs, arms),
@@ -180,6 +182,18 @@ def _fallen(runs: list[Record], arms: list[str]) -> str:
         "Other words on the way: by how many points they fell below what they had been, in the worst seed (and on "
         f"average): {', '.join(told)}.", 120,
     )  # fmt: skip
+
+
+def _guarded(runs: list[Record], arms: list[str]) -> str:
+    """How often a guard made steps full."""
+    told = []
+    for arm in arms:
+        found = [
+            run["report"]["steps_guarded"] for run in runs if run["arm"] == arm and "steps_guarded" in run["report"]
+        ]
+        if (ARMS[arm].config or {}).get("guard") and found:
+            told.append(f"{arm} {', '.join(map(str, found))}")
+    return textwrap.fill(f"Steps that the guard made full, by seed: {'; '.join(told)}.", 120) if told else ""
 
 
 def differences(runs: list[Record], arms: list[str], part: Part) -> str:
@@ -357,7 +371,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.runs is not None:
         results.gather(args.runs)
-    print(write(part="test" if args.final else "validation"))
+    part: Part = "test" if args.final else "validation"
+    print(write(part=part))
+    short = f"<!-- learning -->\n{summary.headline(results.load(), part)}\n<!-- end -->"
+    README.write_text(into(README.read_text(), short))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from benchmarks.quality.tasks import Settings
 
 FOLDER = Path(__file__).parent / "results"
 REPORTED = (
-    "steps_full", "steps_sparse", "labels_kept", "labels_seen", "positions_computed", "positions_seen",
+    "steps_full", "steps_sparse", "steps_guarded", "labels_kept", "labels_seen", "positions_computed", "positions_seen",
     "flops_computed", "flops_dense", "gate_seconds",
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ import torch
 
 import benchmarks.quality.__main__ as quality
 import regate
-from benchmarks.quality import analysis, arms, occlusion, page, results, stranger, targets
+from benchmarks.quality import analysis, arms, occlusion, page, results, stranger, summary
 from benchmarks.quality.context import losses_of_kept
 from benchmarks.quality.elision import Gradients, at_random, everything_computed, visual_by, worthiest
 from benchmarks.quality.evaluate import with_blank, with_shuffled
@@ -353,7 +353,7 @@ def test_targets_are_held_to_what_runs_show() -> None:
     runs += [_record("random", seed, [0.0, 0.4, 0.9], cost=5.0, answers=0.5) for seed in range(10)]
     rows = {
         told.strip(): cell.strip()
-        for line in targets.section({"captions": {"runs": runs}}, "test").splitlines()[4:]
+        for line in summary.targets({"captions": {"runs": runs}}, "test").splitlines()[4:]
         for told, cell in [line.strip("|").split("|")]
     }
     told = {target: cell.split(": ")[1] for target, cell in rows.items()}
@@ -361,6 +361,11 @@ def test_targets_are_held_to_what_runs_show() -> None:
     assert told["`regate` is ahead of `random`"] == "missed"
     assert told["98% of dense's accuracy by half of its answer tokens"] == "met"
     assert len(rows) == 6, "targets of arms that were not run are not told"
+    short = summary.headline({"captions": {"runs": runs}}, "test").splitlines()
+    assert len(short) == 3
+    assert short[2] == (
+        "| drawings with captions | 50% | 50% | +2.0 [+2.0, +2.0] | +10.0 [+10.0, +10.0] | 25% of its answer tokens |"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the experiments were to show, set before they ran, beside what they show."""
+"""What the experiments show, in short: the README's table, and the targets that were set before they ran."""
 
 from __future__ import annotations
 
@@ -10,12 +10,29 @@ from benchmarks.quality import analysis
 from benchmarks.quality.analysis import Difference, Measure, Part, Record
 from benchmarks.quality.markdown import shown, table
 
-TASKS = ("captions", "clips", "photos")
+TASKS = {"captions": "drawings with captions", "clips": "short clips", "photos": "photographs"}
 Cell = str
 MET, MISSED = "met", "missed"
 
 
-def section(found: dict[str, dict[str, Any]], part: Part) -> str:
+def headline(found: dict[str, dict[str, Any]], part: Part) -> str:
+    """The recommended settings beside dense training and beside a gate that draws labels, a row a task."""
+    grounded = analysis.final("grounded", part)
+    head = "task", "answers of positions", "answer tokens computed", "words that need the image, minus dense"
+    lines = [[*head, "the same of as many labels drawn at random", "98% of dense's accuracy by"]]
+    for name, told in TASKS.items():
+        runs = found[name]["runs"] if name in found else []
+        paired = {arm: analysis.paired(runs, arm, grounded) for arm in ("regate", "random")}
+        reached = analysis.reached(runs, "regate", "answer_tokens", of_final=0.98)
+        if paired["regate"] is None or not reached.shares:
+            continue
+        by = f"{median(reached.shares.values()):.0%} of its answer tokens"
+        differences = [shown(difference) for difference in paired.values()]
+        lines.append([told, f"{_answers(runs):.0%}", f"{_tokens(runs):.0%}", *differences, by])
+    return table(lines)
+
+
+def targets(found: dict[str, dict[str, Any]], part: Part) -> str:
     """A row for each target, a column for each task; empty where it has no such runs, or the target is not of it."""
     tasks = [name for name in TASKS if name in found]
     grounded, other = analysis.final("grounded", part), analysis.final("other", part)
@@ -93,6 +110,14 @@ def _reached(runs: list[Record], arm: str, cost: str, most: float) -> Cell:
         return f"in none of {found.seeds}: {MISSED}"
     share = median(found.shares.values())
     return f"{share:.0%}, in {len(found.shares)} of {found.seeds} seeds: {MET if share <= most else MISSED}"
+
+
+def _tokens(runs: list[Record]) -> float:
+    """Answer tokens that `regate` learns from, over dense's."""
+    spent = {(run["arm"], run["seed"]): run["curve"][-1]["answer_tokens"] for run in runs}
+    return mean(
+        spent["regate", seed] / n for (arm, seed), n in spent.items() if arm == "dense" and ("regate", seed) in spent
+    )
 
 
 def _answers(runs: list[Record]) -> float:
