@@ -1,6 +1,6 @@
 """Which visual tokens do answers need? A share of them is hidden from a trained model, chosen in three ways.
 
-    python -m benchmarks.quality.occlusion [--task photos] [--starts runs/quality/starts] [--out FILE]
+    python -m benchmarks.quality.occlusion [--task photos] [--samples 200] [--starts runs/quality/starts]
 
 The models are those that a task's runs start from, which were taught to use what they see; nothing is trained here.
 What is hidden is no key for any other position, in any layer. Kept are those that `Config.visual_keep` keeps
@@ -67,14 +67,16 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="photos")
     parser.add_argument("--starts", type=Path, default=Path("runs/quality/starts"))
     parser.add_argument("--models", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("runs/occlusion.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     task = TASKS[args.task]()
-    models = [measure(started(task, seed, args.starts), task.validation) for seed in range(args.models)]
+    some = task.validation.first(args.samples)
+    models = [measure(started(task, seed, args.starts), some, seed=seed) for seed in range(args.models)]
     made = machine.described("benchmarks.quality.occlusion", "torch", "transformers")
-    machine.write(made | {"task": task.name, "models": models}, args.out)
+    machine.write(made | {"task": task.name, "samples": len(some), "models": models}, args.out)
     print(json.dumps(models, indent=1))
 
 
