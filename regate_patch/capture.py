@@ -52,6 +52,11 @@ _DYNAMO: dict[str, Any] = {
     "optimize_ddp": False,  # cuts graphs at gradient buckets: blocks would no longer be whole
 }
 
+_OFFLOADED = (
+    "its checkpoints keep what they save on the host, which no graph can hold: checkpoint without that (in "
+    "transformers' settings, without offload=True). "
+)
+
 
 @contextlib.contextmanager
 def tracing(decoder: nn.Module) -> Iterator[None]:
@@ -64,9 +69,10 @@ def tracing(decoder: nn.Module) -> Iterator[None]:
                 raise error.inner_exception from None
             raise
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+            advice = _OFFLOADED if "save_on_cpu" in str(error) else ""
             raise UnsupportedGraphError(
                 f"{type(decoder).__name__} cannot be captured as one graph, so not all of it would run on active "
-                f"positions: {error}"
+                f"positions: {advice}{error}"
             ) from None
         except torch._dynamo.exc.InternalTorchDynamoError as error:
             raise UnsupportedGraphError(

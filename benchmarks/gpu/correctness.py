@@ -41,6 +41,7 @@ class Way:
     lora: bool = False
     checkpointing: bool = False
     sharded: bool = False
+    visible: bool = False  # a quarter of the visual tokens computed, what is left out seen
     disable: tuple[str, ...] = ()
 
 
@@ -57,6 +58,10 @@ WAYS = {
     "bf16, flash 2": Way(attention="flash_attention_2"),
     "bf16, flash 3": Way(attention="flash_attention_3"),
     "bf16, FSDP2": Way(sharded=True),
+    "bf16, FSDP2, checkpointing": Way(sharded=True, checkpointing=True),
+    "bf16, visible": Way(visible=True),
+    "bf16, visible, checkpointing, inductor": Way(visible=True, checkpointing=True, backend="inductor"),
+    "fp32, visible": Way(torch.float32, visible=True),
     "fp32, inductor": Way(torch.float32, backend="inductor"),
 }
 
@@ -99,12 +104,14 @@ class Place:
 
     def sparse(self, way: Way) -> Record:
         """Against the per-layer reference, on the positions and labels that the gate chose."""
-        found, decision, record = self.gated(way, arms.SPARSE_AFTER_ONE, step=1)
+        config = arms.QUARTER if way.visible else arms.SPARSE_AFTER_ONE
+        found, decision, record = self.gated(way, config, step=1)
         active, labels = (x.to(self.device) for x in (decision.active, decision.labels_left))
         data = self.batch() | {"labels": labels}
+        seen = data["attention_mask"].bool() if way.visible else None
 
         def plain(model: nn.Module) -> Learned:
-            with reference.masked(causal_lm(model).model.layers, active):
+            with reference.masked(causal_lm(model).model.layers, active, seen):
                 return Learned.of(model, data)
 
         if not 0 < int(active.sum()) < int(data["attention_mask"].sum()):
@@ -130,7 +137,7 @@ class Place:
             assert decision is not None
             laid = [graph.end_to_end for graph in gate._parts.handle.statistics.last]
             regate.remove(model)
-        if way.attention == "sdpa" and not way.sharded:
+        if way.attention == "sdpa" and not (way.sharded or way.visible):
             served = self.device == "cpu" or way.dtype == torch.bfloat16
             if all(laid) != (served and "end_to_end" not in way.disable):
                 raise AssertionError(f"rows were laid end to end: {laid}")

@@ -42,11 +42,13 @@ def _run(name: str, out: Path, *only: str) -> dict[str, Any]:
 
 
 QUICK = {
-    "correctness": ["rows filled up", "FSDP2", "exact step, fp32", "strongest", "Trainer, sparse", "flash 2"],
+    "correctness": [
+        "rows filled up", "bf16, FSDP2", "fp32, visible", "exact step, fp32", "strongest", "Trainer, sparse", "flash 2",
+    ],
     "steps": ["steps tiny, full, eager, 96"],
     "compilation": ["no check"],  # they all compile
     "learning": ["no check"],  # they all start processes
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", gpu.PARTS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import regate_patch
@@ -103,6 +104,20 @@ def test_flops_fall_with_positions() -> None:
         handle.statistics.graphs
     )  # which counts a causal kernel's half of the products; the math backend computes all
     assert {k: 2 * (graph.flops_linear * k + 2 * graph.flops_quadratic * k * k) for k in counted} == counted
+
+
+def test_checkpoints_that_are_kept_on_the_host_are_refused_by_name() -> None:
+    class Offloaded(Decoder):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            with torch.autograd.graph.save_on_cpu():
+                y: Tensor = checkpoint(super().forward, hidden_states, use_reentrant=False)
+                return y
+
+    decoder = Offloaded()
+    regate_patch.patch(decoder, backend="eager")
+    x, active = _random()
+    with regate_patch.active(active), pytest.raises(regate_patch.UnsupportedGraphError, match="without offload=True"):
+        decoder(x.float())
 
 
 def test_graph_broken_at_every_layer_is_rewritten_layer_by_layer() -> None:
