@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,6 +23,7 @@ import transformers
 from benchmarks import machine
 from benchmarks.quality.elision import Gradients, at_random, worthiest
 from benchmarks.quality.evaluate import evaluate
+from benchmarks.quality.markdown import percent, table
 from benchmarks.quality.start import started
 from benchmarks.quality.tasks import Batch, Samples
 from benchmarks.quality.tasks.registry import TASKS
@@ -60,6 +62,26 @@ def _by(rule: str, keep: float, model: Any, samples: Samples, seed: int) -> dict
         return batch | {"attention_mask": batch["attention_mask"] * (stay | ~visual)}
 
     return {"grounded": evaluate(model, samples, change=hidden)["grounded"], "gradient": mean(shares)}
+
+
+def section(found: dict[str, Any]) -> str:
+    """Of the page; means over the models."""
+    told = (
+        f"Hidden from {len(found['models'])} models that see ({found['task']}, the weights that seeds start from; "
+        f"{found['samples']} validation samples each; `python -m benchmarks.quality.occlusion`): accuracy on grounded "
+        "words where only a share of the visual tokens is there, and the share of the loss gradient's norm that lies "
+        "at them. By *likeness* those stay that `visual_keep` keeps, at *random* as many, by *gradient* those with the "
+        "largest norm, which only the answer itself tells."
+    )
+    rows = [["visual tokens", *RULES]]
+    for share in (1.0, *KEEPS):
+        cells = []
+        for rule in RULES:
+            some = [model["all" if share == 1 else f"{rule} {share:g}"] for model in found["models"]]
+            grounded, gradient = (mean(x[name] for x in some) for name in ("grounded", "gradient"))
+            cells.append(f"{percent(grounded)} ({gradient:.2f})")
+        rows.append([f"{share:.0%}", *cells])
+    return f"## Which visual tokens answers need\n\n{textwrap.fill(told, 120)}\n\n{table(rows)}"
 
 
 def main() -> None:

@@ -9,16 +9,18 @@ settings are settled.
 from __future__ import annotations
 
 import argparse
+import json
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.quality import analysis, plots, results, summary
+from benchmarks.quality import analysis, occlusion, plots, results, summary
 from benchmarks.quality.analysis import Difference, Part, Record
 from benchmarks.quality.arms import ARMS
 from benchmarks.quality.markdown import percent, shown, table
+from benchmarks.tables import FOLDER as BENCHMARKS
 from benchmarks.tables import into
 
 README = Path(__file__).parents[2] / "README.md"
@@ -93,6 +95,8 @@ def write(*, part: Part = "validation", folder: Path = results.FOLDER, docs: Pat
     for name, result in found.items():
         plots.draw(result, docs / "evidence" / f"{name}.png", part)
         parts.append(section(name, result, part))
+    if (seen := BENCHMARKS / "results" / "occlusion.json").exists():
+        parts.append(occlusion.section(json.loads(seen.read_text())))
     title, *points = _OPEN.strip().split("\n\n")
     parts += [title, "\n".join(textwrap.fill(point, 120, subsequent_indent="  ") for point in points)]
     path = docs / "evidence.md"

@@ -160,6 +160,8 @@ def test_what_answers_need_is_told_by_hiding_it(task: Task) -> None:
         best = found[f"gradient {keep:g}"]["gradient"]
         assert keep < best < 1
         assert best == max(found[f"{rule} {keep:g}"]["gradient"] for rule in occlusion.RULES)
+    text = occlusion.section({"models": [found], "task": "t", "samples": 4})
+    assert f"| 25% | {100 * found['likeness 0.25']['grounded']:.1f}% (" in text
 
 
 def test_teachers_of_other_sizes(task: Task, tmp_path: Path) -> None:
