@@ -60,9 +60,11 @@ class Config:
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
             have embeddings most like another's (see `regate.scoring.visual`). Hiding them costs quality; with
             elided="visible" it cost little (docs/evidence.md).
-        guard: how many nats the mean loss of the labels that sparse steps leave out may rise above the lowest it was;
-            beyond, steps are full until it is down again, and the report says so (`regate.scoring.guard`). None does
-            not look. Samples that keep every label are what it is read off, so `full_steps` must not be 0.
+        guard: how many nats the mean loss of a sample's easiest labels, which sparse steps leave out, may rise above
+            the lowest it was; beyond, steps are full until half of that is gone, a `cycle` at most, and the report says
+            so (`regate.scoring.guard`). None does not look. It is read off samples that keep every label, so
+            `full_steps` must not be 0, and only where the easiest are what is left out: by a sum with a positive
+            `student_weight`. While it is open, steps take the memory of full ones.
         logits: where training forwards compute them: at positions that predict "kept" labels, a chunk at a time, or,
             which takes more time and memory, at "all". With "kept" the loss and its gradients are the same up to
             rounding, and reading `outputs.logits` is an error that names this setting; with "all" full steps run the
@@ -127,6 +129,8 @@ class Config:
             self._require_all(("guard",), Real, "a number")
             self._require("guard", 0 < self.guard < math.inf, "more than 0 and finite")
             self._require("guard", self.full_steps > 0, "None where full_steps is 0, for nothing would tell")
+            easiest = self.keep < 1 and self.selection == "score" and self.score is None and self.student_weight > 0
+            self._require("guard", easiest, "None where other labels are left out than those that are easiest by m")
         self._require("logits", self.logits in get_args(Logits), f"one of {get_args(Logits)}")
 
     def _require_all(self, fields: Iterable[str], kind: type, allowed: str) -> None:

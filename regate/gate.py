@@ -53,7 +53,7 @@ OF_ANOTHER_RUN = (
 )
 GOT_WORSE = (
     "the labels that sparse steps leave out got worse: their mean loss rose by more than {rise} above the lowest that "
-    "it had been (Config.guard), first noticed at step {step}. Steps are full until it is down again"
+    "it had been (Config.guard). Steps are full until half of that is gone, for {cycle} steps at most"
 )
 CHANGED_SINCE = (
     "the language model's weights were changed after the gate was applied and before training: its teacher is a copy "
@@ -120,6 +120,7 @@ class Gate:
             teacher=self._teacher,
             lazily=teacher != "precomputed" and (self._teacher is None or self._teacher.lasts),
         )
+        self.exchange.beside = self.scorer.guard if config.guard is not None else None
         self.store = store
         self.turns = Turns(config, self.exchange)
         self._backend, self._automatic = backend, teacher == "auto"
@@ -270,11 +271,11 @@ class Gate:
 
     def _on_step(self) -> None:
         self.watch.step(full=self._parts.is_full(self.step))
+        self.exchange.tick()
         guard = self.scorer.guard
         self.counters.steps_guarded += guard.open and not self.config.is_full(self.step)
-        if guard.step():
-            self.note(GOT_WORSE.format(rise=self.config.guard, step=self.step))
-        self.exchange.tick()
+        if guard.step(sparse_next=not self.config.is_full(self.step + 1)):
+            self.note(GOT_WORSE.format(rise=self.config.guard, cycle=self.config.cycle))
 
     def _on_missed(self, cause: str, never: bool) -> None:
         """An optimizer step was made of forwards that were not gated; `never`: none was so far."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from regate.errors import StoreError, StoreMismatchError
 from regate.memory import checkpoint
+from regate.scoring.guard import Guard
 from regate.scoring.scorer import Scorer
 from regate.scoring.turns import Turns
 from regate.training.steps import Steps
@@ -65,8 +66,7 @@ class RunState:
         self._steps.restart(state["step"])
         scorer.counters.load(state["counters"])
         scorer.prior.load_state_dict(state["prior"])
-        if "guard" in state:
-            scorer.guard.load_state_dict(state["guard"])
+        scorer.guard.load_state_dict(state.get("guard") or Guard(scorer.config).state_dict())
         store.clear("difficulty")
         store.put("difficulty", dict(checkpoint.unpack(state["difficulty"])))
         self._turns.ahead = state.get("ahead", 0)

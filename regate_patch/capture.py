@@ -48,7 +48,9 @@ _DYNAMO: dict[str, Any] = {
     "capture_scalar_outputs": True,
     "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
     "fail_on_recompile_limit_hit": True,  # never fall back to eager, where nothing would be elided
-    "recompile_limit": 64,
+    # Decoders that Dynamo cuts at their layers share these layers' code: two entries a gate, of gone ones, too.
+    "recompile_limit": 1024,
+    "accumulated_recompile_limit": 1024,
     "optimize_ddp": False,  # cuts graphs at gradient buckets: blocks would no longer be whole
 }
 

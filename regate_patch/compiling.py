@@ -80,7 +80,8 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, or method of the same object, whose code is nobody else's.
 
     Dynamo keeps what it compiled with the code object, counts it, and looks through all of it at each call, also when
-    the models that it was compiled for are gone: the 32nd gate on decoders of one class would hit its limit.
+    the models that it was compiled for are gone: a process could gate only so many decoders of one class. What is given
+    up in one decoder is not given up in another.
     """
     if isinstance(function, types.MethodType):
         return types.MethodType(with_own_code(function.__func__), function.__self__)

@@ -64,7 +64,7 @@ def _is_module(package: str, name: str) -> bool:
 
 
 def _room(module: str) -> str | None:
-    """`scoring` for `regate.memory.keys`; None for the package itself."""
+    """`memory` for `regate.memory.keys`; None for the package itself."""
     return module.partition(".")[2].split(".")[0] or None
 
 

@@ -20,13 +20,13 @@ from benchmarks.quality import analysis, occlusion, plots, results, summary
 from benchmarks.quality.analysis import Difference, Part, Record
 from benchmarks.quality.arms import ARMS
 from benchmarks.quality.markdown import percent, shown, table
+from benchmarks.quality.summary import FEW, MARGIN
 from benchmarks.tables import FOLDER as BENCHMARKS
 from benchmarks.tables import into
 
 README = Path(__file__).parents[2] / "README.md"
 DOCS = README.parent / "docs"
 ENOUGH = 10  # seeds of a headline arm
-MARGIN = 0.01  # what counts as not worse
 
 NOTES = {
     "captions": "Which of two templates an answer follows is not told, so that about half of the whole answers can be "
@@ -216,7 +216,7 @@ def differences(runs: list[Record], arms: list[str], part: Part) -> str:
 
 
 def _costs(runs: list[Record], arms: list[str]) -> str:
-    costs_ = ("answer tokens", "positions", "FLOPs of decoder and head", "seconds", "of them the teacher's")
+    costs_ = ("answer tokens learnt from", "positions", "FLOPs of decoder and head", "seconds", "of them the teacher's")
     rows = [["arm", *costs_, "seconds of steps after the first look"]]
     dense = {run["seed"]: run for run in runs if run["arm"] == "dense"}
     for arm in arms:
@@ -227,7 +227,7 @@ def _costs(runs: list[Record], arms: list[str]) -> str:
         tokens, positions, seconds = (f"{mean(c(r) / c(dense[r['seed']]) for r in some):.0%}" for c in costs)
         flops = [r["report"]["flops_computed"] / r["report"]["flops_dense"] for r in some if r["report"]]
         teacher = mean(r["curve"][-1]["teacher_seconds"] / costs[2](dense[r["seed"]]) for r in some)
-        steady = median(_after_the_first_look(r) / _after_the_first_look(dense[r["seed"]]) for r in some)
+        steady = mean(_after_the_first_look(r) / _after_the_first_look(dense[r["seed"]]) for r in some)
         computed = f"{mean(flops):.0%}" if flops else "100%"
         rows.append([arm, tokens, positions, computed, seconds, f"{teacher:.0%}", f"{steady:.0%}"])
     return table(rows)
@@ -242,7 +242,7 @@ def _after_the_first_look(run: Record) -> float:
 
 def _reaching(runs: list[Record], arms: list[str]) -> str:
     """Cost of 98% of dense's final accuracy on grounded words."""
-    on_the_way = ("mean accuracy on the way, by tokens", "ahead of dense", "by seconds", "ahead of dense")
+    on_the_way = ("mean accuracy on the way, by tokens", "so ahead of dense", "by seconds", "by seconds ahead of dense")
     rows = [["arm", "reached", "answer tokens", "seconds", *on_the_way]]
     for arm in arms:
         found = {cost: analysis.reached(runs, arm, cost, of_final=0.98) for cost in ("answer_tokens", "all_seconds")}
@@ -356,7 +356,7 @@ def findings(runs: list[Record], arms: list[str], part: Part) -> list[str]:
 
 def verdict(found: Difference, *, base: str = "dense") -> str:
     """What the interval says of accuracy on grounded words."""
-    if len(found.by_seed) < 3:
+    if len(found.by_seed) < FEW:
         return f"too few seeds to compare with {base}"
     few = "" if len(found.by_seed) >= ENOUGH else "so far "
     if found.low > 0:

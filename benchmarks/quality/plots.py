@@ -22,7 +22,10 @@ CURVES = {
 }  # fmt: skip
 _OTHER = "#b08968"
 _FEW = 5  # seeds, below which an arm's differences are in the tables alone
-_LABELS = {"answer_tokens": "answer tokens computed, thousands", "all_seconds": "processor seconds, teacher included"}
+_LABELS = {
+    "answer_tokens": "answer tokens learnt from, thousands",
+    "all_seconds": "processor seconds, teacher included",
+}
 
 
 def draw(result: dict[str, Any], path: Path, part: Part) -> None:

@@ -144,7 +144,7 @@ class Run:
     def _context(self) -> Record:
         """Losses of kept words without the elided ones and with them, after the last step."""
         sparse = [] if self.gate is None else [i for i in range(self.settings.steps) if not self.gate.config.is_full(i)]
-        if self.gate is None or not sparse:
+        if self.gate is None or not sparse or self._gradients is not None:  # which are of batches that were looked at
             return {}
         self.gate.step = sparse[-1]  # behind the end every step is full
         parts = {"train": self.task.train, "validation": self.task.validation}

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -85,12 +85,23 @@ class _Packed:
             yield self.keys[KEY_BYTES * i : KEY_BYTES * (i + 1)], self.losses[begin:end]
 
 
+class Beside(Protocol):
+    """What a rank tells the others beside its records."""
+
+    def give(self) -> Any:
+        """What this rank has to say since it was asked last."""
+
+    def take(self, told: Sequence[Any]) -> None:
+        """What all ranks said, in their order."""
+
+
 @dataclass(frozen=True)
 class _Message:
     """What one rank passes on, and which file it keeps its own records in."""
 
     home: tuple[Any, ...]
     records: dict[Table, _Packed]
+    beside: Any = None
 
 
 @dataclass
@@ -108,10 +119,11 @@ class Exchange:
     Args:
         store: this rank's.
         every: optimizer steps between exchanges.
+        beside: says and hears something, too. A process alone says it to itself, at each step.
     """
 
-    def __init__(self, store: Store, *, every: int = 16) -> None:
-        self.store, self.every = store, every
+    def __init__(self, store: Store, *, every: int = 16, beside: Beside | None = None) -> None:
+        self.store, self.every, self.beside = store, every, beside
         self.bytes_sent = 0
         self._ticks = 0
         self._outgoing: dict[Table, dict[bytes, np.ndarray]] = {table: {} for table in TABLES}
@@ -124,6 +136,10 @@ class Exchange:
         """Are there other ranks, with files of their own as far as is known?"""
         return not self._one_file and ranks() > 1
 
+    @property
+    def _running(self) -> bool:
+        return self.needed or (self.beside is not None and ranks() > 1)
+
     def add(self, table: Table, records: Mapping[bytes, np.ndarray]) -> None:
         """Records that this rank just stored."""
         if self.needed:
@@ -135,7 +151,9 @@ class Exchange:
         Raises:
             RankError: another rank is gone.
         """
-        if not self.needed:
+        if self.beside is not None and ranks() == 1:
+            self.beside.take([self.beside.give()])
+        if not self._running:
             return
         self._ticks += 1
         if self._ticks % self.every == 0:
@@ -148,21 +166,22 @@ class Exchange:
         Raises:
             RankError: another rank is gone.
         """
-        if self.needed:
+        if self._running:
             self._land()
             self._launch()
             self._land()
-        if self.needed and self._group is not None:
+        if self._running and self._group is not None:
             dist.barrier(group=self._group)  # others write into this rank's file, too
 
     def _launch(self) -> None:
-        if not self.needed:  # the exchange that just landed showed that all share one file
+        if not self._running:  # the exchange that just landed showed that all share one file
             return
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
         data = (self.store.path / "data.mdb").stat()
         packed = {table: _Packed.of(records) for table, records in self._outgoing.items()}
-        message = _Message((socket.gethostname(), data.st_dev, data.st_ino), packed)
+        beside = None if self.beside is None else self.beside.give()
+        message = _Message((socket.gethostname(), data.st_dev, data.st_ino), packed, beside)
         self.bytes_sent += sum(records.nbytes for records in packed.values())
         self._outgoing = {table: {} for table in TABLES}
         flight = _Flight(threading.Thread(target=lambda: self._gather(message, flight), daemon=True))
@@ -195,3 +214,5 @@ class Exchange:
         for table in TABLES:
             self.store.put(table, dict(one for records in mine for one in records[table].records()))
         self._one_file = not others
+        if self.beside is not None:
+            self.beside.take([message.beside for message in flight.received])

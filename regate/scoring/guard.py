@@ -1,43 +1,47 @@
-"""Does what sparse steps leave out get worse? Then every step is full until it is learnt again (`Config.guard`).
+"""Does what sparse steps leave out get worse? Then steps are full until it is learnt again (`Config.guard`).
 
-Samples that keep every label tell, in full steps and in their full turns: of those of their labels that are easiest,
-which a sparse step would have left out, the mean loss of the latest `WINDOW`. Beside it stands the lowest that this
-mean ever was. Where it rises more than `guard` above that
+Samples that keep every label tell, in full steps and in their full turns: each by the mean loss of its easiest labels,
+as many as a sparse step leaves out. Of these means there is a running average, over the latest `WINDOW` samples of all
+ranks, and the lowest that it ever was. Where it stands more than `guard` above that, and surely so,
 
-    it opens      every step is full: at most one cycle of them, or until half of the rise is gone
-    it closes     by then, and if full steps did not help, it was not the gate's doing: what is now is the lowest
+    it opens      steps that would be sparse are full
+    it closes     when half of the rise is gone. After one cycle in any case: what full steps do not cure was not the
+                  gate's doing, and what is now counts as the lowest
 
-Difficulties alone say which labels are easy, for reference losses of samples in their full turn may not be known.
+What ranks see is told with the records that they exchange, so that all open and close at the same step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regate.config import Config
-from regate.memory.sharing import any_rank
 from regate.scoring.selection import keep_highest
 
-WINDOW = 2048  # labels: of a loss that varies as much as its mean is, the mean is known to 2%
+WINDOW = 256  # samples
+_SURE = 6  # standard errors of the running average, which is compared with the lowest of many
 
 
 class Guard:
-    """Of one gate.
+    """Of one gate, on one rank.
 
     Args:
         config: the gate's.
-
     """
 
     def __init__(self, config: Config) -> None:
         self._rise, self._keep, self._cycle = config.guard, config.keep, config.cycle
-        self._mean = 0.0
-        self._labels = 0  # seen so far
+        self._pooled = config.budget == "batch"
+        self._told = [0.0, 0.0, 0.0]  # what others do not know yet: samples, the sums of their means and of the squares
+        self._samples = 0.0  # seen so far, by all ranks
+        self._mean = self._square = 0.0  # running averages of the samples' means, and of the squares of these
         self._lowest = float("inf")
-        self._left = 0  # full steps that it stays open
+        self._left = 0  # steps that it stays open
 
     @property
     def looks(self) -> bool:
@@ -46,11 +50,11 @@ class Guard:
 
     @property
     def open(self) -> bool:
-        """Is every step full now?"""
-        return self._left > 0
+        """Are steps full now?"""
+        return self.looks and self._left > 0
 
     def see(self, m: Tensor, losses: Tensor, candidates: Tensor, whole: Tensor) -> None:
-        """What a forward said of samples that kept every label.
+        """What a forward of this rank said of samples that kept every label.
 
         Args:
             m: float [N, L], difficulties before it, or what is expected of labels that have none.
@@ -58,32 +62,55 @@ class Guard:
             candidates: bool [N, L], the labels.
             whole: bool [N], samples that kept all of theirs.
         """
-        easy = candidates & ~keep_highest(m, candidates, self._keep) & whole[:, None]
-        found = losses[easy]
-        found = found[torch.isfinite(found)]
-        if n := len(found):
-            self._labels += n
-            self._mean += min(1.0, n / min(self._labels, WINDOW)) * (float(found.mean()) - self._mean)
-            if self._labels >= WINDOW:
-                self._lowest = min(self._lowest, self._mean)
+        pool = candidates & whole[:, None]
+        shape = (1, -1) if self._pooled else pool.shape
+        kept = keep_highest(m.reshape(shape), pool.reshape(shape), self._keep).view_as(pool)
+        easy = pool & ~kept & torch.isfinite(losses)
+        means = torch.where(easy, losses, 0.0).sum(1)[easy.any(1)] / easy.sum(1)[easy.any(1)]
+        for i, number in enumerate((len(means), float(means.sum()), float(means.square().sum()))):
+            self._told[i] += number
 
-    def step(self) -> bool:
-        """An optimizer step was made, on this rank and on every other: does the guard open now?"""
+    def give(self) -> list[float]:
+        """What this rank saw since it was asked last."""
+        told, self._told = self._told, [0.0, 0.0, 0.0]
+        return told
+
+    def take(self, told: Sequence[Sequence[float]]) -> None:
+        """What all ranks gave, in the same order on each."""
+        n, total, squares = (sum(of_rank[i] for of_rank in told) for i in range(3))
+        if not n:
+            return
+        self._samples += n
+        rate = min(1.0, n / min(self._samples, WINDOW))
+        self._mean += rate * (total / n - self._mean)
+        self._square += rate * (squares / n - self._square)
+        if self._samples >= WINDOW:
+            self._lowest = min(self._lowest, self._mean)
+
+    def step(self, *, sparse_next: bool) -> bool:
+        """An optimizer step was made: does the guard open now?
+
+        Args:
+            sparse_next: is the next one sparse by the schedule?
+        """
         if self._rise is None:
             return False
-        rise = self._rise / 2 if self.open else self._rise
-        worse = any_rank(self._mean > self._lowest + rise)
-        if not self.open:
-            self._left = self._cycle if worse else 0
-            return worse
-        self._left = self._left - 1 if worse else 0
-        if worse and not self.open:
-            self._lowest = self._mean
-        return False
+        error = sqrt(max(self._square - self._mean**2, 0.0) / (2 * WINDOW))
+        worse = self._mean - self._lowest > self._rise / (2 if self.open else 1) + _SURE * error
+        if self.open:
+            self._left = self._left - 1 if worse else 0
+            if worse and not self.open:
+                self._lowest = self._mean
+            return False
+        self._left = self._cycle if worse and sparse_next else 0
+        return self.open
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self._mean, "labels": self._labels, "lowest": self._lowest, "left": self._left}
+        return {
+            "samples": self._samples, "mean": self._mean, "square": self._square, "lowest": self._lowest,
+            "left": self._left, "told": list(self._told),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._mean, self._labels = state["mean"], state["labels"]
-        self._lowest, self._left = state["lowest"], state["left"]
+        self._samples, self._mean, self._square = state["samples"], state["mean"], state["square"]
+        self._lowest, self._left, self._told = state["lowest"], state["left"], list(state["told"])

@@ -240,7 +240,7 @@ class Scorer:
     def observe(self, samples: Samples, kept: Tensor, losses: Tensor, *, whole: Tensor) -> None:
         """The student's `losses` at labels `kept`, bool [N, L], in the order in which they stand.
 
-        `whole`, bool [N], are the samples that kept every label by the schedule.
+        `whole`, bool [N], are the samples that kept every label because their step or their turn was full.
         """
         self._pending.append(_Pending(samples, kept, losses, whole))
 

@@ -358,7 +358,7 @@ def test_targets_are_held_to_what_runs_show() -> None:
         for line in summary.targets({"captions": {"runs": runs}}, "test").splitlines()[4:]
         for told, cell in [line.strip("|").split("|")]
     }
-    told = {target: cell.split(": ")[1] for target, cell in rows.items()}
+    told = {target: cell.rpartition(": ")[2] for target, cell in rows.items()}
     assert set(told.values()) == {"met", "missed"}
     assert told["`regate` is ahead of `random`"] == "missed"
     assert told["98% of dense's accuracy by half of its answer tokens"] == "met"
@@ -366,7 +366,8 @@ def test_targets_are_held_to_what_runs_show() -> None:
     short = summary.headline({"captions": {"runs": runs}}, "test").splitlines()
     assert len(short) == 3
     assert short[2] == (
-        "| drawings with captions | 50% | 50% | +2.0 [+2.0, +2.0] | +10.0 [+10.0, +10.0] | 25% of its answer tokens |"
+        "| drawings with captions | 50% | 50% | +2.0 [+2.0, +2.0], 10 seeds | +10.0 [+10.0, +10.0], 10 seeds | "
+        "25%, 10 of 10 got there |"
     )
 
 
