@@ -23,7 +23,7 @@ from torch import Tensor
 from regate.config import Config
 from regate.scoring.selection import keep_highest
 
-WINDOW = 256  # samples
+WINDOW = 128  # samples
 _SURE = 6  # standard errors of the running average, which is compared with the lowest of many
 
 
