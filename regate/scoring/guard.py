@@ -2,9 +2,9 @@
 
 Samples that keep every label tell, in full steps and in their full turns: each by the mean loss of its easiest labels,
 as many as a sparse step leaves out. Of these means there is a running average, over the latest `WINDOW` samples of all
-ranks, and the lowest that it ever was. Where it stands more than `guard` above that, and surely so,
+ranks, and the lowest that it ever was. Where it stands more than `guard` above that,
 
-    it opens      steps that would be sparse are full
+    it opens      if that is sure: steps that would be sparse are full
     it closes     when half of the rise is gone. After one cycle in any case: what full steps do not cure was not the
                   gate's doing, and what is now counts as the lowest
 
@@ -95,14 +95,15 @@ class Guard:
         """
         if self._rise is None:
             return False
-        error = sqrt(max(self._square - self._mean**2, 0.0) / (2 * WINDOW))
-        worse = self._mean - self._lowest > self._rise / (2 if self.open else 1) + _SURE * error
+        risen = self._mean - self._lowest
         if self.open:
+            worse = risen > self._rise / 2
             self._left = self._left - 1 if worse else 0
             if worse and not self.open:
                 self._lowest = self._mean
             return False
-        self._left = self._cycle if worse and sparse_next else 0
+        error = sqrt(max(self._square - self._mean**2, 0.0) / (2 * WINDOW))
+        self._left = self._cycle if sparse_next and risen > self._rise + _SURE * error else 0
         return self.open
 
     def state_dict(self) -> dict[str, Any]:
