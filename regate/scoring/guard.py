@@ -24,7 +24,7 @@ from regate.config import Config
 from regate.scoring.selection import keep_highest
 
 WINDOW = 128  # samples
-_SURE = 6  # standard errors of the running average, which is compared with the lowest of many
+_SURE = 8  # standard errors that a running average may stand above the lowest of many by chance
 
 
 class Guard:
@@ -103,7 +103,7 @@ class Guard:
                 self._lowest = self._mean
             return False
         error = sqrt(max(self._square - self._mean**2, 0.0) / (2 * WINDOW))
-        self._left = self._cycle if sparse_next and risen > self._rise + _SURE * error else 0
+        self._left = self._cycle if sparse_next and risen > max(self._rise, _SURE * error) else 0
         return self.open
 
     def state_dict(self) -> dict[str, Any]:
