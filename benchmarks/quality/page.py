@@ -1,9 +1,8 @@
 """`docs/evidence.md`, its plots and the README's table, from committed results; gathers a folder of runs first.
 
-python -m benchmarks.quality.page [RUNS] [--final]
+python -m benchmarks.quality.page [RUNS] [--validation]
 
-Without --final the page shows validation samples, which choices may be made by; with it, test samples, once arms and
-settings are settled.
+The page shows test samples, which nothing was chosen by. With --validation it shows those that choices may be made by.
 """
 
 from __future__ import annotations
@@ -92,10 +91,9 @@ language is small; in a large one a small teacher may not.
 captions are 4.6 epochs, clips 2, photographs 1.2. SmolLM2 as a student waits for a GPU.
 """
 _PARTS: dict[Part, str] = {
-    "validation": "validation samples: seeds are still being run, and test samples are not looked at before arms are "
-    "settled",
-    "test": "test samples, which nothing was chosen by; *whole answer* is greedy generation that equals the reference "
-    "word for word",
+    "validation": "validation samples, which choices may be made by",
+    "test": "test samples, which nothing was chosen by: settings were chosen on validation samples, of the same seeds; "
+    "*whole answer* is greedy generation that equals the reference word for word",
 }
 
 
@@ -388,11 +386,11 @@ def verdict(found: Difference, *, base: str = "dense") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="?", type=Path, help="folder of runs to gather first")
-    parser.add_argument("--final", action="store_true", help="show test samples")
+    parser.add_argument("--validation", action="store_true", help="show validation samples, to choose by")
     args = parser.parse_args()
     if args.runs is not None:
         results.gather(args.runs)
-    part: Part = "test" if args.final else "validation"
+    part: Part = "validation" if args.validation else "test"
     print(write(part=part))
     short = f"<!-- learning -->\n{summary.headline(results.load(), part)}\n<!-- end -->"
     README.write_text(into(README.read_text(), short))
