@@ -56,41 +56,42 @@ in the results alone.
 """
 _OPEN = """## What was left out, and what is open
 
-- **Budgets that follow a sample** (`budget="batch"`): at half of the labels every grounded word is kept in
-every quarter of a run, so that nothing is left for them to win. At a quarter (`budget25`) they keep all of them
-where a share of each sample (`keep25`) leaves one or two in a hundred out. Off, until more seeds tell whether a
-model learns more by it.
+- **Budgets that follow a sample** (`budget="batch"`): at half of the labels every grounded word is kept in every
+quarter of a run, so that nothing is left for them to win. At a quarter (`budget25`) they keep all of them where a
+share of each sample (`keep25`) leaves one or two in a hundred out. Off, until more seeds tell whether a model learns
+more by it.
 
 - **A prior for samples that were not seen** is what scores the first epoch: the student's average loss on the
-vocabulary token. Photographs are 1.2 epochs, and there the prior alone (`student`) keeps every grounded word from
-the first quarter of a run on, as the reference alone does. Words of these tasks are grounded or not by what they
-are; where the same word is one or the other by its sentence, only the reference could tell.
+vocabulary token. Photographs are 1.2 epochs, and there the prior alone (`student`) keeps every grounded word from the
+first quarter of a run on, as the reference alone does. Words of these tasks are grounded or not by what they are;
+where the same word is one or the other by its sentence, only the reference could tell.
 
-- **ref - m** (`gain`), what the image already explains, keeps hardly more grounded words than chance, from the
-same start, and ends behind random labels.
+- **ref - m** (`gain`), what the image already explains, keeps hardly more grounded words than chance, from the same
+start, and ends behind random labels.
 
-- **A guard** (`Config(guard=0.1)`) takes full steps while what sparse ones leave out gets worse. In cycles it does get
-worse, most with a quarter of the labels (`cycled-keep25`): other words are forgotten until full steps bring them back,
-and grounded ones end behind dense. There a guard made 13 or 14 of 400 steps full in two of three seeds, and words came back sooner in one
-of them; grounded words ended no nearer to dense. With full samples in every step, the default, it never opened. So
-it is off: it tells of a run that goes wrong, and mends less than a schedule that does not go wrong.
+- **A guard** (`Config(guard=0.1)`) takes full steps while what sparse ones leave out gets worse. In cycles it does
+get worse, most with a quarter of the labels (`cycled-keep25`): other words are forgotten until full steps bring them
+back, and grounded ones end behind dense. There a guard made 13 or 14 of 400 steps full in two of three seeds, and
+words came back sooner in one of them; grounded words ended no nearer to dense. With full samples in every step, the
+default, it never opened. So it is off: it tells of a run that goes wrong, and mends less than a schedule that does
+not go wrong.
 
-- **Which visual tokens** are left out matters where they are hidden: those that are most like another keep more of what
-answers need than chance does at half of the tokens, and no more at a quarter; those with the largest gradient keep most
-of it, but only an answer tells them (see above). Where what is left out stays visible, six seeds do not tell: the
-gradient of the very step, from a pass of its own, ended 0.9 points above likeness (-0.2 to +1.7), random draws 0.4 above
-it (-0.1 to +1.0). A rule by gradients kept from full turns, or by chance, waits for more seeds; rules by time, or by
-what the reference says of a sample, were not tried.
+- **Which visual tokens** are left out matters where they are hidden: those that are most like another keep more of
+what answers need than chance does at half of the tokens, and no more at a quarter; those with the largest gradient
+keep most of it, but only an answer tells them (see above). Where what is left out stays visible, six seeds do not
+tell: the gradient of the very step, from a pass of its own, ended 0.9 points above likeness (-0.2 to +1.7), random
+draws 0.4 above it (-0.1 to +1.0). A rule by gradients kept from full turns, or by chance, waits for more seeds; rules
+by time, or by what the reference says of a sample, were not tried.
 
 - **Why full samples in every step** are better than full steps is not told: full steps that come often (`short`)
 forget nothing either, and end where the cycles end, a point below.
 
-- **A teacher's size** changed nothing on captions (five seeds): one of one layer, a quarter as wide, and one twice as deep
-and wide, each taught the same texts for as long, know as well as the student's own which words a text gives away. The
-language is small; in a large one a small teacher may not.
+- **A teacher's size** changed nothing on captions (five seeds): one of one layer, a quarter as wide, and one twice as
+deep and wide, each taught the same texts for as long, know as well as the student's own which words a text gives
+away. The language is small; in a large one a small teacher may not.
 
-- **Several epochs** of fewer samples against one are set up (`few-dense`, `few-regate`, `few-random`) and not run yet;
-captions are 4.6 epochs, clips 2, photographs 1.2. SmolLM2 as a student waits for a GPU.
+- **Several epochs** of fewer samples against one are set up (`few-dense`, `few-regate`, `few-random`) and not run
+yet; captions are 4.6 epochs, clips 2, photographs 1.2. SmolLM2 as a student waits for a GPU.
 """
 _PARTS: dict[Part, str] = {
     "validation": "validation samples, which choices may be made by",
