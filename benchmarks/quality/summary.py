@@ -37,29 +37,29 @@ def headline(found: dict[str, dict[str, Any]], part: Part) -> str:
 def targets(found: dict[str, dict[str, Any]], part: Part) -> str:
     """A row for each target, a column for each task; empty where it has no such runs, or the target is not of it."""
     tasks = [name for name in TASKS if name in found]
-    grounded, other = analysis.final("grounded", part), analysis.final("other", part)
+    grounded, other, whole = (analysis.final(name, part) for name in ("grounded", "other", "free_running"))
     rows: list[tuple[str, Callable[[list[Record]], Cell]]] = [
         (
             "`regate` is no more than a point below dense on grounded words, its interval included",
-            lambda runs: _above(_paired(runs, "regate", "dense", grounded), -MARGIN),
+            lambda runs: _above(analysis.paired(runs, "regate", grounded), -MARGIN),
         ),
         ("and has 0.99 of its accuracy on other words", lambda runs: _share_of_dense(runs, other, 0.99)),
         *(
-            [(
-                "and no fewer whole answers",
-                lambda runs: _not_below(_paired(runs, "regate", "dense", analysis.final("free_running", part))),
-            )]
+            [("and no fewer whole answers", lambda runs: _not_below(analysis.paired(runs, "regate", whole)))]
             if part == "test"
             else []
         ),
-        ("`regate` is ahead of `random`", lambda runs: _above(_paired(runs, "regate", "random", grounded), 0.0)),
+        (
+            "`regate` is ahead of `random`",
+            lambda runs: _above(analysis.paired(runs, "regate", grounded, base="random"), 0.0),
+        ),
         (
             "the sum of both scores is not behind the `student`'s alone",
-            lambda runs: _not_below(_paired(runs, "regate", "student", grounded)),
+            lambda runs: _not_below(analysis.paired(runs, "regate", grounded, base="student")),
         ),
         (
             "nor behind the `reference`'s alone",
-            lambda runs: _not_below(_paired(runs, "regate", "reference", grounded)),
+            lambda runs: _not_below(analysis.paired(runs, "regate", grounded, base="reference")),
         ),
         (
             "98% of dense's accuracy by half of its answer tokens",
@@ -75,16 +75,12 @@ def targets(found: dict[str, dict[str, Any]], part: Part) -> str:
         ),
         (
             "a quarter of the visual tokens, the others visible, costs no more than a point, its interval included",
-            lambda runs: _above(_paired(runs, "visual25-visible", "dense", grounded), -MARGIN),
+            lambda runs: _above(analysis.paired(runs, "visual25-visible", grounded), -MARGIN),
         ),
     ]  # fmt: skip
     lines = [["target", *tasks]]
     lines += [[told, *(measure(found[task]["runs"]) for task in tasks)] for told, measure in rows]
     return "## What was to be shown\n\n" + table([line for line in lines if any(line[1:])])
-
-
-def _paired(runs: list[Record], arm: str, base: str, measure: Measure) -> Difference | None:
-    return analysis.paired(runs, arm, measure, base=base)
 
 
 def _above(found: Difference | None, least: float) -> Cell:

@@ -161,7 +161,7 @@ class Scorer:
             ConfigError: the function's scores are no finite numbers, one for each label.
         """
         config, candidates = self.config, samples.candidates
-        prior = self.prior.expect(torch.where(candidates, samples.layout.labels, 0))
+        prior = self._prior_of(samples)
         m = _known(self._difficulties(samples), prior)
         ref = torch.zeros_like(m)
         if self.teacher is not None:
@@ -231,6 +231,10 @@ class Scorer:
             found = zip(samples.text, self.store.get("reference", samples.text), strict=True)
             self.exchange.add("reference", {key: losses for key, losses in found if losses is not None})
 
+    def _prior_of(self, samples: Samples) -> Tensor:
+        """[N, L] float32, what the student's losses on each label's token are on average."""
+        return self.prior.expect(torch.where(samples.candidates, samples.layout.labels, 0))
+
     def _difficulties(self, samples: Samples) -> Tensor:
         """[N, L] float32, `UNSEEN` where there is none."""
         rows = self.store.get("difficulty", samples.sample)
@@ -250,9 +254,8 @@ class Scorer:
         for item in pending:
             candidates, losses = item.samples.candidates, item.losses.cpu()
             self.counters.nonfinite_losses += int((~torch.isfinite(losses)).sum())
-            labels = torch.where(candidates, item.samples.layout.labels, 0)
-            prior = self.prior.expect(labels) if self.guard.looks else None
-            self.prior.observe(labels[item.kept], losses)
+            prior = self._prior_of(item.samples) if self.guard.looks else None
+            self.prior.observe(item.samples.layout.labels[item.kept], losses)
             m = self._difficulties(item.samples)
             self._look_out(item.samples, m)
             loss = torch.zeros_like(m)
