@@ -69,9 +69,16 @@ ARMS = {
         "recommended, ref - m: what the image already explains",
         _EVEN | {"student_weight": -1.0, "reference_weight": 1.0},
     ),
+    "gainlate": Arm(
+        "recommended, ref - m, from step 160 on, when the image is read",
+        _EVEN | {"student_weight": -1.0, "reference_weight": 1.0, "warmup": 160},
+    ),
     "inverse": Arm("recommended, the least of m + 0.5 ref", _EVEN | {"student_weight": -1.0, "reference_weight": -0.5}),
     "keep25": Arm("recommended, keep 0.25", _EVEN | {"keep": 0.25}),
     "keep75": Arm("recommended, keep 0.75", _EVEN | {"keep": 0.75}),
+    "explore": Arm("recommended, a third of the kept labels at random", _EVEN | {"explore": 1 / 3}),
+    "full2": Arm("recommended, 1 full sample in 16", _EVEN | {"full_steps": 2}),
+    "full8": Arm("recommended, 1 full sample in 4", _EVEN | {"full_steps": 8}),
     "budget": Arm("recommended, the most worth keeping of the whole batch", _EVEN | {"budget": "batch"}),
     "budget25": Arm(
         "recommended, keep 0.25, the most worth keeping of the whole batch",
