@@ -15,7 +15,7 @@ import torch
 
 import benchmarks.quality.__main__ as quality
 import regate
-from benchmarks.quality import analysis, arms, occlusion, page, results, stranger, summary
+from benchmarks.quality import analysis, arms, findings, occlusion, page, results, stranger, summary
 from benchmarks.quality.context import losses_of_kept
 from benchmarks.quality.elision import Gradients, at_random, everything_computed, visual_by, worthiest
 from benchmarks.quality.evaluate import with_blank, with_shuffled
@@ -64,11 +64,11 @@ def test_runs_once_and_resumes(task: Task, tmp_path: Path, monkeypatch: pytest.M
     assert not dense["context"]
     results.gather(tmp_path, tmp_path / "results")
     text = page.write(folder=tmp_path / "results", docs=tmp_path / "docs").read_text()
-    assert "too few seeds" in text
     assert "| whole answer |" not in text, "answers were generated for test samples only"
     final = page.write(part="test", folder=tmp_path / "results", docs=tmp_path / "docs").read_text()
     assert "| whole answer |" in final
     assert (tmp_path / "docs" / "evidence" / "captions.png").exists()
+    assert "too few seeds" in (tmp_path / "docs" / "evidence" / "captions.md").read_text()
 
 
 def _ran(arm: str, *, steps: int = 1, loss: float = 2.0, seed: int = 0) -> dict[str, Any]:
@@ -385,7 +385,7 @@ def test_targets_are_held_to_what_runs_show() -> None:
 )
 def test_verdicts(values: list[float], expected: str) -> None:
     found = analysis.Difference(dict(enumerate(values)), *analysis.interval(values))
-    assert page.verdict(found) == expected
+    assert findings.verdict(found) == expected
 
 
 @pytest.mark.parametrize("name", [name for name, arm in arms.ARMS.items() if arm.config is not None])
