@@ -9,12 +9,13 @@ from torch import nn
 import regate_patch
 from model_adapters import AdapterError, ModelAdapter, find_adapter
 from model_adapters.conventional import unwrap
+from regate.attached import gate_on
 from regate.config import Config
 from regate.errors import ConfigError, GateNotAppliedError, UnknownArchitectureError
-from regate.gate import Gate, OnUnsupported
+from regate.gate import Gate
 from regate.memory.store import Store
 from regate.teaching.choice import TeacherChoice
-from regate.training.hooks import owners, through_peft
+from regate.training.hooks import through_peft
 
 
 def apply(
@@ -25,7 +26,7 @@ def apply(
     backend: regate_patch.Backend | None = "auto",
     teacher: TeacherChoice = "auto",
     store: Store | str | None = None,
-    on_unsupported: OnUnsupported = "raise",
+    on_unsupported: regate_patch.OnUnsupported = "raise",
 ) -> Gate:
     """Train `model` on fewer tokens: one line, then train exactly as before.
 
@@ -65,7 +66,7 @@ def apply(
     except AdapterError as error:
         raise UnknownArchitectureError(str(error)) from error
     _refuse_by_method(model)
-    if (existing := _gate_on(target)) is not None:
+    if (existing := gate_on(target)) is not None:
         existing.remove()
     through_peft(model)
     return Gate(
@@ -93,11 +94,7 @@ def remove(model: nn.Module) -> None:
 
 def gate_of(model: nn.Module) -> Gate | None:
     """The gate on a model or inside what wraps it, or None."""
-    return next((gate for m in [unwrap(model), *model.modules()] if (gate := _gate_on(m)) is not None), None)
-
-
-def _gate_on(module: nn.Module) -> Gate | None:
-    return next((owner for owner in owners(module) if isinstance(owner, Gate)), None)
+    return next((gate for m in [unwrap(model), *model.modules()] if (gate := gate_on(m)) is not None), None)
 
 
 def _refuse_by_kind(model: Any, config: Any, on_unsupported: Any) -> None:
@@ -108,8 +105,10 @@ def _refuse_by_kind(model: Any, config: Any, on_unsupported: Any) -> None:
         )
     if config is not None and not isinstance(config, Config):
         raise ConfigError(f"settings come as regate.Config(keep=..., ...), got {type(config).__name__} {config!r}")
-    if on_unsupported not in get_args(OnUnsupported):
-        raise ConfigError(f"on_unsupported must be one of {get_args(OnUnsupported)}, got {on_unsupported!r}")
+    if on_unsupported not in get_args(regate_patch.OnUnsupported):
+        raise ConfigError(
+            f"on_unsupported must be one of {get_args(regate_patch.OnUnsupported)}, got {on_unsupported!r}"
+        )
 
 
 def _refuse_by_method(model: nn.Module) -> None:
@@ -118,7 +117,7 @@ def _refuse_by_method(model: nn.Module) -> None:
     Prompt tuning and its kin call the model with embeddings that no ids stand for, or with keys out of nowhere; LoHa
     and LoKr draw a number in each layer to decide whether it takes part.
     """
-    configs = (getattr(model, "peft_config", None) or {}).values()
+    configs = [config for part in model.modules() for config in (getattr(part, "peft_config", None) or {}).values()]
     for config in configs:
         name = type(config).__name__
         if getattr(config, "is_prompt_learning", False):

@@ -1,7 +1,7 @@
-"""The gate: hangs on a model's forward, and on sparse steps lets it learn from the important labels only.
+"""The gate, as users hold it: lets a model learn, on sparse steps, from the important labels only.
 
-It holds settings and what lives long; what happens in one training forward is told in `forward.py`. Only training
-forwards with labels are touched; evaluation and generation run as they were.
+It makes and holds what lives long. What hangs on the model is told in `attached.py`, what happens in one training
+forward in `forward.py`.
 """
 
 from __future__ import annotations
@@ -9,25 +9,22 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import regate_patch
 from model_adapters import Batch, ModelAdapter
-from model_adapters.conventional import signature
+from regate.attached import Attached
 from regate.config import Config
-from regate.errors import ConfigError, NotGatedError, UnknownArchitectureError
-from regate.forward import Forward
+from regate.errors import ConfigError
 from regate.insight.report import Report
-from regate.memory import checkpoint
 from regate.memory.keys import NO_IDS
 from regate.memory.sharing import Exchange
 from regate.memory.store import Store
 from regate.pace.pace import Pace
 from regate.parts import Parts
-from regate.proof.reads import changes_call
 from regate.scoring.ahead import teach_all
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples, Scorer
@@ -36,10 +33,9 @@ from regate.state import RunState
 from regate.teaching.choice import TeacherChoice, teacher_of
 from regate.teaching.teacher import Teacher
 from regate.training.calls import OuterCall, inner_call
-from regate.training.counters import Counters, Stopwatch
-from regate.training.hooks import Hook, call_weakly, is_inside, is_recomputed
+from regate.training.counters import Counters
+from regate.training.hooks import call_weakly
 from regate.training.sharding import forget_layers, gather_by_layer, refuse_opaque
-from regate.training.steps import Steps, some_values
 
 log = logging.getLogger("regate")
 NO_COPY = (
@@ -47,29 +43,6 @@ NO_COPY = (
     "the model itself gives reference losses before its first step. A Trainer sees to it; in a loop of your own, call "
     "gate.precompute over the training set first. teacher='copy' keeps a copy nevertheless"
 )
-OF_ANOTHER_RUN = (
-    "the store at {path} holds difficulties of {n} samples, learnt in another run, and this run goes by them until it "
-    "has its own. gate.load continues a run; gate.store.clear('difficulty') forgets what others learnt"
-)
-GOT_WORSE = (
-    "the labels that sparse steps leave out got worse: their mean loss rose by more than {rise} above the lowest that "
-    "it had been (Config.guard). Steps are full until half of that is gone, for {cycle} steps at most"
-)
-CHANGED_SINCE = (
-    "the language model's weights were changed after the gate was applied and before training: its teacher is a copy "
-    "of those of then. Load weights first, or apply the gate again"
-)
-NESTED = (
-    "{name} calls itself within a training forward, and with gradients: labels would be chosen from twice. Let it call "
-    "its `forward` for what belongs to the same loss, use torch.no_grad() where no gradients are needed, or add up the "
-    "losses of two calls outside"
-)
-RECOMPUTED = (
-    "the whole forward of {name} is checkpointed, and runs once more in the backward pass, where other labels would be "
-    "kept than before. Checkpoint its layers instead (model.gradient_checkpointing_enable()), or the whole with "
-    "use_reentrant=True"
-)
-OnUnsupported = Literal["raise", "warn"]
 
 
 class Gate:
@@ -90,17 +63,11 @@ class Gate:
         backend: regate_patch.Backend,
         teacher: TeacherChoice,
         store: Store,
-        on_unsupported: OnUnsupported,
+        on_unsupported: regate_patch.OnUnsupported,
     ) -> None:
-        self._config, self.adapter = config, adapter
-        self.counters, self.watch = Counters(), Stopwatch()
-        self.last: Decision | None = None
-        self.exchange = Exchange(store)
-        self.on_unsupported = on_unsupported
-        self._forward: Forward | None = None  # the one that is running
-        self._gating = False  # is one running, or about to?
+        self.model, self.adapter, self._config = model, adapter, config
+        self._backend, self._automatic = backend, teacher == "auto"
         self._notes: list[str] = []
-        self.model = model
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
         self._teacher = teacher_of(model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported)
         handle = regate_patch.patch(
@@ -111,8 +78,7 @@ class Gate:
             visible=config.elided == "visible" and config.keep * config.visual_keep < 1,
             disable=config.disable,
         )
-        copied = self._teacher is not None and self._teacher.source in ("copy", "4bit")
-        self._copied = some_values(decoder) if copied else None
+        self.counters, self.exchange = Counters(), Exchange(store)
         self.scorer = Scorer(
             config,
             exchange=self.exchange,
@@ -123,7 +89,6 @@ class Gate:
         self.exchange.beside = self.scorer.guard if config.guard is not None else None
         self.store = store
         self.turns = Turns(config, self.exchange)
-        self._backend, self._automatic = backend, teacher == "auto"
         self.first = self._teacher is not None and (teacher == "first" or (self._automatic and not self.scorer.lazily))
         if self.first and self._automatic:
             self.note(NO_COPY)
@@ -141,14 +106,15 @@ class Gate:
             self.counters,
             note=call_weakly(self.note),
         )
-        self._steps = Steps(model, target, on_step=self._on_step, on_missed=self._on_missed)
-        self._state = RunState(self._steps, self.scorer, self.turns)
         gather_by_layer(decoder)
-        self._hooks = [
-            target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
-            target.register_forward_hook(Hook(self._after), prepend=True, with_kwargs=True, always_call=True),
-            decoder.register_forward_hook(Hook(self._after_decoder), with_kwargs=True),
-        ]
+        copies = self._teacher is not None and self._teacher.source in ("copy", "4bit")
+        self._attached = Attached(self, self._parts, learns_from_copy=copies, on_unsupported=on_unsupported)
+        self._state = RunState(self._attached.steps, self.scorer, self.turns)
+
+    @property
+    def last(self) -> Decision | None:
+        """What was decided in the last gated forward; None before the first."""
+        return self._attached.last
 
     @property
     def config(self) -> Config:
@@ -173,13 +139,13 @@ class Gate:
         Raises:
             ConfigError: on setting, it is no number of steps.
         """
-        return self._steps.step
+        return self._attached.steps.step
 
     @step.setter
     def step(self, step: int) -> None:
         if not isinstance(step, int) or step < 0:
             raise ConfigError(f"gate.step counts optimizer steps from 0, got {step!r}")
-        self._steps.restart(step)
+        self._attached.steps.restart(step)
 
     @property
     def store(self) -> Store:
@@ -194,139 +160,11 @@ class Gate:
     def store(self, store: Store) -> None:
         self.scorer.use(store)
 
-    # -- hooks ----------------------------------------------------------------------------------------
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._gating and is_inside(module):
-            if torch.is_grad_enabled():
-                self._refuse(RECOMPUTED if is_recomputed() else NESTED)
-            return None  # without gradients: of another batch, or one more view of this one
-        self._drop()  # what is left of a forward that was interrupted between its hooks
-        batch = self._by_name(args, kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name != "sample_ids"}  # ours, not the model's
-        if not torch.is_grad_enabled():
-            return args, kwargs
-        if not module.training:
-            if batch.get("labels") is not None:
-                self._steps.forward_in_eval_mode()
-            return args, kwargs
-        self._parts.pace.wait(embedded=batch.get("input_ids") is None)  # an own wrapper's encoder ran before
-        late = changes_call(module, self._hooks[0].id)
-        if batch.get("labels") is None or late is not None:
-            if late is None:
-                self._steps.forward_without_labels()
-            else:
-                self._go_last(late)
-            self._parts.pace.wait()
-            self._parts.ready_to_prove(False)
-            return args, kwargs
-        if is_recomputed():
-            self._refuse(RECOMPUTED)
-        self._gating = True
-        self._steps.gated_forward()
-        if self.counters.labels_seen == 0:  # sharding comes after `apply`, before the first step
-            refuse_opaque(module, self._parts.decoder)
-            self._look_around()
-        if self._parts.handle.statistics.failed is None:  # else on_unsupported="warn": the decoder runs dense
-            self._forward = Forward.begin(self._parts, batch, step=self.step)
-        if self._forward is None:
-            self._gating = False
-            self.counters.forwards_ungated += 1
-            return args, kwargs
-        self.last = self._forward.decision
-        return (), self._forward.arguments()
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._gating and is_inside(module):
-            return None
-        forward, self._forward, self._gating = self._forward, None, False
-        if forward is None:
-            return None
-        try:
-            if output is None:  # the forward raised
-                return None
-            if forward.outgrown(output):
-                forward, output = self._anew(forward)
-            output = forward.finish(output)
-        finally:
-            forward.close()
-        self.last = forward.decision
-        self.counters.count_step(self.step, full=self.last.full)
-        return output
-
-    def _anew(self, forward: Forward) -> tuple[Forward, Any]:
-        """Run a forward again with more computed, in place of the one that has just run."""
-        self._gating = True
-        self._forward = forward = forward.again()
-        try:
-            return forward, self._parts.target.forward(**forward.arguments())
-        except BaseException:
-            forward.close()
-            raise
-        finally:
-            self._forward, self._gating = None, False
-
-    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return None if self._forward is None else self._forward.decoded(args, kwargs, output)
-
-    def _on_step(self) -> None:
-        self.watch.step(full=self._parts.is_full(self.step))
-        self.exchange.tick()
-        guard = self.scorer.guard
-        self.counters.steps_guarded += guard.open and not self.config.is_full(self.step)
-        if guard.step(sparse_next=not self.config.is_full(self.step + 1)):
-            self.note(GOT_WORSE.format(rise=self.config.guard, cycle=self.config.cycle))
-
-    def _on_missed(self, cause: str, never: bool) -> None:
-        """An optimizer step was made of forwards that were not gated; `never`: none was so far."""
-        full = self._parts.is_full(self.step)
-        if full and not never:
-            return
-        self.counters.steps_missed += not full
-        wanted = "no forward has been gated so far" if never else f"step {self.step} should be sparse"
-        missed = f"{wanted}, but parameters were updated: {cause}."
-        if self.on_unsupported == "raise":
-            raise NotGatedError(missed)
-        self.note(missed)
-
-    def _look_around(self) -> None:
-        """Before the first forward of a run: whose memory is in the store, and is the teacher still what it copied?"""
-        if self._copied is not None and self.step == 0:
-            now = some_values(self._parts.decoder)
-            if now[0] == self._copied[0] and not torch.equal(now[1].cpu(), self._copied[1].cpu()):
-                self.note(CHANGED_SINCE)
-        self._copied = None
-        if not self.store.temporary and checkpoint.rank() == 0 and (n := self.store.count("difficulty")):
-            self.note(OF_ANOTHER_RUN.format(path=self.store.path, n=n))
-
-    def _go_last(self, late: str) -> None:
-        """A hook behind ours may change the batch: from the next forward on it comes first; this one is not gated."""
-        self.note(f"{late} since the gate was applied: the forward in which it was first seen ran ungated")
-        hooks, own = self._parts.target._forward_pre_hooks, self._hooks[0].id
-        hooks[own] = hooks.pop(own)
-        self._steps.gated_forward()
-        self.counters.forwards_ungated += 1
-
-    def _refuse(self, why: str) -> NoReturn:
-        raise UnknownArchitectureError(why.format(name=type(self._parts.target).__name__))
-
-    def _drop(self) -> None:
-        self._gating = False
-        if self._forward is not None:
-            self._forward.close()
-            self._forward = None
-
-    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The call's arguments by name."""
-        return (dict(signature(self._parts.target).bind_partial(*args).arguments) if args else {}) | kwargs
-
     def note(self, note: str) -> None:
         """Tell the user something, once; the report says it again."""
         if note not in self._notes:
             self._notes.append(note)
             log.warning(note)
-
-    # -- what users call --------------------------------------------------------------------------------
 
     def precompute(self, dataloader: Iterable[Batch], *, progress: bool = True, split: bool = False) -> Report:
         """Reference losses for every sample of `dataloader`, before training.
@@ -355,7 +193,7 @@ class Gate:
             return self._parts.read({**call, "sample_ids": NO_IDS})[1]  # images need not be told apart
 
         split = split or (self._teacher is not None and self._teacher.together)
-        teach_all(self.scorer, dataloader, read, steps=self._steps.made, progress=progress, split=split)
+        teach_all(self.scorer, dataloader, read, steps=self._attached.steps.made, progress=progress, split=split)
         return self.report()
 
     def teach_first(self) -> None:
@@ -363,7 +201,7 @@ class Gate:
 
         Of teacher="auto" alone, and before the first step.
         """
-        if self._teacher is None or self._teacher.source != "copy" or not self._automatic or self._steps.made:
+        if self._teacher is None or self._teacher.source != "copy" or not self._automatic or self._attached.steps.made:
             return
         self._teacher.close()
         self._teacher = Teacher(self.model, self.adapter, backend=self._backend, source="live")
@@ -392,7 +230,7 @@ class Gate:
             "graphs": len(statistics.graphs) + statistics.other_graphs,
             "recompiles": statistics.recompiles,
             "samples_found_again": self.scorer.recurrence.share if self.scorer.recurrence.telling else 0.0,
-            **self.watch.medians(),
+            **self._attached.watch.medians(),
         }
         notes = [*self._notes, *filter(None, [self.scorer.recurrence.reason()])]
         if statistics.failed is not None:
@@ -402,7 +240,8 @@ class Gate:
     def state_dict(self) -> dict[str, Any]:
         """Schedule position, prior, counters and difficulties; tensors and plain numbers only.
 
-        Reference losses, too, where they cannot be made again and the store goes with the process.
+        Reference losses, too, where they cannot be made again and the store goes with the process. With several ranks
+        it is of what this one knows by now; `save` collects what all know.
         """
         return self._state.state_dict()
 
@@ -415,13 +254,22 @@ class Gate:
         """
         self._state.load_state_dict(state)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], *, on_each_node: bool = False) -> None:
         """Write `state_dict` into a checkpoint's folder, atomically. With several ranks, every rank must call it.
+
+        Args:
+            folder: made if missing.
+            on_each_node: the folder is another one on each node, and each gets all that a rank of it needs.
 
         Raises:
             RankError: another rank is gone.
         """
-        self._state.save(folder)
+        self._state.save(folder, on_each_node=on_each_node)
+
+    @property
+    def just_loaded(self) -> bool:
+        """Was a state loaded, and has no step been made since?"""
+        return self._state.just_loaded
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continue from what `save` wrote, with as many ranks as there are now.
@@ -433,13 +281,10 @@ class Gate:
 
     def remove(self) -> None:
         """Take the gate off; the model is as it was before `apply`."""
-        self._drop()
+        self._attached.remove()
         self.flush()
         self._parts.outer.remove()
         self._parts.pace.remove()
-        self._steps.remove()
-        for hook in self._hooks:
-            hook.remove()
         self._parts.handle.remove()
         forget_layers(self._parts.decoder)
         if self._teacher is not None:

@@ -94,7 +94,7 @@ def test_difficulties_are_stored_while_the_next_forward_runs(monkeypatch: pytest
     put = Store.put
 
     def recorded(store: Store, table: Any, records: Any) -> None:
-        written.append("after" if gate._forward is None else "before")
+        written.append("after" if gate._attached._forward is None else "before")
         put(store, table, records)
 
     monkeypatch.setattr(Store, "put", recorded)
