@@ -159,6 +159,11 @@ class Config:
         settings: dict[str, Any] = {"keep": 1.0, "visual_keep": 1.0}
         return cls(**(settings | changes))
 
+    @property
+    def uses_references(self) -> bool:
+        """Does it depend on reference losses which labels are kept?"""
+        return self.keep < 1 and self.selection == "score" and self.reference_weight != 0
+
     def is_full(self, step: int) -> bool:
         """Does optimizer step `step` (from 0) keep every label?"""
         return self.full_share(step) == 1

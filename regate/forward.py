@@ -37,7 +37,7 @@ from regate.output.outputs import hands_out, kept_losses, loss_of, rescale, with
 from regate.output.withheld import WithheldLogits, watched
 from regate.parts import Parts
 from regate.proof import reads
-from regate.proof.prove import FEW, NOTHING, Proven, prove
+from regate.proof.prove import NOTHING, Proven, few_of, prove
 from regate.proof.reads import Read
 from regate.proof.trial import Subject
 from regate.scoring.decision import Decision
@@ -98,7 +98,7 @@ class Forward:
         if due:
             found = self._prove()
             parts.proven = found if parts.proven is None else parts.proven.weakened(found)
-        self.read, self.short = self._reading_of(parts.proven or NOTHING)
+        self.read, self.short = self._reading_of(parts.proven or NOTHING, kept)
         at_whole, beyond = None, torch.tensor(self._beyond(full))
         if whole is not None:
             at_whole = samples.segments.pack(whole[:, None].expand_as(self._kept))
@@ -123,7 +123,7 @@ class Forward:
         parts.turns.forward(step)
         whole = None if full else parts.turns_of(layout, samples)
         parts.scorer.prepare(samples, full=full, whole=whole)
-        due = parts.ready_to_prove(labelled)
+        due = parts.ready_to_prove(layout.labels if labelled else None)
         if not labelled:
             return None
         parts.scorer.collect()
@@ -137,10 +137,7 @@ class Forward:
     def _prove(self) -> Proven:
         """In the first forward: what full steps may leave out (see `regate/proof`)."""
         parts, labels, valid = self.parts, self.layout.labels, self.layout.valid
-        candidates = predicted(labels)
-        few = candidates & (candidates.cumsum(1) <= FEW)
-        if len(few) > 1:  # as many in each row would hide that a loss is a mean of rows' means
-            few[0] &= few[0].cumsum(0) <= (few[0].sum() + 1) // 2
+        few = few_of(labels)
         some = replace(self.layout, labels=torch.where(few, labels, IGNORED))
         sharded, projection = is_sharded(self._target), getattr(self._head, "projection", self._head)
         if parts.lazy is None or parts.lazy.head is not projection:
@@ -207,8 +204,10 @@ class Forward:
         finally:
             self._decoder.forward = standing
 
-    def _reading_of(self, proven: Proven) -> tuple[Read, bool]:
-        """What this forward computes, and whether its head runs at kept labels alone."""
+    def _reading_of(self, proven: Proven, kept: Tensor) -> tuple[Read, bool]:
+        """What this forward computes, and whether its head runs at kept labels, bool [B, S], alone."""
+        counts = kept.sum(1)
+        short = proven.short and (proven.rows or bool(counts.min() == counts.max()))
         if self._samples.on_padding is not None:
             self.parts.note(ON_PADDING)
         if self._on_padding is not None:
@@ -224,8 +223,8 @@ class Forward:
             return Read.ALL, False
         if (why := self._reader or self.parts.put_elsewhere) is not None:
             self.parts.note(f"{reads.GIVEN_UP[Read.ALL]}: {why}")
-            return Read.ALL, proven.short
-        return max(proven.read, Read.VALID if self._balanced else Read.KEPT), proven.short
+            return Read.ALL, short
+        return max(proven.read, Read.VALID if self._balanced else Read.KEPT), short
 
     def _beyond(self, full: bool) -> bool:
         """Compute what follows the last label, too? A router's loss reads it on full steps."""

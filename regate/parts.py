@@ -21,7 +21,7 @@ from regate.memory.checkpoint import ranks
 from regate.memory.sharing import any_rank
 from regate.output.logits import LazyHead
 from regate.pace.pace import Pace
-from regate.proof.prove import Proven
+from regate.proof.prove import Proven, few_of, tells_rows
 from regate.scoring.scorer import Samples, Scorer
 from regate.scoring.turns import Turns
 from regate.training import batches
@@ -126,11 +126,17 @@ class Parts:
         """Does optimizer step `step` keep every label, by the schedule, or since the guard is open?"""
         return self.config.is_full(step) or self.scorer.guard.open
 
-    def ready_to_prove(self, ready: bool) -> bool:
-        """Is the proof due in this forward? In step it runs on all ranks at once: when all have labels."""
-        if self.proven is not None or not self.in_step:
-            return ready and self.proven is None
-        return not any_rank(not ready)
+    def ready_to_prove(self, labels: Tensor | None) -> bool:
+        """Is a proof due in this forward, with labels [B, S] or without any?
+
+        In step it runs on all ranks at once: when all have labels. Where the first batch could not tell all, a later
+        one that can is looked at, too.
+        """
+        if self.proven is None:
+            return labels is not None if not self.in_step else not any_rank(labels is None)
+        if labels is None or self.proven.rows or self.in_step:
+            return False
+        return tells_rows(few_of(labels))
 
     def turns_of(self, layout: Layout, samples: Samples) -> Tensor | None:
         """Those samples of a sparse step that have their full turn now, bool [N]; see `Turns.of`."""

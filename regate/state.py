@@ -30,6 +30,12 @@ class RunState:
 
     def __init__(self, steps: Steps, scorer: Scorer, turns: Turns) -> None:
         self._steps, self._scorer, self._turns = steps, scorer, turns
+        self._loaded_at: int | None = None
+
+    @property
+    def just_loaded(self) -> bool:
+        """Was it loaded, and has no step been made since?"""
+        return self._loaded_at == self._steps.made
 
     def state_dict(self) -> dict[str, Any]:
         """Of now, with what earlier forwards taught."""
@@ -67,20 +73,19 @@ class RunState:
         scorer.counters.load(state["counters"])
         scorer.prior.load_state_dict(state["prior"])
         scorer.guard.load_state_dict(state.get("guard") or Guard(scorer.config).state_dict())
-        store.clear("difficulty")
-        store.put("difficulty", dict(checkpoint.unpack(state["difficulty"])))
+        # At once: other ranks may share the store, load the same, and be done with it.
+        store.replace("difficulty", dict(checkpoint.unpack(state["difficulty"])))
         self._turns.ahead = state.get("ahead", 0)
-        store.clear("owed")
-        store.put("owed", dict(checkpoint.unpack(state["owed"])) if "owed" in state else {})
+        store.replace("owed", dict(checkpoint.unpack(state["owed"])) if "owed" in state else {})
+        self._loaded_at = self._steps.made
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], *, on_each_node: bool = False) -> None:
         """Into a checkpoint's folder; by every rank."""
         self._scorer.flush()
         self._scorer.exchange.finish()
         state = self.state_dict()
-        if checkpoint.rank() != 0:
-            state = {k: v for k, v in state.items() if k not in checkpoint.OF_ALL_RANKS}  # rank 0 has all by now
-        checkpoint.save(folder, state)
+        self._scorer.exchange.meet()  # nobody goes on to write into a store while another still reads it
+        checkpoint.save(folder, state, on_each_node=on_each_node)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """From there."""

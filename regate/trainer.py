@@ -22,6 +22,7 @@ from regate.api import gate_of
 from regate.errors import CheckpointError, ConfigError
 from regate.gate import Gate
 from regate.memory import checkpoint
+from regate.memory.sharing import any_rank
 from regate.scoring.ahead import has_length, own_part
 from regate.undisturbed import random_numbers_kept
 from regate_patch import is_sharded
@@ -69,10 +70,11 @@ class GateCallback(TrainerCallback, ExportableState):
                 f"loss_type={loss_type!r} weighs labels by what is summed over them, and sparse steps rescale "
                 "that sum; use loss_type='nll', or regate.Config(keep=1.0)"
             )
-        if state.global_step not in (0, gate.step):
+        if state.global_step not in (0, gate.step) and not gate.just_loaded:
             _resume(gate, args, state)
         elif state.global_step == 0:
-            if is_sharded(gate.model) and has_length(train_dataloader):
+            # Ranks with more room on their device keep a copy; teaching first is for all of them or none.
+            if (is_sharded(gate.model) or any_rank(gate.first)) and has_length(train_dataloader):
                 gate.teach_first()
             if gate.first:
                 _teach(gate, args, train_dataloader)
@@ -89,7 +91,7 @@ class GateCallback(TrainerCallback, ExportableState):
         **others: Any,
     ) -> None:
         if (gate := _gate(model)) is not None:
-            gate.save(_folder(args, state))
+            gate.save(_folder(args, state), on_each_node=args.save_on_each_node)
 
     def on_epoch_end(
         self,

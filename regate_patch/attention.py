@@ -14,13 +14,18 @@ from torch import Tensor, library
 from torch.nn.attention.varlen import varlen_attn
 
 _aten = torch.ops.aten
+_AMPERE, _WIDEST = (8, 0), 256  # devices and heads for which flash attention has kernels
 _TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
 
 
 def serves(query: Tensor, value: Tensor) -> bool:
-    """Is there a kernel for heads like these?"""
-    on_cuda = query.device.type == "cuda" and dtype_of(query) in (torch.float16, torch.bfloat16)
-    return query.shape[-1] == value.shape[-1] and (on_cuda or query.device.type in ("cpu", "meta"))
+    """Is there a kernel for heads like these? On CUDA it is flash attention's, and none that SDPA falls back on."""
+    width = query.shape[-1]
+    if query.device.type != "cuda":
+        return width == value.shape[-1] and query.device.type in ("cpu", "meta")
+    half = dtype_of(query) in (torch.float16, torch.bfloat16)
+    new_enough = torch.cuda.get_device_capability(query.device) >= _AMPERE
+    return half and new_enough and width == value.shape[-1] and width % 8 == 0 and width <= _WIDEST
 
 
 def dtype_of(query: Tensor) -> torch.dtype:

@@ -101,7 +101,7 @@ class GatedForward:
         self.disable = switched_off(disable)
         self.padding_elided, self.visible = padding_elided, visible
         self.on_unsupported, self.allow_graph_breaks = on_unsupported, allow_graph_breaks
-        self.forward = decoder.forward
+        self.forward, self._own = decoder.forward, decoder.__dict__.get("forward")
         self.statistics = Statistics()
         self.whole: set[Rewrite] = set()  # graphs that were seen to be all of the decoder: only its caller reads them
         self.compiled: Callable[..., Any] | None = None
@@ -293,6 +293,13 @@ class GatedForward:
         statistics.calls += 1
         statistics.last = tuple(ran)
 
+    def give_back(self) -> None:
+        """Let the decoder's forward be what it was."""
+        if self._own is None:
+            del self.decoder.forward
+        else:
+            self.decoder.forward = self._own
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return class_forward(memo.get(id(self.decoder), self.decoder))
 
@@ -347,7 +354,6 @@ class Handle:
 
     def __init__(self, decoder: nn.Module, gated: GatedForward) -> None:
         self._decoder = decoder
-        self._own_forward = decoder.__dict__.get("forward")
         self._gated = gated
         decoder.forward = gated
 
@@ -357,12 +363,8 @@ class Handle:
 
     def remove(self) -> None:
         """Undo `patch`. A second call does nothing."""
-        if self._decoder.__dict__.get("forward") is not self._gated:
-            return
-        if self._own_forward is None:
-            del self._decoder.forward
-        else:
-            self._decoder.forward = self._own_forward
+        if self._decoder.__dict__.get("forward") is self._gated:
+            self._gated.give_back()
 
 
 def patch(
@@ -408,7 +410,7 @@ def patch(
     backend = known("auto" if backend is None else backend)
     existing = decoder.__dict__.get("forward")
     if isinstance(existing, GatedForward):
-        del decoder.forward
+        existing.give_back()
     gated = GatedForward(
         decoder, backend, on_unsupported, allow_graph_breaks, padding_elided, visible, disable, observe
     )

@@ -178,9 +178,8 @@ def estimate(
         costs.forward(n, s.total if everywhere else k, s.total if visible else None)
         for s, n, k in zip(counted, computed, kept, strict=True)
     )
-    teacher = sum(costs.forward(s.prompt + s.answer, s.answer) for s in counted)
-    if config.reference_weight == 0 or config.selection == "random":
-        teacher = 0.0
+    asked = counted if config.uses_references else []
+    teacher = float(sum(costs.forward(s.prompt + s.answer, s.answer) for s in asked))
     steps = max(round(epochs * len(counted) * copies) if steps is None else steps, 1)
     full_share = sum(map(config.full_share, range(steps))) / steps
     whole = _most_full(config, rows, laid=laid)

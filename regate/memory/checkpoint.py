@@ -1,7 +1,8 @@
 """The gate's state in a trainer's checkpoint folder, and difficulties as the few tensors that state holds.
 
 Files of a folder: `regate.pt`, of rank 0, with the losses of every sample; `regate-rank1.pt` and so on, what other
-ranks keep to themselves. Each is written under another name and renamed, so a kill leaves a whole file or none.
+ranks keep to themselves. Where each node has a folder of its own, its first rank writes `regate.pt` there. Each is
+written under another name and renamed, so a kill leaves a whole file or none.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ def _file_of(rank: int) -> str:
     return NAME if rank == 0 else f"regate-rank{rank}.pt"
 
 
-def save(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write this rank's `state` into `folder`, whole or not at all."""
-    path = Path(folder).expanduser() / _file_of(rank())
+def save(folder: str | os.PathLike[str], state: dict[str, Any], *, on_each_node: bool = False) -> None:
+    """Write this rank's part of `state` into `folder`, whole or not at all."""
+    first = rank() == 0 or (on_each_node and ranks() > 1 and dist.get_node_local_rank(rank()) == 0)
+    if not first:
+        state = {name: value for name, value in state.items() if name not in OF_ALL_RANKS}  # the first has all by now
+    path = Path(folder).expanduser() / (NAME if first else _file_of(rank()))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -54,7 +58,7 @@ def save(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
 
 
 def load(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """This rank's state; of rank 0 if the run had fewer ranks, and always with the losses that rank 0 has.
+    """This rank's state; the first one's if the run had fewer ranks, and always with the losses that this one has.
 
     Raises:
         CheckpointError: the folder holds none, or the file is damaged.
@@ -66,7 +70,10 @@ def load(folder: str | os.PathLike[str]) -> dict[str, Any]:
     state = _read(main)
     if own == main or not own.exists():
         return state
-    return _read(own) | {name: state[name] for name in OF_ALL_RANKS if name in state}
+    mine = _read(own)
+    if mine["step"] != state["step"]:  # of an earlier run with more ranks, into the same folder
+        return state
+    return mine | {name: state[name] for name in OF_ALL_RANKS if name in state}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,8 +21,8 @@ _OTHER_SAMPLES = (
 )
 _OTHER_TEXTS = (
     "samples are not found again: after the first epoch neither their images nor their texts come again, so no "
-    "sample's own difficulty is used. Prompts or cuts that are drawn anew each epoch do that; pass sample_ids that "
-    "stay (the row's number in the data set)"
+    "sample's own difficulty is used. Prompts that are drawn anew each epoch do that; where a sample's answer stays, "
+    "pass sample_ids that stay, too (the row's number in the data set)"
 )
 
 

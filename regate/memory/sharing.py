@@ -170,14 +170,23 @@ class Exchange:
             self._land()
             self._launch()
             self._land()
-        if self._running and self._group is not None:
-            dist.barrier(group=self._group)  # others write into this rank's file, too
+        self.meet()  # others write into this rank's file, too
+
+    def meet(self) -> None:
+        """Wait until every rank has come here."""
+        if ranks() > 1:
+            dist.barrier(group=self._own_group())
+
+    def _own_group(self) -> Any:
+        """Of processes that speak without the device, beside what training sends. Every rank must ask."""
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        return self._group
 
     def _launch(self) -> None:
         if not self._running:  # the exchange that just landed showed that all share one file
             return
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+        self._own_group()
         data = (self.store.path / "data.mdb").stat()
         packed = {table: _Packed.of(records) for table, records in self._outgoing.items()}
         beside = None if self.beside is None else self.beside.give()

@@ -105,15 +105,24 @@ class Store:
             StoreError: a value is NaN or infinite; nothing is stored.
             StoreFullError: no room; nothing is stored, and what was stored before stays readable.
         """
+        self._write(table, records, anew=False)
+
+    def replace(self, table: Table, records: Mapping[bytes, np.ndarray]) -> None:
+        """Store records as `put` does, in place of all that the table has, in the same transaction."""
+        self._write(table, records, anew=True)
+
+    def _write(self, table: Table, records: Mapping[bytes, np.ndarray], *, anew: bool) -> None:
         keys = sorted(records)  # in the order of the pages they go to
         losses = [records[key] for key in keys]
         if keys and not np.isfinite(np.concatenate(losses)).all():
             bad = next(key for key, of_sample in zip(keys, losses, strict=True) if not np.isfinite(of_sample).all())
             raise StoreError(f"losses of sample {bad.hex()} are not finite; they are not stored")
         encoded = [(key, half(of_sample).tobytes()) for key, of_sample in zip(keys, losses, strict=True)]
-        found = self._transaction(write=True, records=len(keys))
-        with found as (txn, files), txn.cursor(db=files.tables[table]) as cursor:
-            cursor.putmulti(encoded, overwrite=table != "reference")
+        with self._transaction(write=True, records=len(keys)) as (txn, files):
+            if anew:
+                txn.drop(files.tables[table], delete=False)
+            with txn.cursor(db=files.tables[table]) as cursor:
+                cursor.putmulti(encoded, overwrite=table != "reference")
 
     def items(self, table: Table) -> Iterator[tuple[bytes, np.ndarray]]:
         """Every (key, float32 losses [n_labels]) of a table, as it was when the iteration began."""

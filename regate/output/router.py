@@ -19,11 +19,12 @@ from model_adapters.recording import install_recording
 
 _NAME = "load_balancing_loss_func"
 _FLAG = "output_router_logits"
+_MIXTRAL = "transformers.models.mixtral.modeling_mixtral"  # whose function TRL's fused head takes for every model
 
 
 def is_balanced(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Does this call add a router loss?"""
-    if not hasattr(sys.modules[type(model).__module__], _NAME):
+    if not _files(model):
         return False
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -35,15 +36,28 @@ def is_balanced(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 def balanced_over(model: nn.Module, decoder: nn.Module, active: Callable[[], Tensor]) -> Iterator[None]:
     """While the model runs, its router loss counts the positions `active()`, bool [B, S], asked after the decoder."""
     install_recording(model, decoder)
-    module = sys.modules[type(model).__module__]
-    original = getattr(module, _NAME)
+    with contextlib.ExitStack() as scope:
+        for file in _files(model, sys.modules.get(_MIXTRAL)):
+            scope.enter_context(_counting(file, active))
+        yield
+
+
+def _files(model: nn.Module, *others: Any) -> list[Any]:
+    """Those of the model's classes, of which a wrapper may have made another (FSDP2), that have the function."""
+    modules = dict.fromkeys([*(sys.modules.get(kind.__module__) for kind in type(model).__mro__), *others])
+    return [module for module in modules if hasattr(module, _NAME)]
+
+
+@contextlib.contextmanager
+def _counting(file: Any, active: Callable[[], Tensor]) -> Iterator[None]:
+    original = getattr(file, _NAME)
 
     @functools.wraps(original)
     def over_active(gate_logits: Any, num_experts: Any = None, top_k: int = 2, attention_mask: Any = None) -> Any:
         return original(gate_logits, num_experts, top_k, active().long())
 
-    setattr(module, _NAME, over_active)
+    setattr(file, _NAME, over_active)
     try:
         yield
     finally:
-        setattr(module, _NAME, original)
+        setattr(file, _NAME, original)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from regate.errors import LabelsError
-from regate.labels import predictors
+from regate.labels import predicted, predictors
 from regate.output.head import Reading
 from regate.proof.reads import GIVEN_UP, LEFT_OUT, Read
 from regate.proof.trial import Run, Subject, agree, close, is_finite, run, tolerance, tried
@@ -41,6 +41,8 @@ class Proven:
         lazy: may its logits exist a chunk at a time?
         notes: what was given up, and why.
         other: with every position computed that is no padding, the engine's numbers are not the model's.
+        rows: did the batch tell a mean of labels from a mean of rows' means? One row, or rows with as many labels each,
+            cannot; then `short` holds for such batches alone.
     """
 
     read: Read
@@ -48,12 +50,29 @@ class Proven:
     lazy: bool
     notes: tuple[str, ...] = ()
     other: bool = False
+    rows: bool = True
 
     def weakened(self, later: Proven) -> Proven:
         """What both say may be left out; the notes and doubts are the later one's."""
         return replace(
             later, read=max(self.read, later.read), short=self.short and later.short, lazy=self.lazy and later.lazy
         )
+
+
+def few_of(labels: Tensor) -> Tensor:
+    """The labels that a proof looks at, of labels [B, S]: bool [B, S]."""
+    candidates = predicted(labels)
+    few = candidates & (candidates.cumsum(1) <= FEW)
+    if len(few) > 1:  # as many in each row would hide that a loss is a mean of rows' means
+        few[0] &= few[0].cumsum(0) <= (few[0].sum() + 1) // 2
+    return few
+
+
+def tells_rows(labels: Tensor) -> bool:
+    """Has one row more of these labels, bool [B, S], than another that has some?"""
+    counts = labels.sum(1)
+    counts = counts[counts > 0]
+    return len(counts) > 1 and bool(counts.min() < counts.max())
 
 
 NOTHING = Proven(Read.ALL, short=False, lazy=False)  # was proven: nothing is left out
@@ -94,7 +113,7 @@ def prove(subject: Subject) -> Proven:
         same = agree(short, own)
         if s.all(same):
             notes = () if eager is None else (f"logits at kept labels are computed all at once: {eager}",)
-            return Proven(s.at_least, short=True, lazy=lazily and eager is None, notes=notes)
+            return Proven(s.at_least, True, lazily and eager is None, notes, rows=s.all(tells_rows(s.few)))
         long = _ELSEWHERE if same else _other_numbers(short, own, "on the short sequence", "on the whole")
     why, other = why or long, False
     for level in (Read.LIVE, Read.VALID):

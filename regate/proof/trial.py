@@ -21,6 +21,7 @@ from regate.undisturbed import undisturbed
 from regate_patch import PatchError, to_device
 
 _PARAMETERS = 3  # of the decoder, whose gradients are compared
+_SCALE = 2.0**10  # of a loss in float16, as trainers scale it: its gradients would fall below what float16 can tell
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Run:
         by_head: by the head's parameters, where they are compared.
         behind: by the decoder's input and some of its parameters, where the decoder ran.
         output: of the decoder, detached.
+        dtype: the narrowest that the decoder computed in: its output's, or autocast's, which may begin inside the
+            model's own forward (accelerate).
     """
 
     loss: Tensor
@@ -78,6 +81,7 @@ class Run:
     by_head: list[Tensor | None]
     behind: list[Tensor | None]
     output: Any
+    dtype: torch.dtype
 
 
 def run(
@@ -109,6 +113,7 @@ def run(
         hidden = hidden_states(made)
         leaf = hidden.detach().requires_grad_()
         seen.update(hidden=hidden, leaf=leaf, output=with_hidden_states(made, hidden.detach()))
+        seen["dtype"] = _computed_in(hidden)
         made = with_hidden_states(made, leaf)
         return made if reading is None else reading.shorten(made)
 
@@ -129,13 +134,12 @@ def run(
         if loss is None or "leaf" not in seen:
             return None
         head = [*s.lazy.trained().values()] if s.lazy is not None and s.backward and reading is not None else []
-        by_hidden, *by_head = torch.autograd.grad(
-            loss.sum(), [seen["leaf"], *head], allow_unused=True, retain_graph=True
-        )
+        scaled = loss.sum() * (_SCALE if seen["dtype"] == torch.float16 else 1)
+        by_hidden, *by_head = torch.autograd.grad(scaled, [seen["leaf"], *head], allow_unused=True, retain_graph=True)
         if by_hidden is None:
             by_hidden = torch.zeros_like(seen["leaf"])
-        behind = [] if output is not None else _behind(s, loss.sum(), seen["hidden"], by_hidden, seen["input"])
-    return Run(loss.detach(), by_hidden, list(by_head), behind, seen["output"])
+        behind = [] if output is not None else _behind(s, scaled, seen["hidden"], by_hidden, seen["input"])
+    return Run(loss.detach(), by_hidden, list(by_head), behind, seen["output"], seen["dtype"])
 
 
 def _behind(s: Subject, loss: Tensor, hidden: Tensor, by_hidden: Tensor, entered: Tensor | None) -> list[Tensor | None]:
@@ -183,7 +187,7 @@ def agree(a: Run, b: Run) -> bool:
 
 
 def tolerance(run: Run) -> float:
-    return max(torch.finfo(_computed_in(run.by_hidden)).eps ** 0.5, 1e-6)
+    return max(torch.finfo(run.dtype).eps ** 0.5, 1e-6)
 
 
 def is_finite(run: Run) -> bool:

@@ -310,7 +310,8 @@ def _spread(rows: Sequence[np.ndarray | None], candidates: Tensor, missing: floa
         if (row := rows[b]) is not None and len(row) != n:
             raise StoreError(
                 f"sample {b} of this batch has {n} labels, but under its key there are losses of {len(row)}: two "
-                "samples share one of the `sample_ids`, or a sample's text is not always the same"
+                "samples share one of the `sample_ids`, as rows of another data set in the same store do; or a "
+                "sample's answer is not always the same, and then it needs no id"
             )
     known = [row for row in rows if row is not None]
     if known:

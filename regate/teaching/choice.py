@@ -36,7 +36,7 @@ def teacher_of(
     """
     if not (choice is None or isinstance(choice, (nn.Module, CrossTokenizerTeacher)) or choice in get_args(Named)):
         raise ConfigError(f"teacher must be one of {get_args(Named)}, a model, or None, got {choice!r}")
-    if choice is None or config.reference_weight == 0 or config.selection == "random" or config.keep >= 1:
+    if choice is None or not config.uses_references:
         return None
     if isinstance(choice, CrossTokenizerTeacher):
         if not choice.agree:

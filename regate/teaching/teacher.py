@@ -11,7 +11,6 @@ good where they are the frozen base of adapters, and else until the first optimi
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import math
@@ -27,19 +26,25 @@ import regate_patch
 from model_adapters import Batch, Layout, ModelAdapter
 from model_adapters.conventional import text_config
 from model_adapters.flash import takes_one_row
-from regate.errors import NonFiniteLossError, StoreMismatchError
+from regate.errors import NonFiniteLossError, StoreMismatchError, UnsupportedShardingError
 from regate.labels import IGNORED, predicted, predictors
 from regate.memory.sharing import any_rank
 from regate.output.loss import Places, label_losses
 from regate.teaching.quantize import to_4bit, unpacked
 from regate.teaching.rows import end_to_end
-from regate.teaching.weights import answering, halve_on_cuda, some_values, split_root, uses_peft
+from regate.teaching.weights import adapted, answering, copied, halve_on_cuda, some_values, split_root, uses_peft
 from regate.training.hooks import run_inside
 from regate.training.sharding import refuse_sharded
 from regate_patch import is_sharded
 
 log = logging.getLogger("regate")
 Source = Literal["copy", "4bit", "live", "given"]
+ON_META = (
+    "this rank has no weights of the language model yet, and its answers before training are the teacher's: "
+    "from_pretrained reads them on one rank alone where FSDP asks for it. Let every rank read them "
+    "(fsdp_cpu_ram_efficient_loading: false in accelerate's config, or FSDP_CPU_RAM_EFFICIENT_LOADING=false), or, in a "
+    "loop of your own, call regate.apply after accelerator.prepare, with teacher='first'; teacher=None needs no weights"
+)
 _STRANGE = 0.02  # the share of labels without an id in the teacher's vocabulary from which on it is doubted
 
 
@@ -74,9 +79,11 @@ class Teacher:
         self._doubted = False
         parts: Any = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
         self.handle: regate_patch.Handle | None = None
+        if any(p.is_meta for part in parts for p in part.parameters()):
+            raise UnsupportedShardingError(ON_META)
         if source in ("copy", "4bit"):
             refuse_sharded(model)
-            parts = copy.deepcopy(parts)  # one deepcopy of all parts keeps tied weights tied
+            parts = copied(parts)
             halve_on_cuda(parts)
             if source == "4bit":
                 to_4bit(parts[1])
@@ -226,15 +233,21 @@ class Teacher:
             return
         parts = (self.embeddings, self.decoder, self.head)
         training = [m for part in parts for m in part.modules() if m.training]
-        disable = getattr(self.model, "disable_adapter", contextlib.nullcontext)
+        by_peft = adapted(self.model)
+        learning = [(p, p.requires_grad) for peft in by_peft for p in peft.parameters()]
         for part in parts:
             part.eval()
         try:
-            with disable():
+            with contextlib.ExitStack() as switched_off:
+                for peft in by_peft:
+                    switched_off.enter_context(peft.disable_adapter())
                 yield
         finally:
             for module in training:
                 module.training = True
+            for parameter, learns in learning:  # PEFT lets all of an adapter learn that it switches on again
+                if parameter.requires_grad != learns:
+                    parameter.requires_grad_(learns)
 
     def fingerprint(self) -> dict[str, str]:
         """What reference losses depend on; a store refuses losses made under another fingerprint.
@@ -248,7 +261,9 @@ class Teacher:
                 answering(part) if self.source == "live" else part.named_parameters()
             )  # a copy keeps adapters on
             for name, parameter in sorted(parameters):
-                digest.update(name.encode() + some_values(parameter).numpy().tobytes())
+                # As a copy has them on CUDA: one teacher is the same wherever it was copied, and uncopied.
+                values = some_values(parameter).bfloat16().view(torch.int16)
+                digest.update(name.encode() + values.numpy().tobytes())
         config = text_config(self.model)
         padding = self.adapter.padding
         return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model_adapters import ModelAdapter
+from regate.training.sharding import gathered
 
 _FOR_ACTIVATIONS = 0.1  # of a device's memory
 
@@ -20,11 +23,25 @@ def halve_on_cuda(parts: Sequence[nn.Module]) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
+def copied(parts: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+    """A copy of each, of which none calls what it was copied from.
+
+    A function that stands in for a module's forward (a compiled one, a wrapper that logs) cannot be copied, and has the
+    original's module in it; the copy has the forward of its class instead.
+    """
+    parts = copy.deepcopy(parts)  # of all together, so that tied weights stay tied
+    for module in (m for part in parts for m in part.modules()):
+        if isinstance(vars(module).get("forward"), types.FunctionType):
+            del module.forward
+    return parts
+
+
 def some_values(parameter: Tensor) -> Tensor:
-    """Some values, float32 on the CPU; of a parameter that FSDP2 has split, those of the whole."""
-    whole: Any = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    flat = whole.detach().reshape(-1)
-    return flat[:: max(flat.numel() // 64, 1)][:64].float().cpu().clone()  # not a view of what may change
+    """Some values, float32 on the CPU; of a parameter that is split over ranks, those of the whole: all must ask."""
+    with gathered([parameter]):
+        whole: Any = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        flat = whole.detach().reshape(-1)
+        return flat[:: max(flat.numel() // 64, 1)][:64].float().cpu().clone()  # not a view of what may change
 
 
 def answering(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
@@ -41,9 +58,14 @@ def answering(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Par
         yield from answering(child, f"{prefix}.{name}" if prefix else name)
 
 
+def adapted(model: nn.Module) -> list[Any]:
+    """The PEFT models, each of which can switch its adapters off, that it is, wraps or has among its parts."""
+    return [module for module in model.modules() if hasattr(module, "disable_adapter")]
+
+
 def uses_peft(model: nn.Module, adapter: ModelAdapter) -> bool:
     """Does the model carry adapters that can be switched off, over a language model that does not learn?"""
-    if not hasattr(model, "disable_adapter"):
+    if not adapted(model):
         return False
     parts = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
     return not any(p.requires_grad for part in parts for _, p in answering(part))

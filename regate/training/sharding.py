@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,8 +49,8 @@ def refuse_opaque(model: nn.Module, decoder: nn.Module) -> None:
 
     Raises:
         UnsupportedShardingError: FSDP1, nn.DataParallel, a device_map over several devices, ZeRO-3 that gathers less
-            than a decoder layer at a time, quantised weights that are split, or tensor, context or sequence
-            parallelism.
+            than a decoder layer at a time, FSDP2 inside activation checkpoints, quantised weights that are split, or
+            tensor, context or sequence parallelism.
     """
     _refuse_parallel(model, decoder)
     if getattr(model, "_is_replica", False):
@@ -68,6 +68,12 @@ def refuse_opaque(model: nn.Module, decoder: nn.Module) -> None:
         raise UnsupportedShardingError(
             "FSDP1 gathers parameters in ways that a captured decoder would bypass; use FSDP2 (`fsdp_version: 2` in "
             "accelerate's config, or `torch.distributed.fsdp.fully_shard`), DeepSpeed ZeRO-3 or DDP"
+        )
+    if any(type(part).__name__ == "CheckpointWrapper" and _fsdp2_inside(part) for part in decoder.modules()):
+        raise UnsupportedShardingError(
+            "FSDP2's hooks stand inside activation checkpoints, which then cannot be captured: leave out accelerate's "
+            "`activation_checkpointing` (torch's checkpoint_wrapper), and call model.gradient_checkpointing_enable() "
+            "or set gradient_checkpointing=True in the trainer's arguments"
         )
     cut = next((layer for layer in layers(decoder) if _hooks_inside(layer)), None)
     if cut is not None:
@@ -128,6 +134,10 @@ def _is_from(thing: Any, package: str) -> bool:
     return (getattr(thing, "__module__", None) or "").startswith(package)
 
 
+def _fsdp2_inside(wrapper: nn.Module) -> bool:
+    return any(_is_from(type(part), "torch.distributed.fsdp") for part in wrapper.modules() if part is not wrapper)
+
+
 def _hooks_inside(layer: nn.Module) -> bool:
     """Do hooks of DeepSpeed stand in the layer?"""
     return any(
@@ -171,12 +181,17 @@ def held_whole(module: nn.Module) -> Iterator[None]:
 
     Every rank must come here, but may call the module as often as its own batch asks for.
     """
-    split: list[Any] = [p for p in module.parameters() if hasattr(p, "ds_id")]
-    if not split:
+    if not any(hasattr(p, "ds_id") for p in module.parameters()):
         yield
         return
-    with sys.modules["deepspeed"].zero.GatheredParameters(split), _without_hooks(module):
+    with gathered(module.parameters()), _without_hooks(module):
         yield
+
+
+def gathered(parameters: Iterable[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, those that ZeRO-3 has split are whole. Every rank must come here."""
+    split: list[Any] = [p for p in parameters if hasattr(p, "ds_id")]
+    return sys.modules["deepspeed"].zero.GatheredParameters(split) if split else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

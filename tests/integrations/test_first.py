@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 import regate
+from regate import trainer as callbacks
 from regate.errors import ConfigError, StoreError
 from tests.integrations import ranks_first
 from tests.integrations.processes import run_ranks
@@ -66,6 +67,16 @@ def test_a_trainer_trains_as_with_a_copy(tmp_path: Path) -> None:
     other = regate.apply(MODEL.build(), CONFIG, teacher="copy")
     other.precompute(DataLoader(Rows(), batch_size=3), progress=False)
     assert references(gate) == references(other)
+
+
+def test_where_one_rank_has_no_room_for_a_copy_none_keeps_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, gate = run(tmp_path, "auto")
+    assert not gate.first
+    monkeypatch.setattr(callbacks, "any_rank", lambda here: True)
+    ours.train()
+    assert gate.first
+    assert gate.report()["steps_sparse"] == 3
+    assert gate.store.count("reference") == len(Rows())
 
 
 @pytest.mark.parametrize("persistent", [False, True])

@@ -170,6 +170,12 @@ def test_a_checkpoint_from_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFi
     gate.load(moved)
     trainer(tmp_path / "b", model, max_steps=5).train(resume_from_checkpoint=str(moved))
     assert gate.state_dict()["step"] == 5
+    state = torch.load(moved / "regate.pt")
+    torch.save(state | {"step": 2}, moved / "regate.pt")  # a step that a gradient scaler skipped is the trainer's alone
+    gate = regate.apply(model, CONFIG, teacher=None)
+    gate.load(moved)
+    trainer(tmp_path / "b", model, max_steps=5).train(resume_from_checkpoint=str(moved))
+    assert gate.state_dict()["step"] == 4
 
 
 def test_a_dense_run_goes_on_gated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import regate
-from regate.errors import StoreMismatchError
+from regate.errors import StoreMismatchError, UnsupportedShardingError
+from regate.memory import checkpoint
 from tests.steps import step
 from tests.zoo import CORE
 
@@ -83,3 +86,36 @@ def test_difficulties_of_another_run_are_not_taken_over_silently(tmp_path: Path)
     gate.load_state_dict(state)
     model(**batch)
     assert "another run" not in str(gate.report())
+
+
+def test_a_store_is_never_empty_while_a_state_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks share it, and may be further already; or the process may be killed."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=2)
+    gate = regate.apply(model, FULL, teacher=None, store=str(tmp_path))
+    model(**batch).loss.backward()
+    state, seen = gate.state_dict(), []
+    unpack = checkpoint.unpack
+
+    def slowly(packed: Any) -> Iterator[Any]:
+        for record in unpack(packed):
+            seen.append(len(list(gate.store.items("difficulty"))))
+            yield record
+
+    monkeypatch.setattr(checkpoint, "unpack", slowly)
+    gate.load_state_dict(state)
+    assert seen == [2, 2]
+    assert gate.store.count("difficulty") == 2
+
+
+def test_a_resumed_run_is_looked_at_as_any_other(tmp_path: Path) -> None:
+    batch = CORE["llava"].batch("none", rows=2)
+    model = CORE["llava"].build()
+    gate = regate.apply(model, FULL, teacher=None)
+    model(**batch).loss.backward()
+    gate.save(tmp_path)
+    resumed = CORE["llava"].build()
+    gate = regate.apply(resumed, FULL, teacher=None)
+    gate.load(tmp_path)
+    resumed._is_replica = True
+    with pytest.raises(UnsupportedShardingError, match="DataParallel"):
+        resumed(**batch)

@@ -73,6 +73,12 @@ def test_verdicts() -> None:
     assert 0 < mixed.break_even_epochs < 1
 
 
+def test_what_needs_no_teacher_pays_for_none() -> None:
+    for config in (regate.Config.exact(), regate.Config(reference_weight=0), regate.Config(selection="random")):
+        assert regate.estimate(LLAMA, [(96, 60, 400)], config).teacher == 0
+    assert regate.estimate(LLAMA, [(96, 60, 400)]).teacher > 0
+
+
 def test_interleaved_costs_as_much_and_peaks_lower() -> None:
     settings: dict[str, Any] = {"warmup": 0, "cycle": 128, "full_steps": 16, "alignment": "predictor"}
     sample = (96, 60, 400)

@@ -46,3 +46,33 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "regate.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="older checkpoint"):
         checkpoint.load(tmp_path)
+
+
+def _as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, of: int = 2, *, here: int | None = None) -> None:
+    """`here`: its number on its node."""
+    monkeypatch.setattr(checkpoint, "rank", lambda: rank)
+    monkeypatch.setattr(checkpoint, "ranks", lambda: of)
+    monkeypatch.setattr(torch.distributed, "get_node_local_rank", lambda fallback=None: rank if here is None else here)
+
+
+def test_each_node_has_what_its_ranks_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of two ranks, each with a disk of its own."""
+    for rank in range(4):
+        _as_rank(monkeypatch, rank, 4, here=rank % 2)
+        state = {"step": 3, "prior": rank, "difficulty": "all"}
+        checkpoint.save(tmp_path / str(rank // 2), state, on_each_node=True)
+    for rank, prior in enumerate(range(4)):
+        _as_rank(monkeypatch, rank, 4, here=rank % 2)
+        found = checkpoint.load(tmp_path / str(rank // 2))
+        assert found == {"step": 3, "prior": prior, "difficulty": "all"}
+    assert sorted(p.name for p in (tmp_path / "1").iterdir()) == ["regate-rank3.pt", "regate.pt"]
+
+
+def test_what_ranks_left_that_are_no_more_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(2):
+        _as_rank(monkeypatch, rank)
+        checkpoint.save(tmp_path, {"step": 1, "prior": rank})
+    _as_rank(monkeypatch, 0, 1)
+    checkpoint.save(tmp_path, {"step": 9, "prior": 0})
+    _as_rank(monkeypatch, 1)
+    assert checkpoint.load(tmp_path) == {"step": 9, "prior": 0}

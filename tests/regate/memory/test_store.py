@@ -438,3 +438,14 @@ def test_a_store_on_disk_stays(tmp_path: Path) -> None:
         store.flush()
     with Store(str(tmp_path)) as store:
         assert intact(store, 10)
+
+
+def test_a_table_is_replaced_whole() -> None:
+    with Store() as store:
+        store.put("difficulty", {key(0): losses(0), key(1): losses(1)})
+        store.replace("difficulty", {key(1): losses(2)})
+        with pytest.raises(StoreError, match="not finite"):
+            store.replace("difficulty", {key(0): np.array([np.nan], np.float32)})
+        (found,) = store.items("difficulty")
+        assert found[0] == key(1)
+        assert same(found[1], losses(2))

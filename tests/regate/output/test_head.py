@@ -143,14 +143,36 @@ def test_reading() -> None:
 
 def test_a_mean_of_rows_means_is_not_dealt_out() -> None:
     """Its rows are no longer those that it averages: the head then runs at every position."""
-    model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right"))
+    model, batch = _by_row(), oracle.double(CORE["llava"].batch("right"))
+    expected = model(**batch).loss
+    gate = regate.apply(model, FULL, teacher=None)
+    torch.testing.assert_close(model(**batch).loss, expected)
+    assert "vocabulary projection runs at every position" in str(gate.report())
+
+
+@pytest.mark.parametrize("first", ["one row", "as many labels in each row"])
+def test_a_first_batch_that_cannot_tell_rows_means(first: str) -> None:
+    """What it cannot tell is not taken for granted of batches that differ; one that can is looked at again."""
+    model, batch = _by_row(), oracle.double(CORE["llava"].batch("right"))
+    early = next(iter(CORE["llava"].split(batch, 2)))
+    if first != "one row":
+        early = {name: torch.cat([x, x]) for name, x in early.items()}
+        early["labels"] = torch.where(early["labels"].ne(-100).cumsum(1) == 1, early["labels"], -100)
+    expected = [model(**x).loss for x in (early, batch)]
+    gate = regate.apply(model, FULL, teacher=None)
+    torch.testing.assert_close(model(**early).loss, expected[0])
+    assert "vocabulary projection" not in str(gate.report())
+    torch.testing.assert_close(model(**batch).loss, expected[1])
+    assert "vocabulary projection runs at every position" in str(gate.report())
+
+
+def _by_row() -> Any:
+    """A model whose loss is the mean of rows' means."""
+    model = CORE["llava"].build().double()
 
     def by_row(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
         losses = [nn.functional.cross_entropy(x[:-1], y[1:]) for x, y in zip(logits, labels, strict=True)]
         return torch.stack(losses).mean()
 
     model.loss_function = by_row
-    expected = model(**batch).loss
-    gate = regate.apply(model, FULL, teacher=None)
-    torch.testing.assert_close(model(**batch).loss, expected)
-    assert "vocabulary projection runs at every position" in str(gate.report())
+    return model

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
     Qwen3VLMoeTextTopKRouter,
@@ -53,3 +56,20 @@ def test_sparse_step_counts_computed_tokens() -> None:
     expected = load_balancing_loss_func(tuple(layers), text.num_experts, text.num_experts_per_tok)
     torch.testing.assert_close(got.aux_loss, expected, atol=1e-10, rtol=0)
     assert gate.report()["positions_computed"] < gate.report()["positions_seen"]
+
+
+def test_of_trls_head_and_of_classes_made_from_the_models() -> None:
+    """TRL takes the function of another file, and FSDP2 makes a class of its own from the model's."""
+    trl = pytest.importorskip("trl.trainer.utils")
+    got = []
+    for fused in (False, True):
+        model, batch = CORE[NAME].double(), double(CORE[NAME].batch("right"))
+        model.__class__ = type("FSDP" + type(model).__name__, (type(model),), {"__module__": "torch.distributed.fsdp"})
+        options: dict[str, Any] = {"output_router_logits": True}
+        if fused:
+            trl.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+            options["fused_lm_head"] = True
+        gate = regate.apply(model, regate.Config(warmup=0, cycle=1, full_steps=0), teacher=None)
+        got.append(model(**batch, **options).aux_loss)
+        assert gate.report()["positions_computed"] < gate.report()["positions_seen"]
+    torch.testing.assert_close(got[1], got[0], atol=1e-10, rtol=0)

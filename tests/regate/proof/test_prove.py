@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 import regate
 from regate.errors import LabelsError
 from regate.forward import Forward
+from regate.proof import trial
+from regate.proof.trial import Run
 from regate_patch import reference
 from regate_patch.context import current
 from tests import oracle
@@ -169,3 +173,45 @@ def test_the_proof_leaves_buffers_as_they_were(with_buffers: Callable[[Any], nn.
     dense, gated_state = states
     for name, value in dense.items():
         torch.testing.assert_close(gated_state[name], value, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_that_begins_inside_the_models_forward(dtype: torch.dtype) -> None:
+    """As accelerate has it: what is compared has its digits, not those of the weights."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    own = model.forward
+
+    @functools.wraps(own)
+    def narrow(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", dtype):
+            return own(*args, **kwargs)
+
+    model.forward = narrow
+    seen: list[Run] = []
+    tolerance = trial.tolerance
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trial, "tolerance", lambda run: seen.append(run) or tolerance(run))
+        gate = regate.apply(model, regate.Config(warmup=1000), teacher=None)
+        model(**batch)
+    assert {run.dtype for run in seen} == {dtype}
+    assert "vocabulary projection" not in str(gate.report())
+
+
+def test_a_forward_of_ones_own_is_what_is_proven() -> None:
+    """Dropout puts the engine's graphs aside for the proof; the decoder's own forward stays."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    decoder = model.model.language_model
+    decoder.layers[0].self_attn.attention_dropout = 0.1
+    calls: list[int] = []
+
+    def own(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return type(self).forward(self, *args, **kwargs)
+
+    decoder.forward = types.MethodType(own, decoder)
+    standing = decoder.forward
+    regate.apply(model, regate.Config(warmup=1000), teacher=None)
+    model(**batch)
+    assert len(calls) > 1
+    regate.remove(model)
+    assert decoder.forward is standing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch import nn
 import regate
 import regate_patch
 from model_adapters import find_adapter
-from regate.errors import NonFiniteLossError, StoreError, StoreMismatchError
+from regate.errors import NonFiniteLossError, StoreError, StoreMismatchError, UnsupportedShardingError
 from regate.teaching.teacher import Teacher
 from tests.zoo import CORE
 
@@ -199,3 +200,86 @@ def test_peft_base_is_the_teacher_without_a_copy() -> None:
     assert stored == {x.half().float().numpy().tobytes() for x in expected}
     assert gate.report()["labels_kept"] < gate.report()["labels_seen"]
     assert all(m.training for m in wrapped.modules())
+
+
+def test_adapters_that_are_frozen_stay_so() -> None:
+    """Switched on again after an answer, PEFT lets all of them learn."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(CORE["llava"].build(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    learning = {name: p.requires_grad for name, p in model.named_parameters()}
+    gate = regate.apply(model)
+    gate.precompute([CORE["llava"].batch("right")], progress=False)
+    assert gate.store.count("reference") > 0
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == learning
+    assert any(learning.values())
+
+
+class DistributedDataParallel(nn.Module):
+    """Passes its call on, and no attributes: what is known by its name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **batch: Any) -> Any:
+        return self.module(**batch)
+
+
+def test_peft_is_found_inside_what_wraps_it() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    batch = CORE["llava"].batch("right")
+    references = []
+    for wrap in (lambda model: model, DistributedDataParallel):
+        torch.manual_seed(0)
+        model = wrap(peft.get_peft_model(CORE["llava"].build(), config))
+        gate = regate.apply(model, regate.Config(warmup=0, cycle=1, full_steps=0))
+        assert gate._teacher is not None
+        assert gate._teacher.source == "live"
+        model(**batch)
+        references.append(sorted(v.tobytes() for _, v in gate.store.items("reference")))
+    assert references[0] == references[1]
+    refused = peft.get_peft_model(CORE["llava"].build(), peft.LoHaConfig(target_modules=["q_proj"]))
+    with pytest.raises(regate.RegateError, match="LoHaConfig"):
+        regate.apply(DistributedDataParallel(refused))
+
+
+def test_one_teacher_is_the_same_in_any_precision() -> None:
+    """A copy is in bfloat16 on CUDA, the model that it was taken of perhaps not."""
+    model = CORE["llava"].build()
+    adapter = find_adapter(model)
+    found = {}
+    for source, dtype in (("copy", torch.float32), ("live", torch.float32), ("copy", torch.bfloat16)):
+        teacher = Teacher(model.to(dtype), adapter, backend="eager", source=source)  # type: ignore[arg-type]
+        found[source, dtype] = teacher.fingerprint()
+    assert len({json.dumps(x) for x in found.values()}) == 1
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    assert Teacher(model, adapter, backend="eager", source="copy").fingerprint() not in found.values()
+
+
+def test_a_copy_does_not_call_the_student() -> None:
+    """Functions that stand in for a layer's forward are not copied with it."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    layers = model.model.language_model.layers
+    for layer in layers:
+        layer.forward = lambda *args, own=layer.forward, **kwargs: own(*args, **kwargs)
+    gate = regate.apply(model, regate.Config(warmup=0, cycle=1, full_steps=0))
+    assert gate._teacher is not None
+    layout = gate.adapter.layout(model, batch)
+    before = gate._teacher.losses(batch, layout)
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.mul_(2)
+    for a, b in zip(gate._teacher.losses(batch, layout), before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_rank_without_weights_is_told_what_to_do() -> None:
+    model = CORE["llava"].build().to("meta")
+    with pytest.raises(UnsupportedShardingError, match="cpu_ram_efficient_loading"):
+        regate.apply(model)
+    regate.apply(model, teacher=None)

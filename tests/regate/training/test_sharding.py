@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -98,6 +99,16 @@ def test_fsdp2_alone_and_hybrid_is_no_tensor_parallelism(names: tuple[str, ...],
     gate = regate.apply(model, SPARSE, teacher=None)
     model(**CORE["llava"].batch())
     assert gate.report()["attention_blocks"] == 2
+
+
+def test_fsdp2_inside_activation_checkpoints_is_refused(mesh: DeviceMesh) -> None:
+    """As accelerate wraps them where its `activation_checkpointing` is asked for."""
+    model = CORE["llava"].build()
+    layers = model.model.language_model.layers
+    for i, layer in enumerate(list(layers)):
+        layers[i] = checkpoint_wrapper(layer)
+        fully_shard(layer, mesh=mesh)
+    _refused(fully_shard(model, mesh=mesh), "gradient_checkpointing_enable")
 
 
 def test_context_parallel_is_refused(mesh: DeviceMesh) -> None:
