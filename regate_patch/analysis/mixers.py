@@ -2,7 +2,7 @@
 
 Terms
     core        attention: scaled dot-product attention, or softmax between two matrix products.
-    recurrence  anything else that runs along the sequence: causal convolutions, cumulative sums, the padding
+    recurrence  anything else that runs along the sequence: causal convolutions, cumulative sums, shifts, the padding
                 with which chunked linear attention begins.
     mixer       either.
 """
@@ -90,11 +90,28 @@ def find_mixers(gm: fx.GraphModule, tokens: Tokens) -> list[fx.Node]:
 
 def is_recurrence(node: fx.Node, tokens: Tokens) -> bool:
     """Does it run per-token data along the sequence, other than by attention?"""
+    if _shifts(node, tokens):
+        return True
     if not is_call(node, *CONVOLUTION, *_CUMULATIVE, *PAD, *UNFOLD, *_REORDERING):
         return False
     if not tokens.carried_by(node.args[0]):
         return False
     return any(axis in moved_axes(node) for axis in tokens.on(node.args[0]))
+
+
+def _shifts(node: fx.Node, tokens: Tokens) -> bool:
+    """Does it make a sequence whole that was cut off at an end? Then positions are given their neighbours' values."""
+    if is_call(node, *PAD):
+        parts, axes = [node.args[0]], moved_axes(node)
+    elif is_call(node, torch.cat) and is_tensor(node):
+        parts = [part for part in argument(node, 0, "tensors") if is_tensor(part)]
+        axes = {argument(node, 1, "dim", 0) % value(node).dim()}
+    else:
+        return False
+    return any(
+        shape(node)[axis] == tokens.length and any((shape(part)[axis] - tokens.length).is_negative for part in parts)
+        for axis in axes
+    )
 
 
 def reorders(node: fx.Node) -> bool:

@@ -340,6 +340,14 @@ def checkpoints(rank: int, folder: Path) -> dict[str, Any]:
     return {"step": other.step, "samples": other.store.count("difficulty"), "files": sorted(os.listdir(folder))}
 
 
+def fingerprints(folder: Path) -> list[dict[str, str]]:
+    """The teacher's, of a model that no rank has whole, and of the same one whole."""
+    from transformers import LlavaForConditionalGeneration
+
+    models = in_parts(folder), LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return [regate.apply(model, CONFIG, teacher="first").scorer.taught_by for model in models]
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -353,6 +361,7 @@ def main(folder: Path) -> None:
         found["too late"] = applied_too_late(rank)
         found["left"] = {backend: storages_left(rank, backend) for backend in ("eager", "inductor")}
         found["own wrapper"] = own_wrapper(rank)
+        found["fingerprints"] = fingerprints(folder / "model")
     found["checkpoints"] = checkpoints(rank, folder / "checkpoint")
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()

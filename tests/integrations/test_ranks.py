@@ -127,6 +127,12 @@ def test_ids_are_read_off_embeddings_that_zero3_has_split(ranks: list[dict[str, 
         assert gated == pytest.approx(ungated, abs=1e-5)
 
 
+def test_a_teacher_that_zero3_has_split_is_the_one_that_is_whole(ranks: list[dict[str, Any]]) -> None:
+    pytest.importorskip("deepspeed")
+    first, *others = [found for rank in ranks for found in rank["fingerprints"]]
+    assert all(other == first for other in others)
+
+
 def test_checkpoints_of_several_ranks(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["checkpoints"] == {"step": 2, "samples": 4, "files": ["regate-rank1.pt", "regate.pt"]}

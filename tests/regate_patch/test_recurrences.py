@@ -30,6 +30,7 @@ RECURRENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "cumulative sum": lambda x: x.cumsum(1),
     "chunked": _chunked_sum,
     "shift": lambda x: F.pad(x, (0, 0, 1, 0))[:, :-1],
+    "shift of what is left": lambda x: F.pad(x[:, :-1], (0, 0, 1, 0)),
     "left-padded convolution": lambda x: F.conv1d(F.pad(x.mT, (2, 0)), torch.ones(8, 1, 3).to(x), groups=8).mT,
     "cut convolution": lambda x: F.conv1d(x.mT, torch.ones(8, 1, 3).to(x), padding=2, groups=8)[..., : x.shape[1]].mT,
 }
@@ -53,15 +54,21 @@ class _Decoder(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
 
 
-@pytest.mark.parametrize("attention", [True, False])
-@pytest.mark.parametrize("recurrence", RECURRENCES.values(), ids=RECURRENCES.keys())
+CASES = [
+    *(pytest.param(run, attention, id=f"{name}-{attention}") for name, run in RECURRENCES.items()
+      for attention in (True, False)),
+    pytest.param(lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1), True, id="shift behind zeros-True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recurrence", "attention"), CASES)
 def test_runs_over_the_active_positions_in_order(recurrence: Callable[[Tensor], Tensor], attention: bool) -> None:
     decoder = _Decoder(recurrence, attention=attention).double()
     x = torch.randn(3, LENGTH, 8, dtype=torch.double, requires_grad=True)
     active = torch.rand(3, LENGTH) < 0.5
     active[:, 0] = True
     expected = torch.cat([decoder(x[row : row + 1, keep])[0] for row, keep in enumerate(active)])
-    handle = regate_patch.patch(decoder, backend="eager")
+    handle = regate_patch.patch(decoder, backend="eager", padding_elided=True)
     with regate_patch.active(active):
         got = decoder(x)[active]
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
