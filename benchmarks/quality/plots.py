@@ -15,7 +15,7 @@ from benchmarks.quality import analysis
 from benchmarks.quality.analysis import Part, Record
 from benchmarks.quality.arms import ARMS
 
-# Arms whose curves are drawn, where all of dense's seeds ran them: means over other seeds would say nothing beside it.
+# Arms whose curves are drawn, where all seeds of dense and of `regate` ran them: means over others say nothing beside.
 CURVES = {
     "dense": "#4a4a4a", "exact": "#9aa5b8", "regate": "#0b7a75", "keep25": "#6cc3bd", "random": "#d1495b",
     "reweighted": "#edae49", "visual25-visible": "#6a4c93",
@@ -44,16 +44,17 @@ def draw(result: dict[str, Any], path: Path, part: Part) -> None:
 
 
 def _curves(panel: Any, runs: list[Record], cost: str) -> None:
-    seeds = {run["seed"] for run in runs if run["arm"] == "dense"}
+    dense, own = ({run["seed"] for run in runs if run["arm"] == arm} for arm in ("dense", "regate"))
+    seeds = dense & own or dense
     for arm, colour in CURVES.items():
         curves = [analysis.curve(run, cost) for run in runs if run["arm"] == arm and run["seed"] in seeds]
         if len(curves) < len(seeds):
             continue
         x, y = (np.mean([c[i] for c in curves], 0) for i in (0, 1))
-        own = arm == "regate"
+        ours = arm == "regate"
         panel.plot(
-            x / (1000 if cost == "answer_tokens" else 1), 100 * y, color=colour, lw=2.4 if own else 1.4, marker="o",
-            ms=2.5, label=arm, zorder=3 if own else 2, ls="--" if arm == "exact" else "-",
+            x / (1000 if cost == "answer_tokens" else 1), 100 * y, color=colour, lw=2.4 if ours else 1.4, marker="o",
+            ms=2.5, label=arm, zorder=3 if ours else 2, ls="--" if arm == "exact" else "-",
         )  # fmt: skip
     panel.set_xlabel(_LABELS[cost])
     panel.grid(alpha=0.25)
