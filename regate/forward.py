@@ -57,6 +57,11 @@ ON_PADDING = (
     "for which they run the decoder as it is, padding and all; sparse steps leave them out. If they are not meant, set "
     "labels to -100 where attention_mask is 0, and on each row's first token"
 )
+OTHER = (
+    "on the first batch the engine's numbers without padding are not the model's, by more than its dtype's digits "
+    "explain. Full steps run the model as it is, but sparse steps may be off as much: train it with "
+    "regate.Config.exact() or without a gate, and report the model"
+)
 _WAYS = 8  # in which a model may compute its loss, each of them proven
 
 
@@ -187,7 +192,7 @@ class Forward:
                 "computes something else where it is given no padding mask but no padding either: its code takes more "
                 "from the mask than what is padding. Build it with SDPA or eager attention"
             )
-        for note in proven.notes:
+        for note in (*proven.notes, *([OTHER] if proven.other else [])):
             parts.note(note)
         return proven
 

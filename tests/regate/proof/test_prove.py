@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import regate
+from regate import forward
 from regate.errors import LabelsError
 from regate.forward import Forward
 from regate.proof import trial
+from regate.proof.prove import NOTHING
 from regate.proof.trial import Run
 from regate_patch import reference
 from regate_patch.context import current
@@ -215,3 +218,11 @@ def test_a_forward_of_ones_own_is_what_is_proven() -> None:
     assert len(calls) > 1
     regate.remove(model)
     assert decoder.forward is standing
+
+
+def test_an_engine_that_computes_something_else_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "prove", lambda subject: replace(NOTHING, other=True))
+    model = CORE["llava"].build()
+    gate = regate.apply(model, FULL, teacher=None)
+    model(**CORE["llava"].batch())
+    assert "sparse steps may be off" in str(gate.report())
