@@ -104,8 +104,9 @@ def _shifts(node: fx.Node, tokens: Tokens) -> bool:
     if is_call(node, *PAD):
         parts, axes = [node.args[0]], moved_axes(node)
     elif is_call(node, torch.cat) and is_tensor(node):
-        parts = [part for part in argument(node, 0, "tensors") if is_tensor(part)]
-        axes = {argument(node, 1, "dim", 0) % value(node).dim()}
+        rank = value(node).dim()
+        parts = [x for x in argument(node, 0, "tensors") if is_tensor(x) and value(x).dim() == rank]  # others are empty
+        axes = {argument(node, 1, "dim", 0) % rank}
     else:
         return False
     return any(
