@@ -36,10 +36,10 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.model = CORE["llava"].build()
         self.gate = regate.apply(self.model, CONFIG)
-        fresh = self.gate.state_dict()
+        self.fresh = self.gate.state_dict()
         self.gate.step = 2  # a sparse step, which captures the teacher, too
         self.model(**CORE["llava"].batch("right", seed=99))
-        self.gate.load_state_dict(fresh)
+        self.gate.load_state_dict(self.fresh)
         self.move(folder)
 
     def move(self, folder: Path) -> None:
@@ -57,6 +57,8 @@ class Run:
             self.model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             self.gate.load_state_dict(state["gate"])
+        else:  # one that was killed before its first checkpoint left difficulties and turns: not this one's
+            self.gate.load_state_dict(self.fresh)
         with (self.folder / "log").open("ab", buffering=0) as log:
             for step in range(start, STEPS):
                 loss = self.model(**BATCHES[step % len(BATCHES)]).loss
