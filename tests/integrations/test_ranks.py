@@ -14,7 +14,7 @@ import torch
 
 from tests.integrations.ranks import AT_ONCE, CELLS, STEPS, Cell, train
 
-pytestmark = pytest.mark.matrix
+pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1800)]  # all cells in the first test; machines are shared
 ROOT = Path(__file__).parents[2]
 
 
