@@ -24,6 +24,10 @@ from regate.memory.files import KEY_BYTES, TABLES, Table
 from regate.memory.store import Store, half
 
 T = TypeVar("T")
+GONE = (
+    "difficulties could not be exchanged between ranks: {error}. All ranks must make the same number of optimizer "
+    "steps; a rank that stopped shows its own error."
+)
 
 
 def highest(number: int) -> int:
@@ -173,9 +177,17 @@ class Exchange:
         self.meet()  # others write into this rank's file, too
 
     def meet(self) -> None:
-        """Wait until every rank has come here."""
-        if ranks() > 1:
+        """Wait until every rank has come here.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        if ranks() == 1:
+            return
+        try:
             dist.barrier(group=self._own_group())
+        except RuntimeError as error:
+            raise RankError(GONE.format(error=error)) from error
 
     def _own_group(self) -> Any:
         """Of processes that speak without the device, beside what training sends. Every rank must ask."""
@@ -212,10 +224,7 @@ class Exchange:
             return
         flight.thread.join()
         if flight.error is not None:
-            raise RankError(
-                f"difficulties could not be exchanged between ranks: {flight.error}. All ranks must make the same "
-                "number of optimizer steps; a rank that stopped shows its own error."
-            ) from flight.error
+            raise RankError(GONE.format(error=flight.error)) from flight.error
         own = flight.received[dist.get_rank()].home
         here = [rank for rank, message in enumerate(flight.received) if message.home == own]
         others = [message.records for message in flight.received if message.home != own]
