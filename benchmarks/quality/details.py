@@ -24,7 +24,7 @@ NOTES = {
     "steps on other pictures, as one fine-tunes a model that sees: else a run's accuracy would tell when it left its "
     "first plateau, which is luck. So seeds are orders of the data more than they are models. Costs of visual10-"
     "visible, cycled-visual25-visible and short-visual25-visible are of code that did not yet lay their rows end to "
-    "end.",
+    "end. Seeds from 12 on start from one such model, made on another machine.",
 }
 
 
@@ -53,13 +53,13 @@ def told(runs: list[Record]) -> list[str]:
 def about(name: str, result: dict[str, Any]) -> str:
     """The task, how it is trained, and what made the records."""
     settings, made = result["settings"], result["made"][0]
-    device = made["device"].get("gpu", made["device"]["cpu"])
+    devices = {m["device"].get("gpu", m["device"]["cpu"]) for m in result["made"]}
     schedule = settings["schedule"]
     text = (
         f"{result['source']}. {settings['steps']} steps of {settings['batch_size']} samples, AdamW, learning rate "
         f"{settings['lr']:g} falling to 0; {schedule['warmup']} steps of warm-up, then {schedule['full_steps']} full "
         f"steps in each cycle of {schedule['cycle']}. torch {made['torch']}, transformers {made['transformers']}, "
-        f"{device}, commit {', '.join(sorted({m['commit'][:9] for m in result['made']}))}."
+        f"{' and '.join(sorted(devices))}, commit {', '.join(sorted({m['commit'][:9] for m in result['made']}))}."
     )
     text = " ".join([text, NOTES.get(name, "").format(settings=settings)]).strip()
     return textwrap.fill(text, 120)
