@@ -211,8 +211,7 @@ class Forward:
 
     def _reading_of(self, proven: Proven, kept: Tensor) -> tuple[Read, bool]:
         """What this forward computes, and whether its head runs at kept labels, bool [B, S], alone."""
-        counts = kept.sum(1)
-        short = proven.short and (proven.rows or bool(counts.min() == counts.max()))
+        short = proven.short and (proven.rows or len(kept.sum(1).unique()) == 1)
         if self._samples.on_padding is not None:
             self.parts.note(ON_PADDING)
         if self._on_padding is not None:

@@ -32,13 +32,6 @@ class Arm:
     teacher: Literal["small", "large"] | None = None
     samples: float = 1.0
 
-    @property
-    def taught(self) -> bool:
-        """Does its score need reference losses?"""
-        if self.config is None or self.config.get("selection") == "random" or self.config.get("keep") == 1.0:
-            return False
-        return bool(self.config.get("reference_weight", 0.5) != 0)
-
     def settings(self, run: Settings, seed: int) -> regate.Config:
         """Of its gate; only for arms that have one."""
         common = run.schedule | {"seed": seed, "total_steps": run.steps}

@@ -54,7 +54,7 @@ class Run:
         for i in range(len(self.train)):
             self.train[i]  # encoded once, so that nobody's seconds are those of reading images
         torch.manual_seed(self.seed)
-        if self.gate is not None and self.arm.taught:
+        if self.gate is not None and self.gate.config.uses_references:
             start = self._seconds()
             batches = self.train.batches(self.settings.batch_size)
             self.gate.precompute(map(arguments, batches), progress=False)

@@ -88,6 +88,7 @@ class Teacher:
             if source == "4bit":
                 to_4bit(parts[1])
         self.embeddings, self.decoder, self.head = parts
+        self._by_peft = adapted(model) if source == "live" else []
         self.lasts = source != "live" or uses_peft(model, adapter)
         if source == "live":
             self.check()
@@ -233,13 +234,12 @@ class Teacher:
             return
         parts = (self.embeddings, self.decoder, self.head)
         training = [m for part in parts for m in part.modules() if m.training]
-        by_peft = adapted(self.model)
-        learning = [(p, p.requires_grad) for peft in by_peft for p in peft.parameters()]
+        learning = [(p, p.requires_grad) for peft in self._by_peft for p in peft.parameters()]
         for part in parts:
             part.eval()
         try:
             with contextlib.ExitStack() as switched_off:
-                for peft in by_peft:
+                for peft in self._by_peft:
                     switched_off.enter_context(peft.disable_adapter())
                 yield
         finally:

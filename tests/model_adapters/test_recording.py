@@ -13,7 +13,7 @@ from model_adapters.recording import followable_recording
 from regate_patch import reference
 from tests import oracle
 from tests.zoo import CORE, members
-from tests.zoo.releases import needs
+from tests.zoo.releases import case
 
 FULL = regate.Config(warmup=1000)
 SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0, selection="random")
@@ -24,7 +24,6 @@ def _hidden(model: Any, batch: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def _made(name: str) -> tuple[Any, Any, dict[str, Any]]:
-    needs(name)
     torch._dynamo.reset()
     specimen = CORE.get(name) or members()[name]
     return specimen.double(), specimen.double(), oracle.double(specimen.batch("right"))
@@ -32,7 +31,7 @@ def _made(name: str) -> tuple[Any, Any, dict[str, Any]]:
 
 # A module around the decoder collects (GIT); a part of the decoder collects for itself (Chameleon's image tokens);
 # hidden states are stacks of several streams (Gemma 3n); the usual.
-@pytest.mark.parametrize("name", ["git", "chameleon", "gemma3n", "llava"])
+@pytest.mark.parametrize("name", map(case, ["git", "chameleon", "gemma3n", "llava"]))
 @pytest.mark.parametrize("before", [False, True], ids=["first asked by a gated step", "asked before"])
 def test_full_steps_give_every_hidden_state_of_the_model(name: str, before: bool) -> None:
     plain, model, batch = _made(name)
@@ -47,7 +46,7 @@ def test_full_steps_give_every_hidden_state_of_the_model(name: str, before: bool
             torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)  # norms in float32
 
 
-@pytest.mark.parametrize("name", ["git", "chameleon", "gemma3n"])
+@pytest.mark.parametrize("name", map(case, ["git", "chameleon", "gemma3n"]))
 def test_sparse_steps_give_the_references_at_active_positions(name: str) -> None:
     plain, model, batch = _made(name)
     gate = regate.apply(model, SPARSE, teacher=None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model_adapters import Layout, ModelAdapter, find_adapter
 from model_adapters.visual import NOWHERE, Placeholders, Seen, visual_rows
 from tests.zoo import members
-from tests.zoo.releases import needs
+from tests.zoo.releases import case
 
 IMAGE, VIDEO, AUDIO, BREAK = 50, 51, 52, 49
 WITHOUT_IDS = nn.Module()
@@ -165,10 +165,9 @@ def test_what_cannot_be_told_is_said() -> None:
 _PINPOINTS = [[16, 16], [16, 32], [32, 16], [32, 32]]
 
 
-@pytest.mark.parametrize("name", ["llava_next", "llava_next_video", "llava_onevision", "granite4_vision"])
+@pytest.mark.parametrize("name", map(case, ["llava_next", "llava_next_video", "llava_onevision", "granite4_vision"]))
 def test_images_of_any_proportions_side_by_side(name: str) -> None:
     """How many tokens each takes is the model's own affair: it is asked for their features here, and not there."""
-    needs(name)
     model = members()[name].build(image_grid_pinpoints=_PINPOINTS).eval()
     sizes, counts, tiles = [[16, 32], [31, 31], [32, 20], [16, 16]], [], []
     for size in sizes:

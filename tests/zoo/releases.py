@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -69,7 +71,8 @@ def fails_with(release: str, why: str, error: type[BaseException]) -> pytest.Mar
 INDUCTOR_ON_CPU = fails_with("torch 2.11.0", "inductor writes C++ that does not compile", InductorError)
 
 
-def needs(name: str) -> None:
-    """Skip the test at hand where this type cannot be examined."""
-    if reason := why_not(name):
-        pytest.skip(reason)
+def case(name: str, *marks: pytest.MarkDecorator) -> Any:
+    """A type as a test's parameter; left out, and why, where it cannot be examined."""
+    reason = why_not(name)
+    left_out = () if reason is None else (pytest.mark.skip(reason=reason),)
+    return pytest.param(name, marks=[*marks, *left_out], id=name)

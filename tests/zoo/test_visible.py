@@ -35,10 +35,7 @@ IN_EVERY_RUN = {"gemma3n", "git", "granite4_vision", "idefics", "lfm2_vl", "llam
 
 
 def _case(name: str) -> Any:
-    marks = [] if name in IN_EVERY_RUN else [pytest.mark.zoo]
-    if reason := releases.why_not(name):
-        marks.append(pytest.mark.skip(reason=reason))
-    return pytest.param(name, marks=marks, id=name)
+    return releases.case(name, *([] if name in IN_EVERY_RUN else [pytest.mark.zoo]))
 
 
 def _layers(decoder: nn.Module) -> list[nn.Module]:

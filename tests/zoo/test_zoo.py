@@ -41,10 +41,7 @@ MEMBERS = of_any_release()
 
 
 def _case(name: str) -> Any:
-    marks = [] if name in IN_EVERY_RUN else [pytest.mark.zoo]
-    if reason := releases.why_not(name):
-        marks.append(pytest.mark.skip(reason=reason))
-    return pytest.param(name, marks=marks, id=name)
+    return releases.case(name, *([] if name in IN_EVERY_RUN else [pytest.mark.zoo]))
 
 
 CASES = [_case(name) for name in MEMBERS]
