@@ -11,6 +11,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def balanced_over(model: nn.Module, decoder: nn.Module, active: Callable[[], Ten
     """While the model runs, its router loss counts the positions `active()`, bool [B, S], asked after the decoder."""
     install_recording(model, decoder)
     with contextlib.ExitStack() as scope:
-        for file in _files(model, sys.modules.get(_MIXTRAL)):
+        for file in _files(model, *([import_module(_MIXTRAL)] if "trl" in sys.modules else [])):
             scope.enter_context(_counting(file, active))
         yield
 
