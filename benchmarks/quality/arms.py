@@ -72,6 +72,7 @@ ARMS = {
     "explore": Arm("recommended, a third of the kept labels at random", _EVEN | {"explore": 1 / 3}),
     "full2": Arm("recommended, 1 full sample in 16", _EVEN | {"full_steps": 2}),
     "full8": Arm("recommended, 1 full sample in 4", _EVEN | {"full_steps": 8}),
+    "lastfull": Arm("recommended, the last 40 steps full", _EVEN | {"final_full_steps": 40}),
     "budget": Arm("recommended, the most worth keeping of the whole batch", _EVEN | {"budget": "batch"}),
     "budget25": Arm(
         "recommended, keep 0.25, the most worth keeping of the whole batch",
@@ -95,9 +96,7 @@ ARMS = {
     "cycled-random": Arm("in cycles, as many labels at random", _CYCLED | {"selection": "random"}),
     "cycled-keep25": Arm("in cycles, keep 0.25", _CYCLED | {"keep": 0.25}),
     "cycled-keep25-guarded": Arm("in cycles, keep 0.25, with a guard at 0.1", _CYCLED | {"keep": 0.25} | _GUARD),
-    "cycled-guarded": Arm("in cycles, with a guard at 0.1", _CYCLED | _GUARD),
     "cycled-keep75": Arm("in cycles, keep 0.75", _CYCLED | {"keep": 0.75}),
-    "cycled-lastfull": Arm("in cycles, the last 40 steps full", _CYCLED | {"final_full_steps": 40}),
     "cycled-visible": Arm("in cycles, what is left out visible", _CYCLED | _VISIBLE),
     "short": Arm("in short cycles: one full step in 8", _CYCLED | _SHORT),
     # Fewer visual tokens.
@@ -124,7 +123,6 @@ ARMS = {
         "recommended, 10% of visual tokens of samples that are not full, what is left out visible",
         _EVEN | _TENTH | _VISIBLE,
     ),
-    "cycled-visual75": Arm("in cycles, 75% of visual tokens on sparse steps", _CYCLED | {"visual_keep": 0.75}),
     "cycled-visual50": Arm("in cycles, 50% of visual tokens on sparse steps", _CYCLED | _HALF),
     "cycled-visual50-lastfull": Arm(
         "in cycles, 50% of visual tokens on sparse steps, the last 40 steps full",
@@ -139,22 +137,9 @@ ARMS = {
     "cycled-visual25-visible": Arm(
         "in cycles, 25% of visual tokens on sparse steps, what is left out visible", _CYCLED | _QUARTER | _VISIBLE
     ),
-    "short-visual50-visible": Arm(
-        "in short cycles, 50% of visual tokens on sparse steps, what is left out visible",
-        _CYCLED | _SHORT | _HALF | _VISIBLE,
-    ),
     "short-visual25-visible": Arm(
         "in short cycles, 25% of visual tokens on sparse steps, what is left out visible",
         _CYCLED | _SHORT | _QUARTER | _VISIBLE,
-    ),
-    "short-visual25-visible-random": Arm(
-        "in short cycles, 25% of visual tokens on sparse steps, drawn at random, what is left out visible",
-        _CYCLED | _SHORT | _QUARTER | _VISIBLE,
-        visual_by="random",
-    ),
-    "short-visual10-visible": Arm(
-        "in short cycles, 10% of visual tokens on sparse steps, what is left out visible",
-        _CYCLED | _SHORT | _TENTH | _VISIBLE,
     ),
     # The paper's: predictors of kept labels alone are computed, in cycles.
     "paper": Arm("the paper's: predictors of kept labels alone, in cycles"),
@@ -163,12 +148,6 @@ ARMS = {
     "paper-reference": Arm("the paper's, reference losses alone", {"student_weight": 0.0, "reference_weight": 1.0}),
     "paper-equal": Arm("the paper's, 0.5 m + 0.5 ref", {"student_weight": 0.5}),
     "paper-gain": Arm("the paper's, ref - m", {"student_weight": -1.0, "reference_weight": 1.0}),
-    "paper-gainlate": Arm(
-        "the paper's, ref - m, from step 160 on, when the image is read",
-        {"student_weight": -1.0, "reference_weight": 1.0, "warmup": 160},
-    ),
-    "paper-explore": Arm("the paper's, a third of the kept labels at random", {"explore": 1 / 3}),
-    "paper-full2": Arm("the paper's, 2 full steps in a cycle of 32", {"full_steps": 2}),
     "paper-full8": Arm("the paper's, 8 full steps in a cycle of 32", {"full_steps": 8}),
     "paper-interleaved": Arm(
         "the paper's, as many full samples in every step instead of full steps", {"schedule": "interleaved"}

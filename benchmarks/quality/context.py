@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 import regate
+from benchmarks.quality.elision import without_full_turns
 from benchmarks.quality.tasks import Batch, arguments
 
 
 def losses_of_kept(model: Any, gate: regate.Gate, batches: Iterable[Batch]) -> dict[str, float] | None:
-    """Mean loss of the labels that the gate keeps on its present step.
+    """Mean loss of the labels that the gate keeps on its present step, of samples that are not in their full turn.
 
     Nothing is learnt of it by the model; the gate's difficulties are.
 
@@ -26,15 +27,15 @@ def losses_of_kept(model: Any, gate: regate.Gate, batches: Iterable[Batch]) -> d
         batches: of samples that are looked at.
 
     Returns:
-        "sparse", as the step computes it, and "full", with all words before each; None where the step elides nothing,
-        or not from every sample.
+        "sparse", as the step computes it, and "full", with all words before each; None where the step elides nothing.
     """
     sparse = full = 0.0
     labels = 0
     for batch in batches:
-        loss = model(**arguments(batch), use_cache=False).loss
+        with without_full_turns():
+            loss = model(**arguments(batch), use_cache=False).loss
         decision = gate.last
-        if decision is None or bool(decision.whole.any()):
+        if decision is None or decision.full:
             return None
         kept = decision.kept[:, 1:].to(loss.device)
         with torch.no_grad():

@@ -25,6 +25,13 @@ def everything_computed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_full_turns() -> Iterator[None]:
+    """Inside, no sample of a sparse step keeps all of its labels."""
+    with mock.patch("regate.scoring.turns.Turns.of", return_value=None):
+        yield
+
+
+@contextlib.contextmanager
 def visual_by(worth: Worth) -> Iterator[None]:
     """Inside, as many visual tokens are left out as the gate would, those that are worth least."""
 

@@ -40,7 +40,6 @@ PAIRS = (
     ("few-regate", "few-random", "over five times as many epochs, at equal budget"),
     ("short-visual25-visible", "short", "for a quarter of the visual tokens"),
     ("short-visual25-visible", "cycled-visual25-visible", "for full steps more often"),
-    ("short-visual25-visible", "short-visual25-visible-random", "for not drawing them at random"),
 )
 
 

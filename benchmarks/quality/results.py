@@ -96,7 +96,8 @@ def _short(record: Record) -> Record:
     report = {name: record["report"][name] for name in REPORTED if name in record["report"]}
     kept = ("arm", "seed", "curve", "final", "calibration", "context")
     short = {name: record[name] for name in kept if name in record} | {"report": report}
-    return {name: _rounded(value) for name, value in short.items()}
+    made = {"commit": record["made"]["commit"][:9], "cpu": record["made"]["device"]["cpu"]}
+    return {name: _rounded(value) for name, value in short.items()} | {"made": made}
 
 
 def _rounded(value: Any) -> Any:

@@ -73,9 +73,10 @@ def test_runs_once_and_resumes(task: Task, tmp_path: Path, monkeypatch: pytest.M
 
 def _ran(arm: str, *, steps: int = 1, loss: float = 2.0, seed: int = 0) -> dict[str, Any]:
     look = {"step": 0, "loss": loss, "grounded": 0.0}
+    made = {"command": "", "commit": "0123456789abcdef", "device": {"cpu": "of the test", "load_average": 1}}
     return {
         "task": "t", "arm": arm, "seed": seed, "settings": {"steps": steps}, "source": "", "curve": [look],
-        "final": {}, "calibration": [], "report": {}, "made": {"command": "", "device": {"load_average": 1}},
+        "final": {}, "calibration": [], "report": {}, "made": made,
     }  # fmt: skip
 
 
@@ -98,13 +99,17 @@ def _attentive(task: Task) -> Any:
     return model
 
 
-def test_losses_of_kept_words_with_and_without_the_elided_ones(task: Task) -> None:
+@pytest.mark.parametrize("full_steps", [0, 64])
+def test_losses_of_kept_words_with_and_without_the_elided_ones(task: Task, full_steps: int) -> None:
     model = _attentive(task)
-    gate = regate.apply(model, regate.Config(warmup=1, full_steps=0, selection="random"), backend="eager")
+    config = regate.Config(warmup=1, cycle=128, full_steps=full_steps, selection="random")
+    gate = regate.apply(model, config, backend="eager")
     gate.step = 1
     batches = task.train.batches(4)
     found = losses_of_kept(model, gate, batches)
     assert found is not None
+    assert gate.last is not None
+    assert not gate.last.whole.any(), "whole samples lack no words"
     assert abs(found["sparse"] / found["full"] - 1) > 1e-3, "words before it tell something of a word"
     with everything_computed():
         found = losses_of_kept(model, gate, batches)
@@ -181,6 +186,7 @@ def test_runs_are_added_to_those_before(tmp_path: Path) -> None:
     assert [(run["arm"], run["seed"], run["curve"][0]["loss"]) for run in runs] == [
         ("dense", 0, 2.0), ("regate", 0, 2.0001), ("dense", 1, 2.0),
     ]  # fmt: skip
+    assert all(run["made"] == {"commit": "012345678", "cpu": "of the test"} for run in runs)
 
 
 def test_runs_of_different_settings_are_not_mixed(tmp_path: Path) -> None:
