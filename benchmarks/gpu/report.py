@@ -58,11 +58,11 @@ def checks(result: dict[str, Any]) -> str:
 
 def starts(result: dict[str, Any]) -> str:
     """From applying to steady steps: what compilation takes, cold and warm."""
-    lines = ["| model | arm | cold | warm | steady step |", "|---|---|---|---|---|"]
-    found = {(check["model"], check["arm"], check["start"]): check for check in result["starts"]}
-    for model, arm in dict.fromkeys(key[:2] for key in found):
-        both = [found.get((model, arm, start)) for start in ("cold", "warm")]
+    lines = ["| model | layers | arm | cold | warm | steady step |", "|---|---|---|---|---|---|"]
+    found = {(x["model"], x["layers"], x["arm"], x["start"]): x for x in result["starts"]}
+    for model, layers, arm in dict.fromkeys(key[:3] for key in found):
+        both = [found.get((model, layers, arm, start)) for start in ("cold", "warm")]
         told = [f"{check['compilation']:.1f} s" if check else "" for check in both]
         steady = min(min(check["steps"]) for check in both if check)
-        lines.append(f"| {model} | {arm} | {told[0]} | {told[1]} | {steady:.3f} s |")
+        lines.append(f"| {model} | {layers} | {arm} | {told[0]} | {told[1]} | {steady:.3f} s |")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from benchmarks import machine
-from benchmarks.quality import results
+from benchmarks.quality import results, summary
 from benchmarks.quality.arms import ARMS
 from benchmarks.quality.run import Run
 from benchmarks.quality.tasks import Settings
@@ -38,7 +38,7 @@ _FEW = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(summary.TASKS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(HEADLINE))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     tasks = {}
     committed = set() if args.again else results.ran()
     runs = [(seed, name, arm) for seed in args.seeds for name in args.tasks for arm in args.arms]
+    if there := sum((name, arm, seed) in committed for seed, name, arm in runs):
+        print(f"{there} of {len(runs)} runs are committed and are not made again; --again makes them")
     for seed, name, arm in tqdm(runs, desc="runs", mininterval=20):
         path = args.out / f"{name}-{arm}-{seed}.json"
         if path.exists() or (name, arm, seed) in committed:

@@ -51,10 +51,17 @@ def interval(values: Sequence[float], *, draws: int = 10_000) -> tuple[float, fl
 
 
 def curve(record: Record, cost: str) -> tuple[np.ndarray, np.ndarray]:
-    """(costs, accuracy on grounded words) at each look. "all_seconds" are those of steps and of the teacher."""
+    """(costs, accuracy on grounded words) at each look.
+
+    "all_seconds" are those of steps and of the teacher, "flops" shares of those of dense training.
+    """
     points = record["curve"]
     if cost == "all_seconds":
         costs = [point["seconds"] + point["teacher_seconds"] for point in points]
+    elif cost == "flops" and "flops_dense" in record["report"]:
+        costs = [point["flops"] / record["report"]["flops_dense"] for point in points]
+    elif cost == "flops":  # trained without a gate, which counts them
+        costs = [point["step"] / points[-1]["step"] for point in points]
     else:
         costs = [point[cost] for point in points]
     return np.asarray(costs, float), np.asarray([point["grounded"] for point in points], float)
@@ -77,6 +84,14 @@ def area(record: Record, budget: float, cost: str) -> float:
     costs, accuracy = curve(record, cost)
     grid = np.linspace(0, budget, 1001)
     return float(np.interp(grid, costs, accuracy).mean())
+
+
+def late(record: Record) -> float:
+    """What accuracy on grounded words still rose in the last quarter of a run, as a share of what it was in the end."""
+    points = record["curve"]
+    before = max((p for p in points if p["step"] <= 0.75 * points[-1]["step"]), key=lambda p: p["step"])
+    last = points[-1]["grounded"]
+    return float((last - before["grounded"]) / last) if last else 0.0
 
 
 def fall(record: Record) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import mean, median
 from typing import Any
 
@@ -81,36 +81,34 @@ def _columns(part: Part) -> list[Column]:
     shown = {name: "{:.4f}".format if name == "loss" else percent for name in _HEADS}
     return [
         *((_HEADS[name], analysis.final(name, part), shown[name]) for name in _measures(part)),
-        ("grounded, blank input", lambda run: run["final"]["blank"]["grounded"], percent),
-        ("grounded, another's input", lambda run: run["final"]["shuffled"]["grounded"], percent),
+        ("grounded, blank input (validation)", lambda run: run["final"]["blank"]["grounded"], percent),
+        ("grounded, another's input (validation)", lambda run: run["final"]["shuffled"]["grounded"], percent),
     ]
 
 
 def quality(runs: list[Record], arms: list[str], part: Part) -> str:
-    """Means over each arm's seeds."""
-    return _by_arm(_columns(part), runs, arms)
-
-
-def _by_arm(columns: Sequence[Column], runs: list[Record], arms: list[str]) -> str:
-    rows = [["arm", "", "seeds", *(label for label, _, _ in columns)]]
+    """Means over each arm's seeds, beside dense's grounded words over the same seeds."""
+    columns, grounded = _columns(part), analysis.final("grounded", part)
+    dense = {run["seed"]: grounded(run) for run in runs if run["arm"] == "dense"}
+    rows = [["arm", "", "seeds", "dense's grounded words, same seeds", *(label for label, _, _ in columns)]]
     for arm in arms:
         some = [run for run in runs if run["arm"] == arm]
         cells = [show(mean(map(measure, some))) for _, measure, show in columns]
-        rows.append([arm, ARMS[arm].told, str(len(some)), *cells])
+        beside = [dense[run["seed"]] for run in some if run["seed"] in dense]
+        rows.append([arm, ARMS[arm].told, str(len(some)), percent(mean(beside)) if beside else "", *cells])
     return table(rows)
 
 
 def _arrived(runs: list[Record]) -> str:
     """Had dense training learnt what it would? Where it had not, luck decides how far another is at the same time."""
     told = []
-    for seed, points in sorted((run["seed"], run["curve"]) for run in runs if run["arm"] == "dense"):
-        last, end = points[-1], points[-1]["step"]
-        before = max((p for p in points if p["step"] <= 0.75 * end), key=lambda p: p["step"])
-        told.append(f"{seed}: {percent(last['grounded'])} ({100 * (last['grounded'] - before['grounded']):+.0f})")
+    for seed, run in sorted((run["seed"], run) for run in runs if run["arm"] == "dense"):
+        first, last = (run["curve"][i]["grounded"] for i in (0, -1))
+        told.append(f"{seed}: {percent(first)}, {percent(last)} ({100 * last * analysis.late(run):+.0f})")
     return (
         textwrap.fill(
-            "Dense at the end by seed, and in brackets what it still learnt in the last quarter of the run, on the "
-            f"validation samples that are looked at while training: {', '.join(told)}.",
+            "Dense before its first step and after its last by seed, and in brackets what it still learnt in the last "
+            f"quarter of the run, on the validation samples that are looked at while training: {'; '.join(told)}.",
             120,
         )
         if told
@@ -155,44 +153,40 @@ def differences(runs: list[Record], arms: list[str], part: Part) -> str:
     return table(rows)
 
 
+COSTS = {
+    "answer_tokens": "answer tokens learnt from", "positions": "positions", "flops": "FLOPs of decoder and head",
+    "all_seconds": "seconds",
+}  # fmt: skip
+
+
 def costs(runs: list[Record], arms: list[str]) -> str:
-    costs_ = ("answer tokens learnt from", "positions", "FLOPs of decoder and head", "seconds", "of them the teacher's")
-    rows = [["arm", *costs_, "seconds of steps after the first look"]]
+    """Means over the seeds that dense has, too."""
+    rows = [["arm", *COSTS.values(), "of them the teacher's"]]
     dense = {run["seed"]: run for run in runs if run["arm"] == "dense"}
     for arm in arms:
         some = [run for run in runs if run["arm"] == arm and run["seed"] in dense]
         if not some:
             continue
-        costs = [analysis.spent(cost) for cost in ("answer_tokens", "positions", "all_seconds")]
-        tokens, positions, seconds = (f"{mean(c(r) / c(dense[r['seed']]) for r in some):.0%}" for c in costs)
-        flops = [r["report"]["flops_computed"] / r["report"]["flops_dense"] for r in some if r["report"]]
-        teacher = mean(r["curve"][-1]["teacher_seconds"] / costs[2](dense[r["seed"]]) for r in some)
-        steady = mean(_after_the_first_look(r) / _after_the_first_look(dense[r["seed"]]) for r in some)
-        computed = f"{mean(flops):.0%}" if flops else "100%"
-        rows.append([arm, tokens, positions, computed, seconds, f"{teacher:.0%}", f"{steady:.0%}"])
+        shares = [mean(cost(r) / cost(dense[r["seed"]]) for r in some) for cost in map(analysis.spent, COSTS)]
+        seconds = analysis.spent("all_seconds")
+        shares.append(mean(r["curve"][-1]["teacher_seconds"] / seconds(dense[r["seed"]]) for r in some))
+        rows.append([arm, *(f"{share:.0%}" for share in shares)])
     return table(rows)
-
-
-def _after_the_first_look(run: Record) -> float:
-    """Seconds of steps when capture and proof are over."""
-    looks = run["curve"]
-    first = looks[1] if len(looks) > 2 else looks[0]
-    return float(looks[-1]["seconds"] - first["seconds"])
 
 
 def _reaching(runs: list[Record], arms: list[str]) -> str:
     """Cost of 98% of dense's final accuracy on grounded words."""
     on_the_way = ("mean accuracy on the way, by tokens", "so ahead of dense", "by seconds", "by seconds ahead of dense")
-    rows = [["arm", "reached", "answer tokens", "seconds", *on_the_way]]
+    rows = [["arm", "reached", *COSTS.values(), *on_the_way]]
     for arm in arms:
-        found = {cost: analysis.reached(runs, arm, cost, of_final=0.98) for cost in ("answer_tokens", "all_seconds")}
+        found = {cost: analysis.reached(runs, arm, cost, of_final=0.98) for cost in COSTS}
         tokens = found["answer_tokens"]
         if not tokens.seeds:
             continue
         shares = [f"{median(x.shares.values()):.0%}" if x.shares else "" for x in found.values()]
         ways = [
             x
-            for cost in found
+            for cost in ("answer_tokens", "all_seconds")
             for x in (percent(mean(analysis.areas(runs, arm, cost).values())), _ahead(runs, arm, cost))
         ]
         rows.append([arm, f"{len(tokens.shares)} of {tokens.seeds}", *shares, *ways])

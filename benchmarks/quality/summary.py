@@ -16,6 +16,7 @@ Cell = str
 MET, MISSED = "met", "missed"
 FEW = 3  # seeds, below which nothing is told
 MARGIN = 0.01  # what counts as not worse
+SETTLED = 0.02  # the share of its accuracy that a run on its plateau still learns in its last quarter, at most
 
 
 def headline(found: dict[str, dict[str, Any]], part: Part) -> str:
@@ -39,10 +40,12 @@ def targets(found: dict[str, dict[str, Any]], part: Part) -> str:
     tasks = [name for name in TASKS if name in found]
     grounded, other, whole = (analysis.final(name, part) for name in ("grounded", "other", "free_running"))
     rows: list[tuple[str, Callable[[list[Record]], Cell]]] = [
+        ("dense is on its plateau: it learnt at most 2% of what it knows in its last quarter", _all_settled),
         (
             "`regate` is no more than a point below dense on grounded words, its interval included",
             lambda runs: _above(analysis.paired(runs, "regate", grounded), -MARGIN),
         ),
+        ("the same where dense was on its plateau", lambda runs: _above(_of_settled(runs, grounded), -MARGIN)),
         ("and has 0.99 of its accuracy on other words", lambda runs: _share_of_dense(runs, other, 0.99)),
         *(
             [("and no fewer whole answers", lambda runs: _not_below(analysis.paired(runs, "regate", whole)))]
@@ -77,6 +80,7 @@ def targets(found: dict[str, dict[str, Any]], part: Part) -> str:
             "a quarter of the visual tokens, the others visible, costs no more than a point, its interval included",
             lambda runs: _above(analysis.paired(runs, "visual25-visible", grounded), -MARGIN),
         ),
+        ("and takes half of dense's seconds", lambda runs: _at_most(_seconds(runs, "visual25-visible"), 0.50)),
     ]  # fmt: skip
     lines = [["target", *tasks]]
     lines += [[told, *(measure(found[task]["runs"]) for task in tasks)] for told, measure in rows]
@@ -96,6 +100,33 @@ def _not_below(found: Difference | None) -> Cell:
         return ""
     verdict = MET if found.low > -MARGIN else MISSED if found.high < 0 else "not told"
     return f"{_seeded(found)}: {verdict}"
+
+
+def _settled(runs: list[Record]) -> dict[int, bool]:
+    """Of each seed: was dense training on its plateau in the end?"""
+    return {run["seed"]: analysis.late(run) <= SETTLED for run in runs if run["arm"] == "dense"}
+
+
+def _all_settled(runs: list[Record]) -> Cell:
+    settled = _settled(runs)
+    if len(settled) < FEW:
+        return ""
+    return f"{sum(settled.values())} of {len(settled)} seeds: {MET if all(settled.values()) else MISSED}"
+
+
+def _of_settled(runs: list[Record], measure: Measure) -> Difference | None:
+    settled = _settled(runs)
+    return analysis.paired([run for run in runs if settled.get(run["seed"])], "regate", measure)
+
+
+def _seconds(runs: list[Record], arm: str) -> list[float]:
+    """A run's, teacher included, over dense's, by seed."""
+    spent = {(run["arm"], run["seed"]): analysis.spent("all_seconds")(run) for run in runs}
+    return [spent[arm, seed] / n for (name, seed), n in spent.items() if name == "dense" and (arm, seed) in spent]
+
+
+def _at_most(shares: list[float], most: float) -> Cell:
+    return f"{mean(shares):.0%}: {MET if mean(shares) <= most else MISSED}" if len(shares) >= FEW else ""
 
 
 def _seeded(found: Difference | None) -> Cell:

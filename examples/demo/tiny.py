@@ -47,17 +47,17 @@ def build_processor(texts: Iterable[str]) -> Any:
 
 
 def build_model(processor: Any, *, width: int = 128, layers: int = 4, seed: int = 0) -> LlavaForConditionalGeneration:
-    """About two million parameters, random."""
+    """About two million parameters, random. The vision encoder has four layers, or as few as the language model."""
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
-    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-             "num_attention_heads": 4}  # fmt: skip
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4}
     text = LlamaConfig(
-        **shape, num_key_value_heads=4, vocab_size=len(tokenizer), max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        **shape, num_hidden_layers=layers, num_key_value_heads=4, vocab_size=len(tokenizer),
+        max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False,
     )  # fmt: skip
-    vision = CLIPVisionConfig(**shape, image_size=IMAGE_SIZE, patch_size=PATCH, num_channels=3)
+    seen = {"image_size": IMAGE_SIZE, "patch_size": PATCH, "num_channels": 3}
+    vision = CLIPVisionConfig(**shape, **seen, num_hidden_layers=min(layers, 4))
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_id, vision_feature_layer=-1)
     return LlavaForConditionalGeneration(config)

@@ -15,7 +15,7 @@ import torch
 
 import benchmarks.quality.__main__ as quality
 import regate
-from benchmarks.quality import analysis, arms, findings, occlusion, page, results, stranger, summary
+from benchmarks.quality import analysis, arms, defaults, findings, occlusion, page, results, seconds, stranger, summary
 from benchmarks.quality.context import losses_of_kept
 from benchmarks.quality.elision import Gradients, at_random, everything_computed, visual_by, worthiest
 from benchmarks.quality.evaluate import with_blank, with_shuffled
@@ -306,7 +306,7 @@ def test_calibration_by_quarter() -> None:
 def _record(arm: str, seed: int, accuracy: list[float], cost: float = 10.0, *, answers: float = 1.0) -> dict[str, Any]:
     """`answers`: the share of its positions that are answer tokens."""
     curve = [
-        {"grounded": a, "answer_tokens": cost * i, "positions": cost * i / answers, "seconds": cost * i,
+        {"step": i, "grounded": a, "answer_tokens": cost * i, "positions": cost * i / answers, "seconds": cost * i,
          "teacher_seconds": 1.0}
         for i, a in enumerate(accuracy)
     ]  # fmt: skip
@@ -325,6 +325,36 @@ def test_differences_are_paired_by_seed() -> None:
     assert found.mean == pytest.approx(0.02)
     assert 0.0099 < found.low < 0.02 < found.high < 0.0301
     assert analysis.paired(runs, "random", analysis.final("grounded", "test")) is None
+
+
+def test_arms_are_timed_in_turns(task: Task, tmp_path: Path) -> None:
+    found = seconds.measure(task, ["dense", "exact", "regate"], starts=tmp_path, turns=1)
+    assert found["dense"] == {"full": 1.0, "sparse": 1.0, "teacher": 0.0}
+    assert found["exact"]["teacher"] == 0 < found["regate"]["teacher"]
+    assert min(found[arm][kind] for arm in found for kind in ("full", "sparse")) > 0
+
+
+def test_runs_cost_what_their_steps_do_in_turns(tmp_path: Path) -> None:
+    timed = {"dense": seconds.Cost(1.0, 1.0, 0.0), "cycled": seconds.Cost(1.1, 0.5, 3.0)}
+    path = tmp_path / "seconds.json"
+    path.write_text(json.dumps({"tasks": {"t": {arm: dataclasses.asdict(cost) for arm, cost in timed.items()}}}))
+    settings = {"steps": 8, "schedule": {"warmup": 2, "cycle": 4, "full_steps": 1}}
+    runs = [{"arm": arm, "curve": [{"step": step} for step in (0, 2, 8)]} for arm in timed]
+    found = seconds.by_turns("t", {"settings": settings, "runs": runs}, path)["runs"]
+    assert [look["seconds"] for look in found[0]["curve"]] == [0, 2, 8]
+    full = [0, 1, 2, 6]  # warm-up, and one in four
+    assert [look["seconds"] for look in found[1]["curve"]] == pytest.approx([0, 2.2, 1.1 * len(full) + 0.5 * 4])
+    assert [look["teacher_seconds"] for look in found[1]["curve"]] == [3.0] * 3
+    with pytest.raises(KeyError, match="not timed: regate"):
+        seconds.by_turns("t", {"settings": settings, "runs": [{"arm": "regate", "curve": []}]}, path)
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    for choice in defaults.CHOICES:
+        for other in choice.others:
+            own, changed = arms.ARMS["regate"].config or {}, arms.ARMS[other].config or {}
+            differing = {name for name in {*own, *changed} if own.get(name) != changed.get(name)}
+            assert {*choice.settings} & differing, f"{other} does not change {choice.settings}"
 
 
 def test_interval_is_that_of_the_mean() -> None:
@@ -368,7 +398,9 @@ def test_targets_are_held_to_what_runs_show() -> None:
     assert set(told.values()) == {"met", "missed"}
     assert told["`regate` is ahead of `random`"] == "missed"
     assert told["98% of dense's accuracy by half of its answer tokens"] == "met"
-    assert len(rows) == 6, "targets of arms that were not run are not told"
+    plateau = "dense is on its plateau: it learnt at most 2% of what it knows in its last quarter"
+    assert rows[plateau] == "0 of 10 seeds: missed"
+    assert len(rows) == 7, "targets of arms that were not run are not told"
     short = summary.headline({"captions": {"runs": runs}}, "test").splitlines()
     assert len(short) == 3
     assert short[2] == (

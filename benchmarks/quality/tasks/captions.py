@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.quality.tasks import Sample, Samples, Settings, Task
 from examples.demo import captions, tiny
+
+_LARGE = Settings(lr=3e-4, lr_warmup=20)
+
+
+def large(*, settings: Settings | None = None, limit: int | None = None) -> Task:
+    """The same with a language model of SmolLM2-135M's depth and width, for a GPU."""
+    small = task(settings=settings or _LARGE, limit=limit)
+    processor = small.train.processor
+    return replace(
+        small, name="captions-large", build=lambda seed: tiny.build_model(processor, width=576, layers=30, seed=seed)
+    )
 
 
 def task(*, settings: Settings | None = None, limit: int | None = None) -> Task:

@@ -7,5 +7,6 @@ from collections.abc import Callable
 from benchmarks.quality.tasks import Task, captions, clips, photos
 
 TASKS: dict[str, Callable[..., Task]] = {
-    "captions": captions.task, "photos": photos.task, "photos-early": photos.early, "clips": clips.task,
+    "captions": captions.task, "photos": photos.task, "clips": clips.task,
+    "captions-large": captions.large, "photos-early": photos.early,
 }  # fmt: skip
