@@ -7,7 +7,8 @@ samples stand (`pack`). Rows that hold one sample each are their own segments, a
 
 Signs of a sample's beginning, any of which may be in the call:
     position_ids    that fall back, or, without a padding mask, do not go on by one; of several ids per token (M-RoPE),
-                    the lowest, for within one sample it never falls; of four, the first, which is the text's
+                    the lowest, where all are alike: a video's fall back, too, but its time is ahead there; of four, the
+                    first, which is the text's
     cu_seq_lens_q, cu_seqlens    where samples begin among all positions, as flash attention's kernels are told; of one
                     row also in the place of the attention mask (InternVL)
     seq_idx and the like         a number per position, the same within a sample
@@ -90,6 +91,7 @@ def _from_position_ids(ids: Tensor, layout: Layout, *, leaps: bool) -> Tensor:
     several = ids.dim() == 3
     if several and len(ids) == _TEXT_FIRST:
         ids, several = ids[0], False
+    alike = (ids.amin(0) == ids.amax(0))[:, 1:] if several else torch.tensor(True)
     if several:
         ids = ids.amin(0)
     ids = ids.expand(layout.valid.shape)
@@ -98,7 +100,7 @@ def _from_position_ids(ids: Tensor, layout: Layout, *, leaps: bool) -> Tensor:
     again = (ids[:, 1:] == 0) & (ids[:, :-1] == 0)  # after a sample of one token; an image may have one id throughout
     if several:
         again &= ~layout.visual[:, 1:]
-    return (ids.diff() < 0) | again
+    return ((ids.diff() < 0) | again) & alike.to(ids.device)
 
 
 @dataclass(frozen=True)

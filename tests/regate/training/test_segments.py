@@ -131,6 +131,14 @@ def _square(sample: Tensor) -> Tensor:
 TEXT = torch.tensor([[0, 1, 2, 0, 0, 1]])  # three samples: of three tokens, of one, of two
 # An image of one time step, in the three rows of M-RoPE.
 IMAGE = torch.tensor([[[0, 1, 1, 1, 1, 2]], [[0, 1, 1, 2, 2, 3]], [[0, 1, 2, 1, 2, 3]]])
+# Text, a video of three frames of 2 x 3 patches, two seconds apart, text; after it a sample that begins with an image.
+VIDEO = torch.tensor(
+    [
+        [[0, *[1] * 6, *[3] * 6, *[5] * 6, 6, 0, 0, 0, 0, 2]],
+        [[0, *[1, 1, 1, 2, 2, 2] * 3, 6, 0, 0, 1, 1, 2]],
+        [[0, *[1, 2, 3] * 6, 6, 0, 1, 0, 1, 2]],
+    ]
+)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +148,7 @@ IMAGE = torch.tensor([[[0, 1, 1, 1, 1, 2]], [[0, 1, 1, 2, 2, 3]], [[0, 1, 2, 1, 
         ({"position_ids": TEXT.expand(3, 1, 6)}, [3, 4]),
         ({"position_ids": torch.stack([TEXT, TEXT * 0 + 5, TEXT * 0, TEXT])}, [3, 4]),
         ({"position_ids": IMAGE}, []),
+        ({"position_ids": VIDEO}, [20]),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 4, 6])}, [3, 4]),
         ({"cu_seqlens": torch.tensor([0, 3, 4, 6], dtype=torch.int32)}, [3, 4]),
         ({"cu_seqlens": torch.tensor([[0, 3, 4, 6]], dtype=torch.int32)}, [3, 4]),
@@ -156,7 +165,8 @@ IMAGE = torch.tensor([[[0, 1, 1, 1, 1, 2]], [[0, 1, 1, 2, 2, 3]], [[0, 1, 2, 1, 
     ],
 )  # fmt: skip
 def test_signs(call: dict[str, Any], begins: list[int]) -> None:
-    found = starts(call, _layout(1, 6))
+    length = call["position_ids"].shape[-1] if "position_ids" in call else 6
+    found = starts(call, _layout(1, length))
     assert (found.flatten().nonzero().flatten().tolist() if found is not None else []) == begins
 
 
