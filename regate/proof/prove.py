@@ -60,12 +60,15 @@ class Proven:
 
 
 def few_of(labels: Tensor) -> Tensor:
-    """The labels that a proof looks at, of labels [B, S]: bool [B, S]."""
+    """The labels that a proof looks at, of labels [B, S]: bool [B, S].
+
+    Spread over each row, so that later samples of a packed one, and the far end of a long one, are compared, too.
+    """
     candidates = predicted(labels)
-    few = candidates & (candidates.cumsum(1) <= FEW)
-    if len(few) > 1:  # as many in each row would hide that a loss is a mean of rows' means
-        few[0] &= few[0].cumsum(0) <= (few[0].sum() + 1) // 2
-    return few
+    every = (-(-candidates.sum(1) // FEW)).clamp(min=1)
+    if len(every) > 1:  # as many in each row would hide that a loss is a mean of rows' means
+        every[0] *= 2
+    return candidates & ((candidates.cumsum(1) - 1) % every[:, None] == 0)
 
 
 def tells_rows(labels: Tensor) -> bool:

@@ -169,20 +169,21 @@ def _causal_up_to(
     gm: fx.GraphModule, subgraph: list[fx.Node], mask: fx.Node, read: fx.Node | None, tokens: Tokens, *, samples: bool
 ) -> float:
     """Up to which sequence length; `samples`: what is read tells samples apart."""
-    numbers = [abs(n) for n in _integers(subgraph) if _FEW < abs(n) < torch.iinfo(torch.int32).max]
+    written = [abs(n) for n in _integers(subgraph) if _FEW < abs(n) < torch.iinfo(torch.int32).max]
+    numbers = read is not None and value(read).dim() == 2 and value(read).dtype != torch.bool
 
     def passes(longest: int) -> bool:
         try:
             return longest <= _LONGEST and all(
                 _is_causal(_run(gm, subgraph, mask, read, probe, tokens), probe)
-                for probe in _probes(longest, tokens, padding=read is not None, samples=samples)
+                for probe in _probes(longest, tokens, padding=read is not None, samples=samples, numbers=numbers)
             )
         except Exception:  # a subgraph that cannot be run on its own proves nothing
             return False
 
-    if passes(2 * max(numbers, default=_FEW) + 5):
+    if passes(2 * max(written, default=_FEW) + 5):
         return inf
-    smallest = min(numbers, default=0) - 1  # one less, for windows that are counted without the position itself
+    smallest = min(written, default=0) - 1  # one less, for windows that are counted without the position itself
     return shorter if passes(shorter := min(smallest, _LONGEST)) else 0
 
 
@@ -238,8 +239,8 @@ def _integers(subgraph: list[fx.Node]) -> list[int]:
     return found
 
 
-def _probes(longest: int, tokens: Tokens, *, padding: bool, samples: bool) -> Iterator[_Probe]:
-    """One of them is this long."""
+def _probes(longest: int, tokens: Tokens, *, padding: bool, samples: bool, numbers: bool = False) -> Iterator[_Probe]:
+    """One of them is this long. `padding`: a mask is read, whose entries may be `numbers`."""
     random = torch.Generator().manual_seed(0)
     rows = [1, 2, 3] if tokens.batch.is_Symbol else [int(tokens.batch)] * 3
     seen = [torch.ones(rows[0], longest, dtype=torch.bool), torch.ones(rows[1], 9, dtype=torch.bool)]
@@ -263,6 +264,8 @@ def _probes(longest: int, tokens: Tokens, *, padding: bool, samples: bool) -> It
         seen += [right, left, holes]
     for mask in seen:
         yield _Probe(mask, mask, torch.zeros(mask.shape))
+    if numbers:  # of documents, which keep them apart where the input is no padding mask
+        yield _Probe(torch.randint(1, 4, mask.shape, generator=random) * mask, mask, torch.zeros(mask.shape))
 
 
 def _run(

@@ -108,6 +108,35 @@ def test_masks_given_whole_stay() -> None:
     assert _causal(model, attention_mask=whole) == [(2, 0)]
 
 
+class _OfDocuments(nn.Module):
+    """One attention, whose mask is made of a number per position: of its document, or 0 on padding."""
+
+    def __init__(self, *, apart: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.apart = nn.Linear(16, 48), apart
+
+    def forward(self, hidden: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.unflatten(-1, (4, 4)).transpose(1, 2) for x in self.qkv(hidden).chunk(3, -1))
+        order = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
+        seen = numbers[:, None, :] == numbers[:, :, None] if self.apart else numbers[:, None, :] != 0
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=(seen & order)[:, None])
+        return hidden + y.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_numbers_that_keep_documents_apart_are_no_padding_mask(apart: bool) -> None:
+    decoder = _OfDocuments(apart=apart).double()
+    numbers = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 3], [1, 1, 1, 1, 1, 2, 2, 0]])
+    hidden = torch.randn(2, 8, 16, dtype=torch.float64)
+    expected = decoder(hidden, numbers)
+    handle = regate_patch.patch(decoder, backend="eager", padding_elided=True)
+    with regate_patch.active(numbers != 0):
+        found = decoder(hidden, numbers)
+    assert [graph.causal for graph in handle.statistics.graphs] == [0 if apart else 1]
+    torch.testing.assert_close(found[numbers != 0], expected[numbers != 0])
+
+
 def test_only_if_promised() -> None:
     """Without the promise, an active position may be one that the mask hides."""
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
