@@ -163,7 +163,8 @@ def per_layer_gather(model: nn.Module, backend: str) -> dict[str, Step]:
     trained = Trained(model, backend)
 
     def run(batch: Batch, kept: Tensor) -> None:
-        active = Active.from_mask(active_positions(batch["labels"], kept, batch["attention_mask"].bool()))
+        valid = batch["attention_mask"].bool()
+        active = Active.from_mask(active_positions(batch["labels"], kept, valid, alignment=SPARSE_AFTER_ONE.alignment))
         k = active.index.shape[1]
         causal = torch.ones(k, k, dtype=torch.bool, device=active.index.device).tril()
         mask = causal & active.valid[:, None, None, :] | ~active.valid[:, None, :, None]
@@ -183,7 +184,8 @@ def random_ltd(model: nn.Module, backend: str) -> dict[str, Step]:
     random = torch.Generator().manual_seed(0)
 
     def run(batch: Batch, kept: Tensor) -> None:
-        active = active_positions(batch["labels"], kept, batch["attention_mask"].bool())
+        valid = batch["attention_mask"].bool()
+        active = active_positions(batch["labels"], kept, valid, alignment=SPARSE_AFTER_ONE.alignment)
         length, k = active.shape[1], int(active.sum(1).max())
         mask = torch.ones(1, 1, k, k, dtype=torch.bool, device=active.device).tril()
         for layer in layers:

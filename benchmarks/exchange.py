@@ -56,7 +56,7 @@ def run(rank: int, ranks: int, port: int, folder: str, args: argparse.Namespace)
             start, busy_before = time.perf_counter(), time.thread_time()
             for table in LOSSES:
                 exchange.add(table, new)
-            exchange.tick()
+            exchange.tick(step)
             spent.append(time.perf_counter() - start)
             busy += time.thread_time() - busy_before
             time.sleep(args.step_seconds)

@@ -17,8 +17,6 @@ from model_adapters import conventional
 from model_adapters.base import Batch, Layout, ModelAdapter
 from model_adapters.errors import AdapterError
 
-MODALITIES = (-200, -201, -202)  # image, video, audio
-
 
 def _layout(model: nn.Module, batch: Batch) -> Layout:
     inner, ids = conventional.unwrap(model), batch.get("input_ids")

@@ -31,7 +31,7 @@ def apply(
     """Train `model` on fewer tokens: one line, then train exactly as before.
 
     Weights, state dict and architecture stay as they are; `regate.remove(model)` undoes it. Applying again
-    replaces the first gate.
+    replaces the first gate, which is gone even where this raises.
 
     Args:
         model: a multimodal causal language model, plain or wrapped by PEFT or DDP.
@@ -67,7 +67,7 @@ def apply(
         raise UnknownArchitectureError(str(error)) from error
     _refuse_by_method(model)
     if (existing := gate_on(target)) is not None:
-        existing.remove()
+        existing.remove()  # first of all, for its teacher may fill the memory that the next one needs
     through_peft(model)
     return Gate(
         model,

@@ -168,7 +168,7 @@ class Attached:
     def _on_step(self) -> None:
         parts, config, step, guard = self._parts, self._parts.config, self.steps.step, self._parts.scorer.guard
         self.watch.step(full=parts.is_full(step))
-        parts.scorer.exchange.tick()
+        parts.scorer.exchange.tick(step)
         parts.counters.steps_guarded += guard.open and not config.is_full(step)
         if guard.step(sparse_next=not config.is_full(step + 1)):
             parts.note(GOT_WORSE.format(rise=config.guard, cycle=config.cycle))

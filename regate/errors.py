@@ -26,7 +26,7 @@ class HiddenStatesError(RegateError):
 
 
 class PackedRowsError(RegateError, ValueError):
-    """A row of the batch holds several samples."""
+    """Where samples begin within rows is told in a way that does not fit the batch, or cannot be told the decoder."""
 
 
 class NonFiniteLossError(RegateError):

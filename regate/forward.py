@@ -92,6 +92,7 @@ class Forward:
         self._beside = supervision.beside(self._call, layout.labels) if parts.config.keep < 1 else {}
         self._scope = contextlib.ExitStack()
         self._active: regate_patch.Active | None = None  # what the decoder ran on
+        self._entered = False  # was it to run on less than everything?
         self._decoded: Any = None  # its output
         self._unproven = False  # does its loss come about in a way that was not proven?
         self._asked, self._reader = reads.asked_for(self._call, self._target), reads.inner_reader(self._decoder)
@@ -179,7 +180,7 @@ class Forward:
                     highest=highest if parts.in_step else int,
                 )
             )
-        self._active = None
+        self._active, self._entered = None, False
         if proven.other and (usual := stand_in(self._decoder)) is not None:
             raise regate_patch.UnsupportedGraphError(
                 f"the attention kernels of {type(self._decoder).__name__} compute something else than its "
@@ -257,7 +258,7 @@ class Forward:
     @contextlib.contextmanager
     def _engine(self, *, tail: bool) -> Iterator[None]:
         """Inside, the decoder computes the decision's positions; with `tail`, its end at predictors of kept labels."""
-        self._tail = tail and not self._balanced
+        self._tail, self._entered = tail and not self._balanced, True
         with contextlib.ExitStack() as scope:
             scope.enter_context(self.parts.adapter.followable(self.parts.model, self._decoder))
             scope.enter_context(followable_dora())
@@ -366,10 +367,12 @@ class Forward:
         self.close()
         parts, decision, active, reading = self.parts, self.decision, self._active, self._reading
         statistics = parts.handle.statistics
-        if self._decoded is None or (active is not None and not active.ran and statistics.failed is None):
+        passed_by = self._entered and statistics.failed is None and (active is None or not active.ran)
+        if self._decoded is None or passed_by:
             raise regate_patch.NotElidedError(
                 f"{type(self._target).__name__} ran a training forward without calling its decoder "
-                f"{type(self._decoder).__name__}; register an adapter whose `decoder` is the module it calls"
+                f"{type(self._decoder).__name__} as the gate left it; register an adapter whose `decoder` is the "
+                "module it calls, and let what takes the place of the decoder's forward call the one before"
             )
         start = time.perf_counter()
         parts.counters.add(decision.sums)
@@ -398,7 +401,7 @@ class Forward:
         parts.counters.add(numbers)
         laid = all(rewritten.end_to_end for rewritten in parts.handle.statistics.last)
         if not laid and len(self.layout.labels) > 1 and self._active is not None and not self._active.empty:
-            parts.fills_rows = True
+            parts.turns.fills_rows = True
             parts.note(AT_ONCE)
 
     def close(self) -> None:

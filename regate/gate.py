@@ -70,14 +70,6 @@ class Gate:
         self._notes: list[str] = []
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
         self._teacher = teacher_of(model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported)
-        handle = regate_patch.patch(
-            decoder,
-            backend=backend,
-            on_unsupported=on_unsupported,
-            padding_elided=True,
-            visible=config.elided == "visible" and config.keep * config.visual_keep < 1,
-            disable=config.disable,
-        )
         self.counters, self.exchange = Counters(), Exchange(store)
         self.scorer = Scorer(
             config,
@@ -87,7 +79,15 @@ class Gate:
             lazily=teacher != "precomputed" and (self._teacher is None or self._teacher.lasts),
         )
         self.exchange.beside = self.scorer.guard if config.guard is not None else None
-        self.store = store
+        self.store = store  # refuses losses of another teacher; only then is the model touched
+        handle = regate_patch.patch(
+            decoder,
+            backend=backend,
+            on_unsupported=on_unsupported,
+            padding_elided=True,
+            visible=config.elided == "visible" and config.keep * config.visual_keep < 1,
+            disable=config.disable,
+        )
         self.turns = Turns(config, self.exchange)
         self.first = self._teacher is not None and (teacher == "first" or (self._automatic and not self.scorer.lazily))
         if self.first and self._automatic:
@@ -134,7 +134,9 @@ class Gate:
 
     @property
     def step(self) -> int:
-        """The optimizer step that training forwards now contribute to, from 0; set it to move the schedule.
+        """The optimizer step that the latest training forward contributes to, from 0; set it to move the schedule.
+
+        After `optimizer.step()` it is still that one, until the next forward begins another.
 
         Raises:
             ConfigError: on setting, it is no number of steps.
@@ -190,7 +192,8 @@ class Gate:
         def read(batch: Batch) -> Samples:
             batch = {k: _moved(v, device) for k, v in batch.items() if k != "sample_ids"}
             call = inner_call(self.model, self._parts.target, batch)
-            return self._parts.read({**call, "sample_ids": NO_IDS})[1]  # images need not be told apart
+            with torch.no_grad():  # some embed their batch to read it
+                return self._parts.read({**call, "sample_ids": NO_IDS})[1]  # images need not be told apart
 
         split = split or (self._teacher is not None and self._teacher.together)
         teach_all(self.scorer, dataloader, read, steps=self._attached.steps.made, progress=progress, split=split)
@@ -210,11 +213,12 @@ class Gate:
     def choose(self, batch: Batch, *, full: bool = False) -> Tensor:
         """The labels [B, S] bool that a sparse (or full) step would keep of this batch now; trains nothing."""
         self.flush()
-        layout, samples = self._parts.read(batch)
+        with torch.no_grad():
+            layout, samples = self._parts.read(batch)
         if full:
             return samples.segments.pack(samples.candidates)
         whole = self._parts.turns_of(layout, samples)
-        self.scorer.prepare(samples, full=False, whole=whole)
+        self.scorer.prepare(samples, full=False, whole=whole, running=False)
         return samples.segments.pack(self.scorer.keep(samples, whole=whole))
 
     def flush(self) -> None:
@@ -248,6 +252,8 @@ class Gate:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; the store's difficulties become those of then.
 
+        With several ranks, every rank must call it.
+
         Raises:
             StoreError: the run had reference losses that the store lacks, and the model is no longer what made them.
             StoreMismatchError: the run had another teacher than this gate.
@@ -272,7 +278,7 @@ class Gate:
         return self._state.just_loaded
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Continue from what `save` wrote, with as many ranks as there are now.
+        """Continue from what `save` wrote, with as many ranks as there are now, every one of which must call it.
 
         Raises:
             CheckpointError: the folder holds no state of a gate, or it cannot be read.

@@ -71,7 +71,6 @@ class Parts:
     handed_out: str | None = None
     strays: list[Tensor] = field(default_factory=list)
     lazy: LazyHead | None = None
-    fills_rows: bool = False
     between: list[nn.Module] = field(init=False)
     head: nn.Module = field(init=False)
     _in_step: bool | None = None
@@ -140,7 +139,7 @@ class Parts:
 
     def turns_of(self, layout: Layout, samples: Samples) -> Tensor | None:
         """Those samples of a sparse step that have their full turn now, bool [N]; see `Turns.of`."""
-        return self.turns.of(samples, at_once=self.fills_rows and len(layout.labels) > 1)
+        return self.turns.of(samples, at_once=self.turns.fills_rows and len(layout.labels) > 1)
 
     def read(self, batch: Batch) -> tuple[Layout, Samples]:
         """The batch as the decoder sees it, [B, S] on the CPU, and its samples.

@@ -9,6 +9,7 @@ from typing import Any
 
 from regate.errors import StoreError, StoreMismatchError
 from regate.memory import checkpoint
+from regate.memory.files import Table
 from regate.scoring.guard import Guard
 from regate.scoring.scorer import Scorer
 from regate.scoring.turns import Turns
@@ -37,14 +38,15 @@ class RunState:
         """Was it loaded, and has no step been made since?"""
         return self._loaded_at == self._steps.made
 
-    def state_dict(self) -> dict[str, Any]:
-        """Of now, with what earlier forwards taught."""
-        scorer, store = self._scorer, self._scorer.store
+    def state_dict(self, *, of_store: bool = True) -> dict[str, Any]:
+        """Of now, with what earlier forwards taught; of the store's records only if so asked."""
+        scorer, store, turns = self._scorer, self._scorer.store, self._turns
         scorer.flush()
-        turns: dict[str, Any] = {}
-        if self._turns.interleaved:
-            turns = {"ahead": self._turns.ahead, "owed": checkpoint.pack(store.items("owed"))}
-        irreplaceable = not scorer.lazily and store.temporary
+        tables: list[Table] = ["difficulty"]
+        if turns.interleaved:
+            tables.append("owed")
+        if not scorer.lazily and store.temporary:  # these cannot be made again
+            tables.append("reference")
         return {
             "step": self._steps.made,
             "counters": asdict(scorer.counters),
@@ -52,9 +54,8 @@ class RunState:
             "guard": scorer.guard.state_dict(),
             "references": 0 if scorer.lazily else store.count("reference"),
             "teacher": dict(scorer.taught_by) if scorer.lazily else {},
-            "difficulty": checkpoint.pack(store.items("difficulty")),
-            **turns,
-            **({"reference": checkpoint.pack(store.items("reference"))} if irreplaceable else {}),
+            **({"ahead": turns.ahead, "fills_rows": turns.fills_rows} if turns.interleaved else {}),
+            **{table: checkpoint.pack(store.items(table)) for table in tables if of_store},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -75,15 +76,17 @@ class RunState:
         scorer.guard.load_state_dict(state.get("guard") or Guard(scorer.config).state_dict())
         # At once: other ranks may share the store, load the same, and be done with it.
         store.replace("difficulty", dict(checkpoint.unpack(state["difficulty"])))
-        self._turns.ahead = state.get("ahead", 0)
+        self._turns.ahead, self._turns.fills_rows = state.get("ahead", 0), state.get("fills_rows", False)
         store.replace("owed", dict(checkpoint.unpack(state["owed"])) if "owed" in state else {})
+        if not store.temporary:
+            scorer.exchange.meet()  # nobody goes on to write into a store that another still replaces
         self._loaded_at = self._steps.made
 
     def save(self, folder: str | os.PathLike[str], *, on_each_node: bool = False) -> None:
         """Into a checkpoint's folder; by every rank."""
         self._scorer.flush()
         self._scorer.exchange.finish()
-        state = self.state_dict()
+        state = self.state_dict(of_store=checkpoint.writes_all(on_each_node=on_each_node))
         self._scorer.exchange.meet()  # nobody goes on to write into a store while another still reads it
         checkpoint.save(folder, state, on_each_node=on_each_node)
 

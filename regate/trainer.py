@@ -35,6 +35,9 @@ class GateCallback(TrainerCallback, ExportableState):
 
     gated = False  # is the run?
 
+    def __init__(self) -> None:
+        self._before: dict[str, Any] = {}  # the report at the last log
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -119,7 +122,7 @@ class GateCallback(TrainerCallback, ExportableState):
             return
         now, before = dict(gate.report()), self._before
         self._before = now
-        new = {name: now[name] - before[name] for name in now}
+        new = {name: now[name] - before.get(name, 0) for name in now}
         if not new["positions_seen"]:
             return
         numbers = {

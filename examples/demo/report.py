@@ -74,7 +74,9 @@ def table(results: dict[str, Any]) -> str:
         f"{len(runs)} seed(s); {results['device']}; {results['data']}",
     ]
     if len(runs) < 10:
-        lines.append("Seeds differ by a point or two; docs/evidence.md compares ten of the small model.")
+        lines.append(
+            "Seeds differ more than arms do; docs/evidence.md compares arms over many seeds of the small model."
+        )
     return "\n".join(lines)
 
 

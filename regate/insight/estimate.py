@@ -24,6 +24,7 @@ from regate.config import Config
 from regate.errors import ConfigError, UnknownArchitectureError
 from regate.labels import IGNORED
 from regate.output.logits import CHUNK
+from regate.training.batches import on_host
 
 _WORTH, _LITTLE = 1.15, 1.05
 
@@ -274,12 +275,17 @@ def build_on_meta(config: PretrainedConfig) -> nn.Module:
 
 
 def count_tokens(model: nn.Module, batches: Iterable[Batch]) -> list[Sample]:
-    """Token counts of every sample of a data loader, for `estimate`."""
-    adapter = find_adapter(model)
+    """Token counts of every sample of a data loader, for `estimate`; also of several in a row.
+
+    Raises:
+        LabelsError, PackedRowsError: see `on_host`.
+    """
+    adapter, vocabulary = find_adapter(model), len(_projection(model))
     found: list[Any] = []
     for batch in batches:
-        layout = adapter.layout(model, batch)
-        answer = (layout.labels != IGNORED) & layout.valid
+        layout, segments, _ = on_host(batch, adapter.layout(model, batch), vocabulary=vocabulary)
+        layout = segments.unpack_layout(layout)
+        answer = layout.labels != IGNORED
         prompt = layout.valid & ~layout.visual & ~answer
         columns = [x.sum(1).tolist() for x in (layout.visual & layout.valid & ~answer, prompt, answer)]
         found += [Sample(*row) for row in zip(*columns, strict=True)]

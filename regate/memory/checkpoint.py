@@ -22,7 +22,7 @@ from regate.errors import CheckpointError
 from regate.memory.store import half
 
 NAME = "regate.pt"
-OF_ALL_RANKS = ("difficulty", "reference", "owed")  # entries of rank 0's state alone
+OF_ALL_RANKS = ("difficulty", "reference", "owed")  # entries of `regate.pt` alone
 
 
 def rank() -> int:
@@ -39,12 +39,14 @@ def _file_of(rank: int) -> str:
     return NAME if rank == 0 else f"regate-rank{rank}.pt"
 
 
+def writes_all(*, on_each_node: bool) -> bool:
+    """Does this rank write the file with the losses of every sample?"""
+    return rank() == 0 or (on_each_node and ranks() > 1 and dist.get_node_local_rank(rank()) == 0)
+
+
 def save(folder: str | os.PathLike[str], state: dict[str, Any], *, on_each_node: bool = False) -> None:
-    """Write this rank's part of `state` into `folder`, whole or not at all."""
-    first = rank() == 0 or (on_each_node and ranks() > 1 and dist.get_node_local_rank(rank()) == 0)
-    if not first:
-        state = {name: value for name, value in state.items() if name not in OF_ALL_RANKS}  # the first has all by now
-    path = Path(folder).expanduser() / (NAME if first else _file_of(rank()))
+    """Write this rank's `state` into `folder`, whole or not at all; with `OF_ALL_RANKS` where it `writes_all`."""
+    path = Path(folder).expanduser() / (NAME if writes_all(on_each_node=on_each_node) else _file_of(rank()))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

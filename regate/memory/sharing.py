@@ -129,7 +129,6 @@ class Exchange:
     def __init__(self, store: Store, *, every: int = 16, beside: Beside | None = None) -> None:
         self.store, self.every, self.beside = store, every, beside
         self.bytes_sent = 0
-        self._ticks = 0
         self._outgoing: dict[Table, dict[bytes, np.ndarray]] = {table: {} for table in TABLES}
         self._flight: _Flight | None = None
         self._group: Any = None
@@ -149,8 +148,8 @@ class Exchange:
         if self.needed:
             self._outgoing[table].update((k, half(v)) for k, v in records.items())
 
-    def tick(self) -> None:
-        """One optimizer step was made, on this rank and on every other.
+    def tick(self, step: int) -> None:
+        """The optimizer step of that number was made, on this rank and on every other.
 
         Raises:
             RankError: another rank is gone.
@@ -159,10 +158,19 @@ class Exchange:
             self.beside.take([self.beside.give()])
         if not self._running:
             return
-        self._ticks += 1
-        if self._ticks % self.every == 0:
+        if (step + 1) % self.every == 0:
             self._land()
             self._launch()
+
+    def forget(self, *tables: Table) -> None:
+        """Tell the others nothing of what this rank stored in these tables; what is on its way still comes.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        self._land()
+        for table in tables:
+            self._outgoing[table].clear()
 
     def finish(self) -> None:
         """Pass on and take over everything now. Every rank must call it.

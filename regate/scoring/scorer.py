@@ -116,10 +116,11 @@ class Scorer:
             store.bind(self.taught_by)
         self.exchange.store = store
 
-    def prepare(self, samples: Samples, *, full: bool, whole: Tensor | None = None) -> None:
+    def prepare(self, samples: Samples, *, full: bool, whole: Tensor | None = None, running: bool = True) -> None:
         """See that the samples of a training forward have reference losses; one without labels is a forward, too.
 
-        Of a sparse step those in `whole`, bool [N], need none now, for they keep every label.
+        Of a sparse step those in `whole`, bool [N], need none now, for they keep every label. `running`: the model's
+        forward has begun.
 
         Raises:
             StoreError: they are missing, and must have been computed before training.
@@ -128,7 +129,7 @@ class Scorer:
             return
         if self.lazily:
             if not full:
-                self.teach(samples, running=True, whole=whole)
+                self.teach(samples, running=running, whole=whole)
         elif missing := self.store.missing("reference", samples.text):
             raise StoreError(
                 f"{len(missing)} of {len(samples.text)} samples have no reference loss, and no teacher is kept beside "
@@ -285,9 +286,10 @@ class Scorer:
         self.write()
 
     def forget(self) -> None:
-        """Drop losses that were not written yet."""
+        """Drop losses that were not written yet, or not told to other ranks."""
         self._pending.clear()
         self._unwritten.clear()
+        self.exchange.forget("difficulty", "owed")
 
     def _put(self, table: Table, records: dict[bytes, np.ndarray]) -> None:
         self.store.put(table, records)

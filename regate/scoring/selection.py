@@ -48,7 +48,7 @@ def _highest(scores: Tensor, candidates: Tensor, k: Tensor) -> Tensor:
 
 
 def active_positions(
-    labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: Alignment = "predictor", beyond: bool | Tensor = False
+    labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: Alignment, beyond: bool | Tensor = False
 ) -> Tensor:
     """The positions that a decoder must compute for the kept labels.
 

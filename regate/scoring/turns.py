@@ -55,12 +55,13 @@ class Turns:
 
     Attributes:
         ahead: see the module's description; whole number of `1 / share.denominator` turns, as all that is owed is.
+        fills_rows: does the decoder fill rows up to the longest, as has been seen? Then turns are given all at once.
     """
 
     def __init__(self, config: Config, exchange: Exchange) -> None:
         self.interleaved = config.schedule == "interleaved" and config.full_steps > 0
         self.share, self.cycle, self.seed = Fraction(config.full_steps, config.cycle), config.cycle, config.seed
-        self.exchange, self.ahead = exchange, 0
+        self.exchange, self.ahead, self.fills_rows = exchange, 0, False
         self._step, self._micro = -1, 0
 
     def forward(self, step: int) -> None:

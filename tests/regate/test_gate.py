@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import regate
 from regate.errors import LabelsError, StoreError
+from regate_patch import NotElidedError
 from tests import oracle
 from tests.zoo import CORE
 
@@ -379,4 +380,13 @@ def test_decoder_that_is_never_called() -> None:
     adapter = regate.ModelAdapter(serves=("llava",), decoder=lambda m: other)
     regate.apply(model, SPARSE, adapter=adapter, teacher=None)
     with pytest.raises(regate.RegateError, match="without calling its decoder"):
+        model(**batch)
+
+
+def test_a_forward_that_passes_by_what_the_gate_left_is_noticed() -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    regate.apply(model, SPARSE, teacher=None)
+    decoder = model.model.language_model
+    decoder.forward = type(decoder).forward.__get__(decoder)  # by something that wraps it anew
+    with pytest.raises(NotElidedError, match="call the one before"):
         model(**batch)

@@ -14,6 +14,7 @@ from benchmarks.workloads import WORKLOADS, label
 from regate import cli
 from regate.errors import ConfigError
 from regate.insight.estimate import Sample
+from tests.packing import packed, rows_of
 from tests.zoo import CORE
 
 SIZES: dict[str, Any] = {
@@ -124,6 +125,14 @@ def test_counts_of_a_data_loader() -> None:
     assert [s.answer for s in found] == (batch["labels"] != -100).sum(1).tolist()
     assert all(s.visual > 0 for s in found)
     assert regate.estimate(model, found).sparse > 1
+
+
+def test_counts_of_several_samples_in_a_row() -> None:
+    model = CORE["llava"].build()
+    rows = rows_of("llava", 2, 0)
+    apart = regate.count_tokens(model, [rows])
+    assert len(apart) == 2
+    assert regate.count_tokens(model, [packed(model, rows)]) == apart
 
 
 TWO_LAYERS = {"num_hidden_layers": 2}

@@ -130,9 +130,9 @@ def _see_apart(some: Guard, easy: float) -> None:
 def test_a_process_alone_tells_itself() -> None:
     some = _seen(0.2)
     exchange = Exchange(Store(), beside=some)
-    for _ in range(ENOUGH):
+    for step in range(ENOUGH):
         _see_apart(some, 0.5)
-        exchange.tick()
+        exchange.tick(step)
     assert some.step(sparse_next=True)
 
 

@@ -64,7 +64,7 @@ def test_nothing_to_keep_in_a_row_without_labels() -> None:
 def test_active_positions_follow_the_definition(seed: int) -> None:
     labels, valid = _random(seed)
     kept = keep_highest(torch.rand(labels.shape), predicted(labels), 0.5)
-    active = active_positions(labels, kept, valid)
+    active = active_positions(labels, kept, valid, alignment="predictor")
     for b, row in enumerate(labels.tolist()):
         predictors = [j for j in range(23) if kept[b, j + 1]]
         for j in range(24):
@@ -79,7 +79,7 @@ def test_both_adds_the_kept_tokens() -> None:
     labels = torch.tensor([[IGNORED, 5, 6, 7, 8, IGNORED, 9]])
     kept = torch.tensor([[False, False, True, False, False, False, True]])
     valid = torch.ones_like(kept)
-    predictor = active_positions(labels, kept, valid)
+    predictor = active_positions(labels, kept, valid, alignment="predictor")
     both = active_positions(labels, kept, valid, alignment="both")
     assert predictor.tolist() == [[True, True, False, False, True, True, False]]
     assert both.tolist() == [[True, True, True, False, True, True, False]]

@@ -116,6 +116,8 @@ def test_another_teachers_cache_is_refused(tmp_path: Path) -> None:
         model.lm_head.weight.add_(1)
     with pytest.raises(StoreMismatchError, match="weights"):
         regate.apply(model, store=str(tmp_path / "store"))
+    assert regate.api.gate_of(model) is None
+    assert "forward" not in vars(model.model.language_model), "what was refused has left nothing on the model"
 
 
 def test_records_go_to_the_store_of_the_gate(tmp_path: Path) -> None:
