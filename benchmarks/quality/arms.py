@@ -22,6 +22,7 @@ class Arm:
             with the largest "gradient" of the batch's loss, from a pass of its own that is counted as no cost.
         teacher: None is a copy of the student's language model; a "small" or "large" one has another size.
         samples: the share of the training samples that is used, the more often each.
+        longer: how many times as many steps it takes.
     """
 
     told: str
@@ -31,6 +32,7 @@ class Arm:
     visual_by: Literal["likeness", "random", "gradient"] = "likeness"
     teacher: Literal["small", "large"] | None = None
     samples: float = 1.0
+    longer: int = 1
 
     def settings(self, run: Settings, seed: int) -> regate.Config:
         """Of its gate; only for arms that have one."""
@@ -91,6 +93,9 @@ ARMS = {
         _EVEN | {"selection": "random"},
         samples=0.2,
     ),
+    # Until dense training, too, has learnt what it will.
+    "long-dense": Arm("all tokens, twice as many steps", None, longer=2),
+    "long-regate": Arm("recommended, twice as many steps", _EVEN, longer=2),
     # Full steps, and between them sparse ones.
     "cycled": Arm("recommended, but in cycles: full steps instead of full samples", _CYCLED),
     "cycled-random": Arm("in cycles, as many labels at random", _CYCLED | {"selection": "random"}),

@@ -47,6 +47,7 @@ PAIRS = (
     ("visual25-visible-gradient", "visual25-visible", "for taking those with the largest gradient"),
     ("regate", "teacher-small", "what a teacher of the student's size is worth"),
     ("teacher-large", "regate", "for a larger teacher"),
+    ("long-regate", "long-dense", "over twice as many steps"),
     ("few-regate", "few-dense", "over five times as many epochs"),
     ("few-regate", "few-random", "over five times as many epochs, at equal budget"),
     ("short-visual25-visible", "short", "for a quarter of the visual tokens"),

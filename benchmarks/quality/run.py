@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Run:
     def __init__(self, task: Task, name: str, seed: int, *, starts: Path) -> None:
         self.task, self.name, self.seed = task, name, seed
         self.arm: Arm = ARMS[name]
-        self.settings: Settings = task.settings
+        self.settings: Settings = replace(task.settings, steps=task.settings.steps * self.arm.longer)
         self.model = started(task, seed, starts).train()
         self.answer_tokens = self.positions = 0
         self.seconds = self.teacher_seconds = 0.0
