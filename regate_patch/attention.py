@@ -6,7 +6,7 @@ On CUDA in half precision `torch.nn.attention.varlen`; on the CPU torch's flash 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,6 +70,19 @@ def _samples(starts: Tensor, *along: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.split(lengths, 2) for x in along), strict=True)
 
 
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    """Parts [1, H, t, D] one behind the other, [1, H, T, D], laid out as the kernel lays out each.
+
+    A position's heads lie together, so that nothing is copied where a model puts them side by side.
+    """
+    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+
+
+def _heads_inside(like: Tensor) -> Tensor:
+    """An empty tensor of this shape, laid out like that."""
+    return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
+
+
 @library.custom_op("regate::attend", mutates_args=(), device_types="cpu")
 def _attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of the softmax's sums [1, H, T]."""
@@ -78,14 +91,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: fl
         for q, k, v in _samples(starts, query, key, value)
     ]
     if not parts:
-        return query.clone(), query.new_empty(query.shape[:3])
-    return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2).contiguous()
+        return _heads_inside(query), query.new_empty(query.shape[:3])
+    return _joined(part[0] for part in parts), torch.cat([part[1] for part in parts], 2).contiguous()
 
 
 @_attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     wide = query.dtype if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=wide)
+    return _heads_inside(query), query.new_empty(query.shape[:3], dtype=wide)
 
 
 @library.custom_op("regate::attend_backward", mutates_args=(), device_types="cpu")
@@ -97,8 +110,8 @@ def _attend_backward(
         for g, q, k, v, o, s in _samples(starts, grad, query, key, value, output, sums)
     ]
     if not parts:
-        return query.clone(), key.clone(), value.clone()
-    by_query, by_key, by_value = (torch.cat(grads, 2) for grads in zip(*parts, strict=True))
+        return _heads_inside(query), _heads_inside(key), _heads_inside(value)
+    by_query, by_key, by_value = (_joined(grads) for grads in zip(*parts, strict=True))
     return by_query, by_key, by_value
 
 
@@ -106,7 +119,7 @@ def _attend_backward(
 def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, sums: Tensor, starts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    return _heads_inside(query), _heads_inside(key), _heads_inside(value)
 
 
 def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
