@@ -39,7 +39,10 @@ def gather_tokens(x: Tensor, index: Tensor, dims: tuple[int, ...], batch_dim: in
         sizes[batch_dim] = index.shape[0]
         x = x.expand(sizes)
     for dim in dims:
-        x = torch.gather(x, dim, _along(index, x, dim, batch_dim))
+        if index.shape[0] == 1:  # whole slices are moved, several times as fast on a CPU
+            x = x.index_select(dim, index[0])
+        else:
+            x = torch.gather(x, dim, _along(index, x, dim, batch_dim))
     return x
 
 
@@ -50,7 +53,10 @@ def scatter_tokens(
     shape = [1] * y.dim()
     shape[batch_dim], shape[dim] = valid.shape
     mask = _rows(valid, dim, batch_dim).reshape(shape)
-    return torch.scatter(x, dim, _along(index, x, dim, batch_dim), torch.where(mask, y, x_at_index))
+    new = torch.where(mask, y, x_at_index)
+    if index.shape[0] == 1:
+        return x.index_copy(dim, index[0], new)
+    return torch.scatter(x, dim, _along(index, x, dim, batch_dim), new)
 
 
 def scatter_on_zeros(y: Tensor, index: Tensor, valid: Tensor, length: int, dim: int = 1, batch_dim: int = 0) -> Tensor:
