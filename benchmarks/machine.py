@@ -26,6 +26,7 @@ def described(module: str, *packages: str) -> dict[str, Any]:
         versions["torch"] = str(torch.__version__)  # names the build, which its package's version may not
         if torch.cuda.is_available():
             device["gpu"] = torch.cuda.get_device_name()
+            device["cuda"] = torch.version.cuda
     return {
         "command": " ".join(["python", "-m", module, *map(_relative, sys.argv[1:])]),
         "python": platform.python_version(),

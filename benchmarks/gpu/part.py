@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.metadata
 import json
 import os
 import signal
@@ -94,9 +95,15 @@ def run(checks: Sequence[Check], path: Path, settings: Record, *, started: float
 
 def opened(path: Path, settings: Record) -> Record:
     """What an earlier run with these settings left in `path`, else nothing yet."""
-    result = described("benchmarks.gpu", "torch", "transformers") | {"settings": settings}
+    result = described("benchmarks.gpu", "torch", "transformers", *_installed()) | {"settings": settings}
     before = earlier(path, result) or {}
     return result | {"checks": before.get("checks", {}), "left_out": []}
+
+
+def _installed() -> list[str]:
+    """Of what checks use where it is there."""
+    known = {name.lower() for found in importlib.metadata.distributions() if (name := found.metadata["Name"])}
+    return [name for name in ("accelerate", "flash-attn", "liger-kernel", "peft", "triton") if name in known]
 
 
 def _found(check: Check) -> Record:

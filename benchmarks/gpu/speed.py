@@ -17,6 +17,7 @@ ARMS = ["dense", "optimizer_alone", "gated", "exact", "thinned", "half", "quarte
 FEW = ["dense", "optimizer_alone", "gated", "exact"]
 SAMPLES = {label(sample): (title, sample) for title, sample in WORKLOADS.items()}
 LARGE = "qwen2.5-vl-7b"
+ROWS = 8  # more would fit, and one workload of the large model would take a part's whole time
 
 
 def checks(size: str | None, device: str) -> list[Check]:
@@ -50,7 +51,7 @@ def settings(model: str, device: str, **options: Any) -> argparse.Namespace:
     """As the command line of `benchmarks.steps` gives them."""
     on_gpu = device == "cuda"
     defaults: dict[str, Any] = {
-        "model": model, "device": device, "rows": None if on_gpu else 2, "lora": False,
+        "model": model, "device": device, "rows": ROWS if on_gpu else 2, "lora": False,
         "dtype": "bfloat16" if on_gpu else "float32",
         "checkpointing": False, "backends": ["eager"], "repeats": 5 if on_gpu else 1, "alone": on_gpu, "arms": ARMS,
     }  # fmt: skip
