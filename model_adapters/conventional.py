@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from types import MethodType
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from model_adapters.embedded import read_off
 from model_adapters.errors import AdapterError
 from model_adapters.flash import is_boundaries
+from model_adapters.signatures import signature
 
 _HIDDEN = -1e3  # a mask that is added to scores is below where it hides a key
 
@@ -64,14 +64,6 @@ def language_model(model: nn.Module) -> Any:
 
 def _takes_labels(module: nn.Module) -> bool:
     return "labels" in signature(module).parameters
-
-
-def signature(module: nn.Module) -> inspect.Signature:
-    """Of its forward, or of its class's where another stands in its place that takes whatever comes."""
-    own = inspect.signature(module.forward)
-    if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own.parameters.values()):
-        return inspect.signature(MethodType(type(module).forward, module))
-    return own
 
 
 def causal_lm(model: nn.Module) -> nn.Module:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from model_adapters.flash_functions import NAMES, NOTHING, TOLD, followed_by
+from model_adapters.signatures import by_name
 from model_adapters.walk import every_part
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seqlens")  # of a call, that say where samples begin
@@ -138,7 +139,7 @@ def followable_calls(decoder: nn.Module) -> Iterator[None]:
     @torch.compiler.disable
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         running.close()
-        call = dict(inspect.signature(module.forward).bind_partial(*args).arguments) | kwargs
+        call = by_name(module, args, kwargs)
         return (), running.enter_context(_told(module, call, places))
 
     @torch.compiler.disable

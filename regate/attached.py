@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import regate_patch
-from model_adapters.conventional import signature
+from model_adapters.signatures import by_name
 from regate.errors import NotGatedError, UnknownArchitectureError
 from regate.forward import Forward
 from regate.memory import checkpoint
@@ -97,7 +97,7 @@ class Attached:
             return None  # without gradients: of another batch, or one more view of this one
         parts = self._parts
         self._drop()  # what is left of a forward that was interrupted between its hooks
-        batch = self._by_name(args, kwargs)
+        batch = by_name(parts.target, args, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name != "sample_ids"}  # ours, not the model's
         if not torch.is_grad_enabled():
             return args, kwargs
@@ -213,10 +213,6 @@ class Attached:
         if self._forward is not None:
             self._forward.close()
             self._forward = None
-
-    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The call's arguments by name."""
-        return (dict(signature(self._parts.target).bind_partial(*args).arguments) if args else {}) | kwargs
 
 
 def gate_on(module: nn.Module) -> Gate | None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter
 from model_adapters.attention import stand_in
-from model_adapters.conventional import signature, text_config, way_to
+from model_adapters.conventional import text_config, way_to
 from model_adapters.flash import called_by
+from model_adapters.signatures import signature
 from regate.config import Config
 from regate.errors import HiddenStatesError, UnknownArchitectureError
 from regate.memory import keys

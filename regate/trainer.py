@@ -93,8 +93,12 @@ class GateCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **others: Any,
     ) -> None:
-        if (gate := _gate(model)) is not None:
-            gate.save(_folder(args, state), on_each_node=args.save_on_each_node)
+        if (gate := _gate(model)) is None:
+            return
+        if state.is_hyper_param_search:
+            gate.note("in a search for hyperparameters the gate's state is not saved beside the trials' checkpoints")
+            return
+        gate.save(_folder(args, state), on_each_node=args.save_on_each_node)
 
     def on_epoch_end(
         self,

@@ -18,6 +18,8 @@ from regate.memory.checkpoint import rank, ranks
 from regate.memory.sharing import in_step
 from regate.scoring.scorer import Samples, Scorer
 
+_EXCHANGED = 256  # batches, between which ranks tell one another what they have
+
 
 def teach_all(
     scorer: Scorer,
@@ -45,7 +47,8 @@ def teach_all(
     shown = progress and (rank() == 0 or not split)
     samples = None
     parts: Iterable[Batch | None] = in_step(batches) if split else batches
-    for batch in tqdm(parts, desc="reference losses", unit="batch", total=size, disable=not shown):
+    bar = tqdm(parts, desc="reference losses", unit="batch", total=size, disable=not shown)
+    for done, batch in enumerate(bar, 1):
         if batch is not None:
             samples = read(batch)
         if samples is None:
@@ -53,6 +56,8 @@ def teach_all(
         scorer.teach(samples, steps=steps)
         if split:
             scorer.pass_on(samples)
+            if done % _EXCHANGED == 0:  # lest all of a large data set be held, and sent at once
+                scorer.exchange.finish()
     if split:
         scorer.exchange.finish()
 

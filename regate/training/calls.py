@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from model_adapters import Batch
-from model_adapters.conventional import signature, unwrap
+from model_adapters.conventional import unwrap
+from model_adapters.signatures import by_name, signature
 from regate.errors import UnsupportedShardingError
 from regate.training.hooks import Hook
 from regate_patch import is_sharded
@@ -38,12 +39,7 @@ class OuterCall:
             ]
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        own = signature(module)
-        named = dict(own.bind_partial(*args).arguments)
-        for parameter in own.parameters.values():
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                named.pop(parameter.name, None)
-        self.arguments = _spread(named | kwargs)
+        self.arguments = _spread(by_name(module, args, kwargs))
         return args, {name: value for name, value in kwargs.items() if name != "sample_ids"}
 
     def _returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -92,7 +88,7 @@ def inner_call(model: nn.Module, target: nn.Module, batch: Batch) -> Batch:
     seen: dict[str, Any] = {}
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.update(signature(module).bind_partial(*args).arguments, **kwargs)
+        seen.update(by_name(module, args, kwargs))
         raise _Reached
 
     running = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]  # whose statistics are state
