@@ -27,6 +27,7 @@ from regate_patch.analysis.blocks import Span
 from regate_patch.analysis.graph import (
     argument,
     expr,
+    frozen,
     is_call,
     is_scalar,
     is_tensor,
@@ -376,7 +377,7 @@ class Inserter:
         """The first of equal views of one value: models unsqueeze the same cos in every layer."""
         if v in self.compact or not is_call(v, *_VIEWS) or not is_tensor(v):
             return v
-        key = ("view", v.target, _frozen(fx.map_arg(v.args, self.canonical)), _frozen(dict(v.kwargs)))
+        key = ("view", v.target, frozen(fx.map_arg(v.args, self.canonical), {}), frozen(v.kwargs, {}))
         return self.made.setdefault(key, v)
 
     # -- attention ------------------------------------------------------------------------------------
@@ -407,13 +408,3 @@ class Inserter:
         if mask is not None and "checkpoint" in mask.meta:
             node.meta["checkpoint"] = mask.meta["checkpoint"]
         return node
-
-
-def _frozen(x: Any) -> Any:
-    if isinstance(x, (tuple, list)):
-        return tuple(_frozen(i) for i in x)
-    if isinstance(x, dict):
-        return tuple(sorted((k, _frozen(v)) for k, v in x.items()))
-    if isinstance(x, slice):
-        return ("slice", _frozen((x.start, x.stop, x.step)))
-    return x
