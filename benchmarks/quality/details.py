@@ -17,14 +17,13 @@ from benchmarks.quality.summary import FEW
 
 NOTES = {
     "captions": "Which of two templates an answer follows is not told, so that about half of the whole answers can be "
-    "right. The teacher's seconds of seed 1 (paper) hold 7 s in which its process read the images.",
+    "right. Seeds from 10 on were made on another machine.",
     "photos-early": "The parts were linked by {settings[link_steps]} steps on other pictures, each seed's own. That "
     "is not enough for all: dense training ends anywhere between 48% and 88%, and where an arm gets is luck, too.",
     "photos": "Seeds start in turn from {settings[starts]} models, whose parts were linked by {settings[link_steps]} "
     "steps on other pictures, as one fine-tunes a model that sees: else a run's accuracy would tell when it left its "
-    "first plateau, which is luck. So seeds are orders of the data more than they are models. Costs of visual10-"
-    "visible, cycled-visual25-visible and short-visual25-visible are of code that did not yet lay their rows end to "
-    "end. Seeds from 12 on start from one such model, made on another machine.",
+    "first plateau, which is luck. So seeds are orders of the data more than they are models. Seeds from 12 on start "
+    "from one such model, made on another machine.",
 }
 
 
@@ -58,8 +57,9 @@ def about(name: str, result: dict[str, Any]) -> str:
     text = (
         f"{result['source']}. {settings['steps']} steps of {settings['batch_size']} samples, AdamW, learning rate "
         f"{settings['lr']:g} falling to 0; {schedule['warmup']} steps of warm-up, then {schedule['full_steps']} full "
-        f"steps in each cycle of {schedule['cycle']}. torch {made['torch']}, transformers {made['transformers']}, "
-        f"{' and '.join(sorted(devices))}, commit {', '.join(sorted({m['commit'][:9] for m in result['made']}))}."
+        f"steps in each cycle of {schedule['cycle']}, or that share of samples full in each step. torch "
+        f"{made['torch']}, transformers {made['transformers']}, {' and '.join(sorted(devices))}, commit "
+        f"{', '.join(sorted({m['commit'][:9] for m in result['made']}))}."
     )
     text = " ".join([text, NOTES.get(name, "").format(settings=settings)]).strip()
     return textwrap.fill(text, 120)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from benchmarks.quality import analysis
 from benchmarks.quality.analysis import Difference, Part, Record
 from benchmarks.quality.markdown import shown
-from benchmarks.quality.summary import FEW, MARGIN
-
-ENOUGH = 10  # seeds of a headline arm
+from benchmarks.quality.summary import ENOUGH, FEW, MARGIN
 
 PAIRS = (
     ("regate", "random", "at equal budget"),

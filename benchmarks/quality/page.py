@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.quality import defaults, details, occlusion, plots, results, seconds, summary
 from benchmarks.quality.analysis import Part
-from benchmarks.quality.findings import ENOUGH, comparisons
-from benchmarks.quality.summary import FEW
+from benchmarks.quality.findings import comparisons
+from benchmarks.quality.summary import ENOUGH, FEW
 from benchmarks.tables import FOLDER as BENCHMARKS
 from benchmarks.tables import into
 

@@ -14,8 +14,9 @@ import matplotlib.pyplot as plt
 from benchmarks.quality import analysis
 from benchmarks.quality.analysis import Part, Record
 from benchmarks.quality.arms import ARMS
+from benchmarks.quality.summary import ENOUGH
 
-# Arms whose curves are drawn, where all seeds of dense and of `regate` ran them: means over others say nothing beside.
+# Arms whose curves are drawn, over the seeds that all of them ran: means over others say nothing beside.
 CURVES = {
     "dense": "#4a4a4a", "exact": "#9aa5b8", "regate": "#0b7a75", "keep25": "#6cc3bd", "random": "#d1495b",
     "reweighted": "#edae49", "visual25-visible": "#6a4c93",
@@ -24,7 +25,7 @@ _OTHER = "#b08968"
 _FEW = 5  # seeds, below which an arm's differences are in the tables alone
 _LABELS = {
     "answer_tokens": "answer tokens learnt from, thousands",
-    "all_seconds": "processor seconds, teacher included",
+    "all_seconds": "seconds in dense steps, teacher included",
 }
 
 
@@ -44,12 +45,13 @@ def draw(result: dict[str, Any], path: Path, part: Part) -> None:
 
 
 def _curves(panel: Any, runs: list[Record], cost: str) -> None:
-    dense, own = ({run["seed"] for run in runs if run["arm"] == arm} for arm in ("dense", "regate"))
-    seeds = dense & own or dense
-    for arm, colour in CURVES.items():
-        curves = [analysis.curve(run, cost) for run in runs if run["arm"] == arm and run["seed"] in seeds]
-        if len(curves) < len(seeds):
-            continue
+    ran = {arm: {run["seed"] for run in runs if run["arm"] == arm} for arm in CURVES}
+    enough = min(ENOUGH, len(ran["regate"] or ran["dense"]))
+    drawn = {arm: seeds for arm, seeds in ran.items() if len(seeds) >= max(enough, 1)}
+    shared = set.intersection(*drawn.values()) if drawn else set()
+    for arm in drawn if shared else ():
+        colour = CURVES[arm]
+        curves = [analysis.curve(run, cost) for run in runs if run["arm"] == arm and run["seed"] in shared]
         x, y = (np.mean([c[i] for c in curves], 0) for i in (0, 1))
         ours = arm == "regate"
         panel.plot(

@@ -15,6 +15,7 @@ TASKS = {"captions": "drawings with captions", "clips": "short clips", "photos":
 Cell = str
 MET, MISSED = "met", "missed"
 FEW = 3  # seeds, below which nothing is told
+ENOUGH = 10  # of a headline arm
 MARGIN = 0.01  # what counts as not worse
 SETTLED = 0.02  # the share of its accuracy that a run on its plateau still learns in its last quarter, at most
 
