@@ -152,12 +152,19 @@ def _resume(gate: Gate, args: TrainingArguments, state: TrainerState) -> None:
             gate.load(folder)
             return
     if _was_gated(state):
+        whole = max(Path(args.output_dir or "").glob(f"checkpoint-*/{checkpoint.NAME}"), key=_written, default=None)
         raise CheckpointError(
-            f"the run was gated, but {' and '.join(map(str, folders))} hold no {checkpoint.NAME}. Call "
-            "gate.load(folder) with the checkpoint's folder before trainer.train(resume_from_checkpoint=folder)"
+            f"the run was gated, but {' and '.join(map(str, folders))} hold no {checkpoint.NAME}: it may have been "
+            "stopped between the trainer's save and the gate's. "
+            + (f"Resume from {whole.parent}, which holds one" if whole is not None else "Resume from an older one")
+            + ", or, where it lies elsewhere, call gate.load(folder) before trainer.train(resume_from_checkpoint=...)"
         )
     log.warning("the checkpoint is of a run without a gate; its schedule goes on at step %d", state.global_step)
     gate.step = state.global_step
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _see_that_a_step_is_sparse(gate: Gate, state: TrainerState) -> None:

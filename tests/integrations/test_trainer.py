@@ -178,6 +178,16 @@ def test_a_checkpoint_from_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert gate.state_dict()["step"] == 4
 
 
+def test_a_checkpoint_that_was_cut_short_names_a_whole_one(tmp_path: Path) -> None:
+    model = MODEL.build()
+    regate.apply(model, CONFIG, teacher=None)
+    trainer(tmp_path, model, save_strategy="steps", save_steps=2, max_steps=4).train()
+    (tmp_path / "checkpoint-4" / "regate.pt").unlink()
+    regate.apply(model, CONFIG, teacher=None)
+    with pytest.raises(CheckpointError, match="Resume from .*checkpoint-2, which holds one"):
+        trainer(tmp_path, model).train(resume_from_checkpoint=True)
+
+
 def test_a_dense_run_goes_on_gated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = MODEL.build()
     trainer(tmp_path, model, save_strategy="steps", save_steps=2, max_steps=2).train()
