@@ -184,7 +184,7 @@ def test_a_checkpoint_that_was_cut_short_names_a_whole_one(tmp_path: Path) -> No
     trainer(tmp_path, model, save_strategy="steps", save_steps=2, max_steps=4).train()
     (tmp_path / "checkpoint-4" / "regate.pt").unlink()
     regate.apply(model, CONFIG, teacher=None)
-    with pytest.raises(CheckpointError, match="Resume from .*checkpoint-2, which holds one"):
+    with pytest.raises(CheckpointError, match=r"Resume from .*checkpoint-2, which holds one"):
         trainer(tmp_path, model).train(resume_from_checkpoint=True)
 
 
