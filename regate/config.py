@@ -39,8 +39,8 @@ class Config:
             label, each sample in its turn (`regate.scoring.turns`), and the others keep their share. Steps cost the
             same, and of n rows at a time `ceil(n * full_steps / cycle)` are full, which lowers the peak of memory.
             Where rows cannot be laid end to end, that share of forwards is full instead. "cycled", the paper's: the
-            first `full_steps` optimizer steps of each `cycle` are full, the others sparse, which learned worse
-            (docs/evidence.md).
+            first `full_steps` optimizer steps of each `cycle` are full, the others sparse, which learned worse on one
+            task of two (docs/evidence.md).
         ema_decay: beta of the difficulty's moving average, `m <- beta*m + (1-beta)*loss`.
         student_weight, reference_weight: a label's score is `student_weight*m + reference_weight*ref`. Of either sign:
             -1 and 1 score what the visual input already explains, `ref - m`.
@@ -50,8 +50,9 @@ class Config:
             (`reference_weight=0`) ref is 0.
         selection: "score" keeps the highest scores, "random" as many at random (a control).
         alignment: which answer positions a kept label activates: "both" its predictor and the kept token itself, or
-            the "predictor" alone, as in the paper. That computes fewer positions and learns worse: words that follow
-            do not see what was kept.
+            the "predictor" alone, as in the paper. That computes fewer positions, but words that follow do not see what
+            was kept: it learned worse in cycles, and was not told apart with full samples in every step
+            (docs/evidence.md).
         explore: share of the kept labels that is drawn at random, among those that the score leaves out.
         seed: of what is drawn at random.
         elided: what the computed positions of a sparse step see of those that are left out. "hidden" is nothing, as in
@@ -59,7 +60,7 @@ class Config:
             makes their keys and values: little work where heads share these (grouped-query attention).
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
             have embeddings most like another's (see `regate.scoring.visual`). Hiding them costs quality; with
-            elided="visible" it cost little (docs/evidence.md).
+            elided="visible" computing a quarter of them cost 1.6 points (docs/evidence.md).
         guard: how many nats the mean loss of a sample's easiest labels, which sparse steps leave out, may rise above
             the lowest it was; beyond, steps are full until half of that is gone, a `cycle` at most, and the report says
             so (`regate.scoring.guard`). None does not look. It is read off samples that keep every label, so

@@ -83,7 +83,8 @@ def _heads_inside(like: Tensor) -> Tensor:
     return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
 
 
-@library.custom_op("regate::attend", mutates_args=(), device_types="cpu")
+# Compilers keep what they made by an operator's name: one whose results are laid out otherwise has another name.
+@library.custom_op("regate::attend_laid", mutates_args=(), device_types="cpu")
 def _attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of the softmax's sums [1, H, T]."""
     parts = [
@@ -101,7 +102,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -
     return _heads_inside(query), query.new_empty(query.shape[:3], dtype=wide)
 
 
-@library.custom_op("regate::attend_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("regate::attend_laid_backward", mutates_args=(), device_types="cpu")
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, sums: Tensor, starts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

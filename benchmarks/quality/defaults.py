@@ -35,8 +35,8 @@ CHOICES = (
     ),
     Choice(
         ("alignment",), ("paper-interleaved",),
-        "the paper's in cycles fell behind dense; with full samples in every step it is told apart by the loss alone, "
-        "and costs less: take it where seconds count",
+        "the paper's alone fell behind dense in cycles, and makes kept words look harder than they are; with full "
+        "samples in every step it is not told apart, and costs less: take it where seconds count",
     ),
     Choice(
         ("student_weight", "reference_weight"), ("student", "reference", "equal"),
@@ -44,9 +44,9 @@ CHOICES = (
         "student's losses alone need no teacher",
     ),
     Choice(("keep",), ("keep25", "keep75"), "the paper's; a quarter costs less, and has less to spare"),
-    Choice(("budget",), ("budget",), "the paper's"),
-    Choice(("explore",), ("explore",), "a share at random wins nothing"),
-    Choice(("full_steps",), ("full2", "full8"), "the paper's share"),
+    Choice(("budget",), ("budget",), "the paper's; the batch's is ahead on drawings, and was not run on the others"),
+    Choice(("explore",), ("explore",), "the paper's; a share at random won in one stuck seed, and nothing elsewhere"),
+    Choice(("full_steps",), ("full2", "full8"), "the paper's share; more and fewer differ in one stuck seed alone"),
     Choice(("final_full_steps",), ("lastfull",), "full samples in every step leave nothing for the end to mend"),
     Choice(("elided",), ("visible",), "needs fused attention, and costs keys and values of every position"),
     Choice(("guard",), ("guarded",), "it never opened"),

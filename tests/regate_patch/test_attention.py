@@ -35,12 +35,12 @@ def test_compilers_are_told_the_layout_of_results(lengths: list[int]) -> None:
     total = sum(lengths)
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     query, key, value, grad = (torch.randn(1, 2, total, 8) for _ in range(4))
-    output, sums = torch.ops.regate.attend(query, key, value, starts, 0.3)
-    by = torch.ops.regate.attend_backward(grad, query, key, value, output, sums, starts, 0.3)
+    output, sums = torch.ops.regate.attend_laid(query, key, value, starts, 0.3)
+    by = torch.ops.regate.attend_laid_backward(grad, query, key, value, output, sums, starts, 0.3)
     with FakeTensorMode() as mode:
         inputs = [mode.from_tensor(x) for x in (query, key, value, starts, grad, output, sums)]
-        told = torch.ops.regate.attend(*inputs[:4], 0.3)
-        told_back = torch.ops.regate.attend_backward(inputs[4], *inputs[:3], *inputs[5:], inputs[3], 0.3)
+        told = torch.ops.regate.attend_laid(*inputs[:4], 0.3)
+        told_back = torch.ops.regate.attend_laid_backward(inputs[4], *inputs[:3], *inputs[5:], inputs[3], 0.3)
     for real, fake in zip((output, sums, *by), (*told, *told_back), strict=True):
         assert real.shape == fake.shape
         assert not total or real.stride() == fake.stride()

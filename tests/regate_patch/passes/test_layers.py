@@ -144,7 +144,7 @@ def _noting(made: Made) -> Callable[..., Any]:
 
 def _attentions(gm: fx.GraphModule) -> int:
     return sum(
-        is_call(node, torch.ops.regate.attend.default) or "attend" in getattr(node.target, "__name__", "")
+        is_call(node, torch.ops.regate.attend_laid.default) or "attend" in getattr(node.target, "__name__", "")
         for part in gm.modules()
         if isinstance(part, fx.GraphModule)
         for node in part.graph.nodes
