@@ -53,15 +53,16 @@ def interval(values: Sequence[float], *, draws: int = 10_000) -> tuple[float, fl
 def curve(record: Record, cost: str) -> tuple[np.ndarray, np.ndarray]:
     """(costs, accuracy on grounded words) at each look.
 
-    "all_seconds" are those of steps and of the teacher, "flops" shares of those of dense training.
+    "all_seconds" are those of steps and of the teacher, "flops" shares of those of dense training, which may take fewer
+    steps than a run that is so many times `longer`.
     """
-    points = record["curve"]
+    points, longer = record["curve"], record.get("longer", 1)
     if cost == "all_seconds":
         costs = [point["seconds"] + point["teacher_seconds"] for point in points]
     elif cost == "flops" and "flops_dense" in record["report"]:
-        costs = [point["flops"] / record["report"]["flops_dense"] for point in points]
+        costs = [longer * point["flops"] / record["report"]["flops_dense"] for point in points]
     elif cost == "flops":  # trained without a gate, which counts them
-        costs = [point["step"] / points[-1]["step"] for point in points]
+        costs = [longer * point["step"] / points[-1]["step"] for point in points]
     else:
         costs = [point[cost] for point in points]
     return np.asarray(costs, float), np.asarray([point["grounded"] for point in points], float)

@@ -39,6 +39,7 @@ right then was guessed from the words.
 
 Seconds are the processor's, one thread, of steps and teacher, in dense steps, each arm's steps timed in turns with
 dense's (`python -m benchmarks.quality.seconds`); what is done once, capture and proof, a few seconds, is not in them.
+Arms that take the same steps differ by 4%, one by 10%: so much is noise.
 Intervals are 95% bootstrap intervals of the mean paired difference over seeds. With few seeds they are too narrow:
 where an arm has fewer than {enough}, its row is a finding in progress, not a verdict. Arms with fewer than {few} stand
 in the results alone. An arm's mean is over its own seeds, and seeds differ more than arms do: compare it with dense's

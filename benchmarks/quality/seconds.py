@@ -73,7 +73,7 @@ def _told(run: Record, cost: Cost, settings: Settings) -> Record:
     for look in run["curve"]:
         seconds = cost.of_steps(run["arm"], settings, look["step"])
         curve.append(look | {"seconds": seconds, "teacher_seconds": cost.teacher})
-    return run | {"curve": curve}
+    return run | {"curve": curve, "longer": ARMS[run["arm"]].longer}
 
 
 class _Turn(Run):
