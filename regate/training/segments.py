@@ -91,16 +91,17 @@ def _from_position_ids(ids: Tensor, layout: Layout, *, leaps: bool) -> Tensor:
     several = ids.dim() == 3
     if several and len(ids) == _TEXT_FIRST:
         ids, several = ids[0], False
-    alike = (ids.amin(0) == ids.amax(0))[:, 1:] if several else torch.tensor(True)
+    alike = None
     if several:
-        ids = ids.amin(0)
+        ids, highest = ids.amin(0), ids.amax(0)
+        alike = (ids == highest)[:, 1:]
     ids = ids.expand(layout.valid.shape)
     if leaps and not several:
         return ids.diff() != 1
     again = (ids[:, 1:] == 0) & (ids[:, :-1] == 0)  # after a sample of one token; an image may have one id throughout
-    if several:
-        again &= ~layout.visual[:, 1:]
-    return ((ids.diff() < 0) | again) & alike.to(ids.device)
+    if alike is None:
+        return (ids.diff() < 0) | again
+    return ((ids.diff() < 0) | (again & ~layout.visual[:, 1:])) & alike
 
 
 @dataclass(frozen=True)
