@@ -47,7 +47,8 @@ def apply(
             whose language model is the teacher, with the tokenizer of `model`; `CrossTokenizerTeacher` is one with
             another. None scores by difficulty alone.
         store: where reference losses and difficulties are kept: a directory, a `Store`, or None for a temporary
-            one. Later runs with the same teacher find the losses there; runs at the same time need one each.
+            one. Later runs with the same teacher find the losses there; runs at the same time need one each
+            (`Store.copy_references`).
         on_unsupported: "raise", or "warn" to train dense where the decoder cannot be rewritten.
 
     Raises:

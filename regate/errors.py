@@ -61,6 +61,10 @@ class StoreError(RegateError):
     """The store cannot be opened, or lacks what was asked of it."""
 
 
+class StoreInUseError(StoreError):
+    """A run of another process learns into the store at the moment."""
+
+
 class StoreMismatchError(StoreError):
     """The stored reference losses were made by another teacher, tokenizer or padding rule."""
 
@@ -89,6 +93,7 @@ __all__ = [
     "StoreCorruptError",
     "StoreError",
     "StoreFullError",
+    "StoreInUseError",
     "StoreMismatchError",
     "UnknownArchitectureError",
     "UnsupportedShardingError",

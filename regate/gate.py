@@ -289,6 +289,7 @@ class Gate:
         """Take the gate off; the model is as it was before `apply`."""
         self._attached.remove()
         self.flush()
+        self.exchange.let_go()
         self._parts.outer.remove()
         self._parts.pace.remove()
         self._parts.handle.remove()

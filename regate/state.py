@@ -64,6 +64,7 @@ class RunState:
         had, has = state.get("teacher"), scorer.taught_by
         if scorer.lazily and had and has and had != has:
             raise StoreMismatchError(OTHER_TEACHER)
+        scorer.exchange.claim()
         if "reference" in state:
             store.put("reference", dict(checkpoint.unpack(state["reference"])))
         n, now = state.get("references", 0), store.count("reference")

@@ -48,7 +48,7 @@ def intact(store: Store, count: int) -> bool:
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     """A process that runs `script` with the store imported."""
     command = [sys.executable, "-c", STORE_ALONE + script, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def run(script: str, *arguments: object) -> str:

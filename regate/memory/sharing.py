@@ -17,9 +17,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import BaseFileLock
 
 from regate.errors import RankError
-from regate.memory.checkpoint import ranks
+from regate.memory.checkpoint import rank, ranks
 from regate.memory.files import KEY_BYTES, TABLES, Table
 from regate.memory.store import Store, half
 
@@ -117,22 +118,58 @@ class _Flight:
     error: Exception | None = None
 
 
+def _claimed(store: Store) -> BaseFileLock | None:
+    """See `Store.claim`; ranks are one run, for which the first one speaks."""
+    return None if store.temporary or rank() != 0 else store.claim()
+
+
 class Exchange:
     """The records of all ranks in every rank's store.
 
     Args:
-        store: this rank's.
+        store: this rank's; `use` takes another.
         every: optimizer steps between exchanges.
         beside: says and hears something, too. A process alone says it to itself, at each step.
     """
 
     def __init__(self, store: Store, *, every: int = 16, beside: Beside | None = None) -> None:
         self.store, self.every, self.beside = store, every, beside
+        self._learns = False
+        self._lock: BaseFileLock | None = None
         self.bytes_sent = 0
         self._outgoing: dict[Table, dict[bytes, np.ndarray]] = {table: {} for table in TABLES}
         self._flight: _Flight | None = None
         self._group: Any = None
         self._one_file = False
+
+    def claim(self) -> None:
+        """Begin to learn: from now on no run of another process of this machine may, into this rank's store.
+
+        Raises:
+            StoreInUseError: one does at the moment.
+        """
+        self._learns = True
+        self._lock = self._lock or _claimed(self.store)
+
+    def let_go(self) -> None:
+        """Nothing more is learnt."""
+        self._learns = False
+        self._release()
+
+    def use(self, store: Store) -> None:
+        """Take another store.
+
+        Raises:
+            StoreInUseError: it is to learn there, and a run of another process does.
+        """
+        lock = _claimed(store) if self._learns else None
+        self._release()
+        self.store, self._lock = store, lock
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     @property
     def needed(self) -> bool:

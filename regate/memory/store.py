@@ -9,6 +9,7 @@ Records (16-byte keys, values are little-endian float16 arrays, [n_labels]):
     reference    the teacher's losses. Written once; a key that exists is never overwritten.
     difficulty   the student's moving averages. Rewritten as training goes.
     owed         one number, the full turns that a sample is owed (`regate.scoring.turns`). Rewritten, too.
+                 These two are what one run learns: runs that share a path take turns (`claim`).
     meta         format version; the fingerprint of the teacher that made the references.
 """
 
@@ -21,17 +22,24 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import numpy as np
+from filelock import BaseFileLock, FileLock, Timeout
 
-from regate.errors import StoreError, StoreMismatchError
+from regate.errors import StoreError, StoreInUseError, StoreMismatchError
 from regate.memory.files import TABLES, Files, Table, explained
 
 _HALF = np.dtype("<f2")
 _HALF_MAX = float(np.finfo(np.float16).max)
+_COPIED_AT_ONCE = 1024  # records
+IN_USE = (
+    "another run is learning into the store at {path}, and each would go by the other's difficulties. Give this run a "
+    "store of its own: regate.Store({path!r}).copy_references('ANOTHER') makes one with the same reference losses"
+)
 
 
 def half(losses: np.ndarray) -> np.ndarray:
@@ -154,7 +162,7 @@ class Store:
         with self._transaction(write=True) as (txn, files):
             record = json.dumps(wanted, sort_keys=True).encode()
             txn.put(b"fingerprint", record, db=files.meta, overwrite=False)
-            stored = json.loads(bytes(txn.get(b"fingerprint", record, db=files.meta)))
+            stored = _fingerprint(txn, files) or {}
         differences = [
             f"{name}: stored {stored.get(name)!r}, now {wanted.get(name)!r}"
             for name in sorted({*stored, *wanted})
@@ -166,6 +174,37 @@ class Store:
                 f"({'; '.join(differences)}). Use another path, or Store(path).clear('reference') to make "
                 "them again."
             )
+
+    # -- whose difficulties -----------------------------------------------------------------------------
+
+    def claim(self) -> BaseFileLock:
+        """Let runs of this process alone learn into this store, until the lock is released or the process ends.
+
+        Raises:
+            StoreInUseError: a run of another process does at the moment.
+        """
+        lock = FileLock(self.path / "run.lock", is_singleton=True, thread_local=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise StoreInUseError(IN_USE.format(path=str(self.path))) from error
+        return lock
+
+    def copy_references(self, path: str | os.PathLike[str]) -> Store:
+        """The store at `path`, made if missing, with this one's reference losses beside what it has.
+
+        Raises:
+            StoreMismatchError: it has those of another teacher.
+        """
+        to = Store(path, max_bytes=self.max_bytes)
+        with self._transaction() as (txn, files):
+            fingerprint = _fingerprint(txn, files)
+        if fingerprint is not None:
+            to.bind(fingerprint)
+        records = self.items("reference")
+        while some := dict(islice(records, _COPIED_AT_ONCE)):
+            to.put("reference", some)
+        return to
 
     # -- life -------------------------------------------------------------------------------------------
 
@@ -197,6 +236,11 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._files = Files.at(self.path, self.max_bytes)
+
+
+def _fingerprint(txn: lmdb.Transaction, files: Files) -> dict[str, str] | None:
+    stored = txn.get(b"fingerprint", db=files.meta)
+    return None if stored is None else json.loads(bytes(stored))
 
 
 def _remove_own(directory: str, pid: int) -> None:

@@ -110,11 +110,12 @@ class Scorer:
 
         Raises:
             StoreMismatchError: they are another's.
+            StoreInUseError: a run of another process learns into it.
         """
         if self.teacher is not None:
             self.taught_by = self.teacher.fingerprint()
             store.bind(self.taught_by)
-        self.exchange.store = store
+        self.exchange.use(store)
 
     def prepare(self, samples: Samples, *, full: bool, whole: Tensor | None = None, running: bool = True) -> None:
         """See that the samples of a training forward have reference losses; one without labels is a forward, too.

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 import regate
-from regate.errors import StoreMismatchError, UnsupportedShardingError
+from regate.errors import StoreInUseError, StoreMismatchError, UnsupportedShardingError
 from regate.memory import checkpoint
+from regate.memory.store import Store
 from tests.steps import step
+from tests.stores import start
 from tests.zoo import CORE
 
 FULL = regate.Config(warmup=1000)
@@ -86,6 +88,40 @@ def test_difficulties_of_another_run_are_not_taken_over_silently(tmp_path: Path)
     gate.load_state_dict(state)
     model(**batch)
     assert "another run" not in str(gate.report())
+
+
+# Learns into a store until it is told to stop.
+OTHER_RUN = """
+lock = Store(sys.argv[1]).claim()
+print("learns", flush=True)
+sys.stdin.read()
+"""
+LEARNS = "learns\n"
+
+
+def test_runs_at_the_same_time_share_no_difficulties(tmp_path: Path) -> None:
+    """What is learnt is one run's; reference losses are anyone's."""
+    batch, model = CORE["llava"].batch("none", rows=2), CORE["llava"].build()
+    gate = regate.apply(model, SPARSE, store=str(tmp_path / "one"))
+    other = start(OTHER_RUN, gate.store.path)
+    assert other.stdout is not None
+    assert other.stdout.readline() == LEARNS
+    gate.precompute([batch], progress=False)
+    for refused in (lambda: model(**batch), lambda: gate.load_state_dict(gate.state_dict())):
+        with pytest.raises(StoreInUseError, match=r"copy_references\('ANOTHER'\)"):
+            refused()
+    gate.flush()
+    assert gate.store.count("difficulty") == 0
+    gate.store = gate.store.copy_references(tmp_path / "two")
+    model(**batch).loss.backward()
+    with pytest.raises(StoreInUseError):
+        gate.store = Store(tmp_path / "one")
+    other.communicate(timeout=60)
+    gate.store = Store(tmp_path / "one")  # the other run is over
+    assert start(OTHER_RUN, tmp_path / "two").communicate(timeout=60)[0] == LEARNS
+    assert start(OTHER_RUN, tmp_path / "one").communicate(timeout=60)[0] == ""
+    gate.remove()
+    assert start(OTHER_RUN, tmp_path / "one").communicate(timeout=60)[0] == LEARNS
 
 
 def test_a_store_is_never_empty_while_a_state_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,23 @@ def test_references_belong_to_one_teacher(store: Store) -> None:
     store.bind({"teacher": "huge"})
 
 
+def test_references_are_copied_and_nothing_else(store: Store, tmp_path: Path) -> None:
+    store.bind(TEACHER)
+    fill(store, 3000)
+    store.put("difficulty", {key(0): losses(0)})
+    with store.copy_references(tmp_path / "another") as copied:
+        assert intact(copied, 3000)
+        assert copied.count("difficulty") == 0
+        copied.put("difficulty", {key(0): losses(1)})
+        fill(store, 10, start=3000)
+        assert intact(store.copy_references(copied.path), 3010)
+        assert same(copied.get("difficulty", [key(0)])[0], losses(1))
+        copied.clear("reference")
+        copied.bind({"teacher": "huge"})
+        with pytest.raises(StoreMismatchError):
+            store.copy_references(copied.path)
+
+
 # -- temporary stores -----------------------------------------------------------------------------------
 
 
