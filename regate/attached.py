@@ -113,7 +113,7 @@ class Attached:
             else:
                 self._go_last(late)
             parts.pace.wait()
-            parts.ready_to_prove(None)
+            parts.readers.due(None)
             return args, kwargs
         if is_recomputed():
             self._refuse(RECOMPUTED)

@@ -33,11 +33,11 @@ from regate.output import router
 from regate.output.head import Reading, embeddings, hidden_states, is_aside, with_hidden_states
 from regate.output.logits import LazyHead
 from regate.output.loss import Places
-from regate.output.outputs import hands_out, kept_losses, loss_of, rescale, with_logits
+from regate.output.outputs import kept_losses, rescale, with_logits
 from regate.output.withheld import WithheldLogits, watched
 from regate.parts import Parts
-from regate.proof import reads
-from regate.proof.prove import NOTHING, Proven, few_of, prove
+from regate.proof.prove import Proven, few_of, prove
+from regate.proof.readers import Saving
 from regate.proof.reads import Read
 from regate.proof.trial import Subject
 from regate.scoring.decision import Decision
@@ -62,7 +62,6 @@ OTHER = (
     "explain. Full steps run the model as it is, but sparse steps may be off as much: train it with "
     "regate.Config.exact() or without a gate, and report the model"
 )
-_WAYS = 8  # in which a model may compute its loss, each of them proven
 
 
 class Forward:
@@ -70,6 +69,7 @@ class Forward:
 
     Attributes:
         decision: what is kept and computed.
+        saving: what of it is left out, for nobody reads it.
     """
 
     def __init__(
@@ -94,17 +94,15 @@ class Forward:
         self._active: regate_patch.Active | None = None  # what the decoder ran on
         self._entered = False  # was it to run on less than everything?
         self._decoded: Any = None  # its output
-        self._unproven = False  # does its loss come about in a way that was not proven?
-        self._asked, self._reader = reads.asked_for(self._call, self._target), reads.inner_reader(self._decoder)
-        if self._asked or self._reader:
+        self._asked, self._inside = parts.readers.hanging(self._call)
+        if self._asked or self._inside:
             install_recording(self._target, self._decoder)
         self._on_padding = samples.on_padding if full else None
         self._kept = samples.candidates if full else parts.scorer.keep(samples, whole=whole)  # [N, L]
         kept = samples.segments.pack(self._kept)
         if due:
-            found = self._prove()
-            parts.proven = found if parts.proven is None else parts.proven.weakened(found)
-        self.read, self.short = self._reading_of(parts.proven or NOTHING, kept)
+            parts.readers.learn(self._prove())
+        self.saving = self._saving_at(kept)
         at_whole, beyond = None, torch.tensor(self._beyond(full))
         if whole is not None:
             at_whole = samples.segments.pack(whole[:, None].expand_as(self._kept))
@@ -112,7 +110,7 @@ class Forward:
         self.decision = Decision.of(
             layout, kept, parts.config, full=full, beyond=beyond, whole=at_whole, on_padding=self._on_padding
         )
-        self._reading = Reading.of(layout.labels, kept) if self.short else None
+        self._reading = Reading.of(layout.labels, kept) if self.saving.short else None
         self._places = Places.of(layout.labels, kept) if self._reading is None else self._reading.places
 
     @classmethod
@@ -129,11 +127,11 @@ class Forward:
         parts.turns.forward(step)
         whole = None if full else parts.turns_of(layout, samples)
         parts.scorer.prepare(samples, full=full, whole=whole)
-        due = parts.ready_to_prove(layout.labels if labelled else None)
+        due = parts.readers.due(layout.labels if labelled else None)
         if not labelled:
             return None
         parts.scorer.collect()
-        parts.check_strays()
+        parts.readers.check_strays()
         forward = cls(parts, batch, layout, samples, whole, full=full, due=due)
         parts.counters.gate_seconds += time.perf_counter() - start - (parts.counters.teacher_seconds - taught)
         return forward
@@ -177,7 +175,7 @@ class Forward:
                     short=shortens and parts.config.logits == "kept",
                     at_least=Read.ALL if parts.config.logits == "all" else Read.VALID if self._balanced else Read.KEPT,
                     backward=not sharded,
-                    highest=highest if parts.in_step else int,
+                    highest=highest if parts.readers.in_step else int,
                 )
             )
         self._active, self._entered = None, False
@@ -210,30 +208,19 @@ class Forward:
         finally:
             self._decoder.forward = standing
 
-    def _reading_of(self, proven: Proven, kept: Tensor) -> tuple[Read, bool]:
-        """What this forward computes, and whether its head runs at kept labels, bool [B, S], alone."""
-        short = proven.short and (proven.rows or len(kept.sum(1).unique()) == 1)
+    def _saving_at(self, kept: Tensor) -> Saving:
+        """What this forward leaves out where these labels are kept, bool [B, S]."""
         if self._samples.on_padding is not None:
             self.parts.note(ON_PADDING)
         if self._on_padding is not None:
-            return Read.ALL, False
-        why = (
-            self._asked
-            or self.parts.handed_out
-            or reads.logits_reader(self._head)
-            or reads.output_reader(self.parts.between, self._decoder)
-        )
-        if why is not None:
-            self.parts.note(f"{reads.GIVEN_UP[Read.ALL]}: {why}")
-            return Read.ALL, False
-        if (why := self._reader or self.parts.put_elsewhere) is not None:
-            self.parts.note(f"{reads.GIVEN_UP[Read.ALL]}: {why}")
-            return Read.ALL, short
-        return max(proven.read, Read.VALID if self._balanced else Read.KEPT), short
+            return Saving(Read.ALL)
+        least = Read.VALID if self._balanced else Read.KEPT
+        return self.parts.readers.saving(kept, asked=self._asked, inside=self._inside, head=self._head, least=least)
 
     def _beyond(self, full: bool) -> bool:
         """Compute what follows the last label, too? A router's loss reads it on full steps."""
-        return self.read >= Read.VALID and (full or not self._balanced or self.read == Read.ALL)
+        read = self.saving.read
+        return read >= Read.VALID and (full or not self._balanced or read == Read.ALL)
 
     # -- while the model runs -------------------------------------------------------------------------
 
@@ -248,10 +235,10 @@ class Forward:
         call |= self._without_cache()
         if self._reading is not None:
             call["labels"] = to_device(self._reading.labels, self._device)
-            if parts.proven is not None and parts.proven.lazy and parts.lazy is not None:
+            if self.saving.lazy and parts.lazy is not None:
                 self._scope.enter_context(self._lazily(parts.lazy))
-        if not (decision.full and self.read == Read.ALL):
-            self._scope.enter_context(self._engine(tail=self.read == Read.KEPT))
+        if not (decision.full and self.saving.read == Read.ALL):
+            self._scope.enter_context(self._engine(tail=self.saving.read == Read.KEPT))
         parts.counters.gate_seconds += time.perf_counter() - start
         return call
 
@@ -315,47 +302,28 @@ class Forward:
         if self._reading is not None:
             output = self._reading.shorten(output)
             left_out = self._reading.unread
-        elif self.decision.full and self.read < Read.ALL:
+        elif self.decision.full and self.saving.read < Read.ALL:
             left_out = ~self.decision.active
         else:
             self._decoded = output
             return output
         hidden = hidden_states(output)
-        hidden = watched(hidden, to_device(left_out, hidden.device), self.parts.count_stray)
+        hidden = watched(hidden, to_device(left_out, hidden.device), self.parts.readers.count_stray)
         self._decoded = with_hidden_states(output, hidden)
         return self._decoded
 
     # -- when it is done ------------------------------------------------------------------------------
 
     def outgrown(self, output: Any) -> bool:
-        """Is more read of what the decoder computes than was proven? Then this forward must run anew.
-
-        A loss that comes about in a way of its own, as an auxiliary one does that is added later, was not proven.
-        """
-        parts, elsewhere = self.parts, self.parts.handle.statistics.put_elsewhere
-        if elsewhere and self.read < Read.ALL and self._active is not None:
-            parts.put_elsewhere = reads.PUT_ELSEWHERE.format(n=elsewhere)
-            return True
-        if self._decoded is not None and (self.short or self.read < Read.ALL):
-            if hands_out(output, hidden_states(self._decoded)):
-                parts.handed_out = reads.HANDED_OUT
-                return True
-        loss = loss_of(output)
-        if loss is None or self._decoded is None or parts.in_step or not (self.short or self.read < Read.ALL):
-            return False
-        way = (self.read, self.short, reads.operations(loss, (hidden_states(self._decoded), self._decoded)))
-        self._unproven = bool(parts.ways) and way not in parts.ways
-        parts.ways.add(way)
-        return self._unproven
+        """Is more read of what the decoder computes than was proven? Then this forward must run anew."""
+        elsewhere = 0 if self._active is None else self.parts.handle.statistics.put_elsewhere
+        return self.parts.readers.outgrown(self.saving, output, self._decoded, elsewhere=elsewhere)
 
     def again(self) -> Forward:
         """The same forward, after another proof if its loss was not proven."""
         self.close()
-        parts, due = self.parts, self._unproven
-        if len(parts.ways) > _WAYS:
-            parts.note(f"{reads.GIVEN_UP[Read.ALL]}: the model computes its loss in ever new ways")
-            parts.proven, due = NOTHING, False
-        full = self.decision.full
+        parts, full = self.parts, self.decision.full
+        due = parts.readers.due_again()
         return Forward(parts, self._batch, self.layout, self._samples, self._whole, full=full, due=due)
 
     def finish(self, output: Any) -> Any:

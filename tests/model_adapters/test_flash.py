@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import regate
 from model_adapters.flash import called_by
-from regate import parts
+from regate.proof import readers
 from regate_patch import UnsupportedGraphError
 from tests import flash
 from tests.model_adapters import flash_decoders
@@ -211,13 +211,13 @@ def test_internvls_ranks_prove_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(here)
         return True
 
-    monkeypatch.setattr(parts, "any_rank", any_rank)
-    monkeypatch.setattr(parts, "ranks", lambda: 2)
+    monkeypatch.setattr(readers, "any_rank", any_rank)
+    monkeypatch.setattr(readers, "ranks", lambda: 2)
     model = _internvl("attention_mask", packed=False)
     gate = regate.apply(model, FULL, teacher=None)
     model(**_in_rows(_samples(0)))
     assert asked == [False]
-    assert gate._parts.proven is None
+    assert gate._parts.readers.proven is None
 
 
 # -- decoders that call the functions -------------------------------------------------------------------
