@@ -1,8 +1,9 @@
 """Checkpointed layers with hooks that nobody can capture, as FSDP2's and ZeRO-3's.
 
-Older releases of transformers 5 checkpoint a layer's call, hooks and all. A checkpoint that cannot be captured whole is
-not captured at all, and the layer in it would compute every position. Newer ones checkpoint its forward, so that hooks
-stay outside; here the older do so, too.
+A checkpoint that cannot be captured whole is not captured at all, and the layer in it would compute every position.
+So what is checkpointed must be a layer's forward, with hooks outside, as newer releases of transformers 5 do it. Two
+others put the hooks inside: older releases, which checkpoint a layer's call, and torch's `checkpoint_wrapper`, which
+accelerate puts around layers that FSDP2 then splits (`activation_checkpointing`). Here they checkpoint the forward, too.
 """
 
 from __future__ import annotations
@@ -13,29 +14,79 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model_adapters.walk import every_part
 
 _OF_CALLS = "__call__" in vars(GradientCheckpointingLayer)
+_TOLD = ("gradient_checkpointing", "_gradient_checkpointing_func")  # to a layer that checkpoints by itself
 
 
 @contextlib.contextmanager
 def followable_checkpoints(decoder: nn.Module) -> Iterator[None]:
     """Inside, the decoder's layers checkpoint their forward, where something hooks onto them."""
+    parts = every_part(decoder)
     with contextlib.ExitStack() as scope:
+        for part in parts:
+            if isinstance(part, CheckpointWrapper) and type(part) is not _Aside and _has_hooks(_layer_in(part)):
+                scope.enter_context(_aside(part))
         if _OF_CALLS:
-            for kind in {type(part) for part in every_part(decoder) if _hooked(part)}:
+            for kind in {type(part) for part in parts if _hooked(part)}:
                 scope.enter_context(_changed(kind))
         yield
 
 
+def within_checkpoints(decoder: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a decoder whose hooks stand inside checkpoints all the same."""
+    for wrapper in every_part(decoder):
+        if isinstance(wrapper, CheckpointWrapper):
+            layer, *parts = every_part(_layer_in(wrapper))
+            yield from parts
+            if not isinstance(layer, GradientCheckpointingLayer):
+                yield layer
+
+
+class _Aside(CheckpointWrapper):
+    """One that leaves it to its layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._checkpoint_wrapped_module(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _aside(wrapper: CheckpointWrapper) -> Iterator[None]:
+    """Inside, the wrapped layer checkpoints its forward by itself, as if it had been told to."""
+    layer: Any = _layer_in(wrapper)
+    told = {name: vars(layer)[name] for name in _TOLD if name in vars(layer)}
+    wrapper.__class__ = _Aside
+    layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, wrapper.checkpoint_fn
+    try:
+        yield
+    finally:
+        wrapper.__class__ = CheckpointWrapper
+        for name in _TOLD:
+            delattr(layer, name)
+        for name, value in told.items():
+            setattr(layer, name, value)
+
+
+def _layer_in(wrapper: CheckpointWrapper) -> nn.Module:
+    layer = wrapper._checkpoint_wrapped_module
+    assert isinstance(layer, nn.Module)
+    return layer
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    return isinstance(part, GradientCheckpointingLayer) and bool(part._forward_pre_hooks or part._forward_hooks)
+
+
 def _hooked(part: nn.Module) -> bool:
-    if not isinstance(part, GradientCheckpointingLayer) or "forward" in vars(part):
+    if not _has_hooks(part) or "forward" in vars(part):
         return False
     if type(part).__call__ is nn.Module.__call__:  # within another of these scopes
         return False
-    return part.gradient_checkpointing and bool(part._forward_pre_hooks or part._forward_hooks)
+    return bool(part.gradient_checkpointing)
 
 
 @contextlib.contextmanager

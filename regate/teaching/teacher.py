@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
 import regate_patch
 from model_adapters import Batch, Layout, ModelAdapter
@@ -253,7 +254,7 @@ class Teacher:
         """What reference losses depend on; a store refuses losses made under another fingerprint.
 
         It is of the weights that answer: of a model with adapters, those that `disable_adapter` leaves in play, under
-        the names that they have without PEFT.
+        the names that they have without PEFT and without checkpoints around layers.
         """
         digest = blake2b(digest_size=16)
         for part in (self.embeddings, self.decoder, self.head):
@@ -263,7 +264,7 @@ class Teacher:
             for name, parameter in sorted(parameters):
                 # As a copy has them on CUDA: one teacher is the same wherever it was copied, and uncopied.
                 values = some_values(parameter).bfloat16().view(torch.int16)
-                digest.update(name.encode() + values.numpy().tobytes())
+                digest.update(name.replace(_CHECKPOINT_PREFIX, "").encode() + values.numpy().tobytes())
         config = text_config(self.model)
         padding = self.adapter.padding
         return {

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from model_adapters.checkpointing import within_checkpoints
 from regate.errors import UnsupportedShardingError
 from regate_patch import is_sharded
 
@@ -69,11 +70,11 @@ def refuse_opaque(model: nn.Module, decoder: nn.Module) -> None:
             "FSDP1 gathers parameters in ways that a captured decoder would bypass; use FSDP2 (`fsdp_version: 2` in "
             "accelerate's config, or `torch.distributed.fsdp.fully_shard`), DeepSpeed ZeRO-3 or DDP"
         )
-    if any(type(part).__name__ == "CheckpointWrapper" and _fsdp2_inside(part) for part in decoder.modules()):
+    if any(_is_from(type(part), "torch.distributed.fsdp") for part in within_checkpoints(decoder)):
         raise UnsupportedShardingError(
-            "FSDP2's hooks stand inside activation checkpoints, which then cannot be captured: leave out accelerate's "
-            "`activation_checkpointing` (torch's checkpoint_wrapper), and call model.gradient_checkpointing_enable() "
-            "or set gradient_checkpointing=True in the trainer's arguments"
+            "FSDP2's hooks stand inside activation checkpoints (torch's checkpoint_wrapper, accelerate's "
+            "`activation_checkpointing`) around parts that are no layers of transformers, and cannot be captured: let "
+            "the model checkpoint its layers' forward by itself, with FSDP2's hooks outside"
         )
     cut = next((layer for layer in layers(decoder) if _hooks_inside(layer)), None)
     if cut is not None:
@@ -132,10 +133,6 @@ def _in_pieces(model: nn.Module) -> bool:
 def _is_from(thing: Any, package: str) -> bool:
     """Is a class's or a function's code from this package?"""
     return (getattr(thing, "__module__", None) or "").startswith(package)
-
-
-def _fsdp2_inside(wrapper: nn.Module) -> bool:
-    return any(_is_from(type(part), "torch.distributed.fsdp") for part in wrapper.modules() if part is not wrapper)
 
 
 def _hooks_inside(layer: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -62,6 +63,8 @@ CELLS = [
     Cell("fsdp2", "full", False),
     Cell("fsdp2", "full", True),
     Cell("fsdp2", "lora", False),
+    Cell("fsdp2 in checkpoints", "full", False),
+    Cell("fsdp2 in checkpoints", "lora", False, "inductor"),
 ]
 CELLS += [Cell("fsdp2", "full", False, batches=kind) for kind in ("mixed", "unlabelled first", "unlabelled later")]
 CELLS.append(Cell("fsdp2", "lora", False, batches="unlabelled first"))
@@ -165,6 +168,9 @@ def wrapped(model: nn.Module, wrap: str) -> nn.Module:
         ]
     for part in apart:
         fully_shard(part, mesh=mesh)
+    if wrap == "fsdp2 in checkpoints":  # as accelerate leaves it, which checkpoints layers before it splits them
+        layers = conventional.decoder(model).layers
+        layers[:] = [checkpoint_wrapper(layer, preserve_rng_state=False) for layer in layers]
     return fully_shard(model, mesh=mesh)
 
 
@@ -201,7 +207,8 @@ def trained(model: nn.Module, wrap: str) -> dict[str, Tensor]:
     """The parameters that learn, whole."""
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if wrap != "zero3":
-        return {n: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for n, p in learning.items()}
+        whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for n, p in learning.items()}
+        return {name.replace(_CHECKPOINT_PREFIX, ""): parameter for name, parameter in whole.items()}
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(learning.values())):

@@ -8,14 +8,21 @@ import accelerate
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    checkpoint_wrapper,
+    offload_wrapper,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import regate
 from regate.errors import UnsupportedShardingError
+from tests import oracle
 from tests.zoo import CORE
 
 SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
@@ -101,14 +108,54 @@ def test_fsdp2_alone_and_hybrid_is_no_tensor_parallelism(names: tuple[str, ...],
     assert gate.report()["attention_blocks"] == 2
 
 
-def test_fsdp2_inside_activation_checkpoints_is_refused(mesh: DeviceMesh) -> None:
-    """As accelerate wraps them where its `activation_checkpointing` is asked for."""
+@pytest.mark.parametrize("offload", [False, True])
+def test_fsdp2_inside_activation_checkpoints(offload: bool, mesh: DeviceMesh) -> None:
+    """As accelerate wraps layers where its `activation_checkpointing` is asked for: checkpointed, and not refused."""
+
+    def step(model: nn.Module) -> tuple[float, list[Tensor], int]:
+        """Its loss, gradients, and how many values were kept for the backward pass."""
+        kept: list[int] = []
+
+        def keep(x: Tensor) -> Tensor:
+            kept.append(x.numel())
+            return x
+
+        batch = oracle.double(CORE["llava"].batch("right"))
+        gate = regate.apply(model, SPARSE, teacher=None)
+        model(**batch)  # with a proof
+        with saved_tensors_hooks(keep, lambda x: x):
+            loss = model(**batch).loss
+        loss.backward()
+        assert gate.report()["attention_blocks"] == 2
+        regate.remove(model)
+        gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+        return float(loss.detach()), [x for x in gradients if x is not None], sum(kept)
+
+    plain, wrapped = CORE["llava"].build().double(), CORE["llava"].build().double()
+    layers = wrapped.model.language_model.layers
+    for i, layer in enumerate(list(layers)):
+        checkpointed = checkpoint_wrapper(layer, preserve_rng_state=False)
+        layers[i] = offload_wrapper(checkpointed) if offload else checkpointed
+        fully_shard(layer, mesh=mesh)
+    names = [name for name, _ in wrapped.named_modules()]
+    loss, gradients, kept = step(plain)
+    same_loss, same_gradients, fewer = step(fully_shard(wrapped, mesh=mesh))
+    assert same_loss == pytest.approx(loss, rel=1e-12)
+    for one, other in zip(same_gradients, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert fewer < 0.6 * kept
+    assert [name for name, _ in wrapped.named_modules()] == names
+    assert type(getattr(layers[0], "_checkpoint_wrapped_module", None) if offload else layers[0]) is CheckpointWrapper
+    assert not wrapped.is_gradient_checkpointing
+
+
+def test_fsdp2_within_a_checkpointed_layer_is_refused(mesh: DeviceMesh) -> None:
     model = CORE["llava"].build()
     layers = model.model.language_model.layers
     for i, layer in enumerate(list(layers)):
+        fully_shard(layer.mlp, mesh=mesh)
         layers[i] = checkpoint_wrapper(layer)
-        fully_shard(layer, mesh=mesh)
-    _refused(fully_shard(model, mesh=mesh), "gradient_checkpointing_enable")
+    _refused(fully_shard(model, mesh=mesh), "hooks outside")
 
 
 def test_context_parallel_is_refused(mesh: DeviceMesh) -> None:
