@@ -3,7 +3,7 @@
 A checkpoint that cannot be captured whole is not captured at all, and the layer in it would compute every position.
 So what is checkpointed must be a layer's forward, with hooks outside, as newer releases of transformers 5 do it. Two
 others put the hooks inside: older releases, which checkpoint a layer's call, and torch's `checkpoint_wrapper`, which
-accelerate puts around layers that FSDP2 then splits (`activation_checkpointing`). Here they checkpoint the forward, too.
+accelerate puts around layers that FSDP2 then splits (`activation_checkpointing`). Here forwards are checkpointed, too.
 """
 
 from __future__ import annotations
