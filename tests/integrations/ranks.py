@@ -170,7 +170,8 @@ def wrapped(model: nn.Module, wrap: str) -> nn.Module:
         fully_shard(part, mesh=mesh)
     if wrap == "fsdp2 in checkpoints":  # as accelerate leaves it, which checkpoints layers before it splits them
         layers = conventional.decoder(model).layers
-        layers[:] = [checkpoint_wrapper(layer, preserve_rng_state=False) for layer in layers]
+        for i, layer in enumerate(layers):
+            layers[i] = checkpoint_wrapper(layer, preserve_rng_state=False)
     return fully_shard(model, mesh=mesh)
 
 
