@@ -42,10 +42,10 @@ def apply(
             none: the model itself gives the reference losses of the whole training set, before its first optimizer
             step; a Hugging Face Trainer does so when training begins, a loop of your own calls `gate.precompute`.
             "precomputed" is the same with losses that are in the store when training begins. "auto" is "copy", or
-            "first" where FSDP2 has split the model or the GPU has no room for a copy. With PEFT the frozen base model
-            is the teacher at any time, unless a copy is asked for. A module is a language model, or a multimodal one
-            whose language model is the teacher, with the tokenizer of `model`; `CrossTokenizerTeacher` is one with
-            another. None scores by difficulty alone.
+            "first" where FSDP2 has split the model, or will and ranks lack its weights yet, or the GPU has no room for
+            a copy. With PEFT the frozen base model is the teacher at any time, unless a copy is asked for. A module is
+            a language model, or a multimodal one whose language model is the teacher, with the tokenizer of `model`;
+            `CrossTokenizerTeacher` is one with another. None scores by difficulty alone.
         store: where reference losses and difficulties are kept: a directory, a `Store`, or None for a temporary
             one. Later runs with the same teacher find the losses there; runs at the same time need one each
             (`Store.copy_references`).

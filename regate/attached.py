@@ -193,6 +193,7 @@ class Attached:
             if now[0] == self._copied[0] and not torch.equal(now[1].cpu(), self._copied[1].cpu()):
                 parts.note(CHANGED_SINCE)
         self._copied = None
+        parts.scorer.meet_teacher()
         parts.scorer.exchange.claim()
         fresh = parts.counters.labels_seen == 0  # else a state was loaded, and its memory with it
         if fresh and not store.temporary and checkpoint.rank() == 0 and (n := store.count("difficulty")):

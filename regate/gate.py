@@ -195,6 +195,7 @@ class Gate:
             with torch.no_grad():  # some embed their batch to read it
                 return self._parts.read({**call, "sample_ids": NO_IDS})[1]  # images need not be told apart
 
+        self.scorer.meet_teacher()
         split = split or (self._teacher is not None and self._teacher.together)
         teach_all(self.scorer, dataloader, read, steps=self._attached.steps.made, progress=progress, split=split)
         return self.report()

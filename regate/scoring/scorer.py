@@ -112,10 +112,22 @@ class Scorer:
             StoreMismatchError: they are another's.
             StoreInUseError: a run of another process learns into it.
         """
-        if self.teacher is not None:
-            self.taught_by = self.teacher.fingerprint()
-            store.bind(self.taught_by)
+        if self.teacher is not None and (self.taught_by or not self.teacher.waits):
+            self._bind(self.teacher, store)
         self.exchange.use(store)
+
+    def meet_teacher(self) -> None:
+        """Its weights are there by now, and say whether the store's reference losses are its. On every rank, if any.
+
+        Raises:
+            StoreMismatchError: they are another's.
+        """
+        if self.teacher is not None and not self.taught_by:
+            self._bind(self.teacher, self.store)
+
+    def _bind(self, teacher: Teacher, store: Store) -> None:
+        self.taught_by = teacher.fingerprint()
+        store.bind(self.taught_by)
 
     def prepare(self, samples: Samples, *, full: bool, whole: Tensor | None = None, running: bool = True) -> None:
         """See that the samples of a training forward have reference losses; one without labels is a forward, too.

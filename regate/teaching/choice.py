@@ -13,7 +13,7 @@ from regate.config import Config
 from regate.errors import ConfigError
 from regate.teaching.teacher import Source, Teacher
 from regate.teaching.translated import CrossTokenizerTeacher, Translated
-from regate.teaching.weights import is_tight, uses_peft
+from regate.teaching.weights import is_tight, lacks_weights, uses_peft
 from regate_patch import is_sharded
 
 Named = Literal["auto", "copy", "4bit", "first", "precomputed"]
@@ -43,6 +43,7 @@ def teacher_of(
             return Translated(choice, ends_of(model), backend=backend, on_unsupported=on_unsupported)
         choice = choice.model
     source: Source = "copy"
+    waits = isinstance(choice, str) and lacks_weights(model)
     if isinstance(choice, nn.Module):
         model, adapter, source = choice, find_adapter(choice), "given"
     elif choice == "4bit" and not uses_peft(model, adapter):
@@ -50,10 +51,11 @@ def teacher_of(
     elif (
         choice in ("first", "precomputed")
         or (choice != "copy" and uses_peft(model, adapter))
-        or (choice == "auto" and (is_sharded(model) or is_tight(model, adapter)))
+        or (choice == "auto" and (waits or is_sharded(model) or is_tight(model, adapter)))
     ):
         source = "live"
-    return Teacher(model, adapter, backend=backend, source=source, on_unsupported=on_unsupported)
+    waits = waits and source == "live"
+    return Teacher(model, adapter, backend=backend, source=source, waits=waits, on_unsupported=on_unsupported)
 
 
 def ends_of(model: nn.Module) -> set[int]:

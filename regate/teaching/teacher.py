@@ -41,10 +41,10 @@ from regate_patch import is_sharded
 log = logging.getLogger("regate")
 Source = Literal["copy", "4bit", "live", "given"]
 ON_META = (
-    "this rank has no weights of the language model yet, and its answers before training are the teacher's: "
-    "from_pretrained reads them on one rank alone where FSDP asks for it. Let every rank read them "
-    "(fsdp_cpu_ram_efficient_loading: false in accelerate's config, or FSDP_CPU_RAM_EFFICIENT_LOADING=false), or, in a "
-    "loop of your own, call regate.apply after accelerator.prepare, with teacher='first'; teacher=None needs no weights"
+    "this rank has no weights of the language model yet, and its answers before training are the teacher's. Let every "
+    "rank read them (fsdp_cpu_ram_efficient_loading: false in accelerate's config); or leave the teacher to "
+    "teacher='auto', which waits for them where accelerate launches with that setting; or, in a loop of your own, call "
+    "regate.apply when ranks have them, with teacher='first'"
 )
 _STRANGE = 0.02  # the share of labels without an id in the teacher's vocabulary from which on it is doubted
 
@@ -72,15 +72,16 @@ class Teacher:
         *,
         backend: regate_patch.Backend,
         source: Source,
+        waits: bool = False,
         on_unsupported: regate_patch.OnUnsupported = "raise",
     ) -> None:
-        self.model, self.adapter, self.source = model, adapter, source
+        self.model, self.adapter, self.source, self.waits = model, adapter, source, waits
         self._values: dict[Any, Tensor] = {}  # of the parameters when they last answered, and marks of them
         self._marks: list[tuple[int, int, int]] = []
         self._doubted = False
         parts: Any = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
         self.handle: regate_patch.Handle | None = None
-        if any(p.is_meta for part in parts for p in part.parameters()):
+        if not waits and any(p.is_meta for part in parts for p in part.parameters()):
             raise UnsupportedShardingError(ON_META)
         if source in ("copy", "4bit"):
             refuse_sharded(model)
@@ -280,7 +281,7 @@ class Teacher:
         Raises:
             StoreMismatchError: they are others, such as after adapters were merged into them.
         """
-        if self.source != "live" or is_sharded(self.model):
+        if self.source != "live" or self.waits or is_sharded(self.model):
             return
         parameters = [p for part in (self.embeddings, self.decoder, self.head) for _, p in answering(part)]
         marks = [(id(p), p._version, p.data_ptr()) for p in parameters]

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import is_fsdp_enabled
 
 from model_adapters import ModelAdapter
+from regate.memory.sharing import any_rank
 from regate.training.sharding import gathered
 
 _FOR_ACTIVATIONS = 0.1  # of a device's memory
@@ -81,6 +83,14 @@ def split_root(model: nn.Module, inner: nn.Module) -> Any:
         if isinstance(module, FSDPModule) and any(part is inner for part in module.modules()):
             return module
     return None
+
+
+def lacks_weights(model: nn.Module) -> bool:
+    """Has some rank no weights of the model yet? FSDP may ask that one alone reads them, and deal them out afterwards.
+
+    Where it does, every rank must come here.
+    """
+    return is_fsdp_enabled() and any_rank(any(parameter.is_meta for parameter in model.parameters()))
 
 
 def is_tight(model: nn.Module, adapter: ModelAdapter) -> bool:

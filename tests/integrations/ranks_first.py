@@ -5,13 +5,16 @@ python -m tests.integrations.ranks_first FOLDER        (under torchrun, or with 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
@@ -118,6 +121,29 @@ def applied_afterwards(rank: int) -> dict[str, Any]:
     return {**found(gate), "losses": _train(called, [batch_of(rank)] * 3)}
 
 
+def dealt_out(rank: int, cell: Any) -> dict[str, Any]:
+    """The first rank alone has weights when the gate comes; FSDP2 deals them out afterwards."""
+    torch._dynamo.reset()
+    model: Any = build(cell)
+    weights = model.state_dict() if rank == 0 else {}
+    beside = {module: dict(module.named_buffers(recurse=False)) for module in model.modules()}
+    model = model if rank == 0 else model.to("meta")
+    with patch.dict(os.environ, ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true"):
+        gate = regate.apply(model, CONFIG)
+    called: Any = wrapped(model.to("meta"), "fsdp2")
+    called.to_empty(device="cpu")
+    for module, buffers in beside.items():  # some are in no checkpoint
+        for name, buffer in buffers.items():
+            setattr(module, name, buffer)
+    dealt = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=dealt)
+    if gate.first:
+        gate.precompute([batch_of(rank)], progress=False)
+    losses = _train(called, [batch_of(rank)] * 3)
+    gate.exchange.finish()
+    return {**found(gate), "losses": losses}
+
+
 def _train(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[float]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
@@ -139,6 +165,8 @@ def main(folder: Path) -> None:
         "split": split(folder, rank),
         "adapters": split_with_adapters(rank),
         "afterwards": applied_afterwards(rank),
+        "dealt out": dealt_out(rank, FULL),
+        "adapters dealt out": dealt_out(rank, LORA),
         "trainer": in_a_trainer(folder / "run", "first"),
         "copied": in_a_trainer(folder / "run", "copy"),
     }

@@ -164,6 +164,7 @@ def test_a_split_model_teaches_itself(ranks: list[dict[str, Any]]) -> None:
         assert rank["split"]["sparse"] == 2
         assert rank["afterwards"]["references"] == afterwards
         assert rank["split"]["losses"] == rank["afterwards"]["losses"]
+        assert rank["dealt out"] == rank["afterwards"]
     assert [rank["split"]["computed"] for rank in ranks] == [2, 1]
 
 
@@ -173,3 +174,6 @@ def test_adapters_of_a_split_model_teach_in_step(ranks: list[dict[str, Any]]) ->
     for rank in ranks:
         assert {k: v for k, v in rank["adapters"]["references"].items() if v} == alone
     assert [rank["adapters"]["computed"] for rank in ranks] == [4, 6]  # two of rank 0's have no label
+    for rank in ranks:
+        assert rank["adapters dealt out"]["references"] == expected(ranks_first.LORA, [batch_of(0), batch_of(1)])
+        assert rank["adapters dealt out"]["losses"][:2] == rank["adapters"]["losses"][:2]
