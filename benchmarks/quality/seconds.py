@@ -1,6 +1,6 @@
 """What each arm's steps cost, timed in turns, and the runs' costs in seconds by that.
 
-    python -m benchmarks.quality.seconds [--tasks captions] [--seed 0] [--starts FOLDER] [--turns 24]
+    python -m benchmarks.quality.seconds [--tasks captions] [--arms random] [--seed 0] [--starts FOLDER] [--turns 24]
 
 Runs are made side by side on shared machines: three that did the same steps as three others took 73, 75 and 69 s, where
 those took 80, 81 and 80. Here all arms of a task take one step each, on the same batch, before the next batch; an arm's
@@ -148,6 +148,7 @@ def _over(seconds: list[float], dense: list[float]) -> Iterator[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(results.load()))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="those alone, beside dense; the others stay")
     parser.add_argument("--seed", type=int, default=0, help="whose start is trained")
     parser.add_argument("--starts", type=Path, default=Path("runs/quality/starts"))
     parser.add_argument("--turns", type=int, default=24)
@@ -159,9 +160,10 @@ def main() -> None:
     made = machine.described("benchmarks.quality.seconds", "torch", "transformers")
     tasks = json.loads(args.out.read_text())["tasks"] if args.out.exists() else {}
     for name in args.tasks:
-        ran = {run["arm"] for run in committed[name]["runs"]}
-        arms = [arm for arm in ARMS if arm in ran]
-        tasks[name] = measure(TASKS[name](), arms, seed=args.seed, starts=args.starts, turns=args.turns)
+        wanted = {"dense", *args.arms} if args.arms else {run["arm"] for run in committed[name]["runs"]}
+        arms = [arm for arm in ARMS if arm in wanted]
+        stay = tasks.get(name, {}) if args.arms else {}
+        tasks[name] = stay | measure(TASKS[name](), arms, seed=args.seed, starts=args.starts, turns=args.turns)
         machine.write(made | {"turns": args.turns, "tasks": tasks}, args.out)
 
 
