@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from model_adapters.signatures import signature
+
 
 class Hook:
     """A hook that a copied or pickled model does not take with it.
@@ -128,16 +130,33 @@ def followable_dora() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_cache(decoder: nn.Module) -> Iterator[None]:
-    """Inside, a decoder makes no cache by itself: keys of positions that are not computed cannot be cached."""
+    """Inside, a decoder makes no cache by itself: keys of positions that are not computed cannot be cached.
+
+    It is told so in its call where that may say it, for hooks do not learn of Ctrl-C, after which a config that was
+    changed meanwhile would be saved so.
+    """
     config: Any = getattr(decoder, "config", None)
     if not getattr(config, "use_cache", False):
         yield
-        return
-    config.use_cache = False
-    try:
-        yield
-    finally:
-        config.use_cache = True
+    elif "use_cache" in signature(decoder).parameters:
+        hook = decoder.register_forward_pre_hook(Hook(_call_without_cache), with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+    else:
+        config.use_cache = False
+        try:
+            yield
+        finally:
+            config.use_cache = True
+
+
+def _call_without_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    place = list(signature(decoder).parameters).index("use_cache")
+    if len(args) > place:
+        return (*args[:place], False, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "use_cache": False}
 
 
 def _plain_weight(module: nn.Module) -> Any:

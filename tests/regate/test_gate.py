@@ -369,6 +369,26 @@ def test_a_failed_forward_leaves_no_trace() -> None:
     assert gate.report()["attention_blocks"] == 2
 
 
+def test_ctrl_c_leaves_the_config_as_it_was() -> None:
+    """What is saved then generates as before."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    regate.apply(model, SPARSE, teacher=None)
+    before, found = model.config.to_dict(), []
+
+    def stop(*args: object) -> None:
+        found.append(model.config.to_dict())
+        raise KeyboardInterrupt
+
+    for inside in (model.model.vision_tower, model.lm_head):
+        hook = inside.register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch)
+        hook.remove()
+        assert model.config.to_dict() == before
+    assert found == [before, before]
+    assert before["text_config"]["use_cache"]
+
+
 def test_unknown_architecture() -> None:
     with pytest.raises(regate.RegateError, match=r"no adapter serves Linear.*register_adapter"):
         regate.apply(nn.Linear(2, 2))
