@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, OffloadWrapper
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model_adapters.walk import every_part
@@ -26,25 +26,34 @@ _TOLD = ("gradient_checkpointing", "_gradient_checkpointing_func")  # to a layer
 @contextlib.contextmanager
 def followable_checkpoints(decoder: nn.Module) -> Iterator[None]:
     """Inside, the decoder's layers checkpoint their forward, where something hooks onto them."""
-    parts = every_part(decoder)
     with contextlib.ExitStack() as scope:
-        for part in parts:
-            if isinstance(part, CheckpointWrapper) and type(part) is not _Aside and _has_hooks(_layer_in(part)):
-                scope.enter_context(_aside(part))
+        for wrapper in _around_layers(decoder):
+            if type(wrapper) is not _Aside and _has_hooks(_layer_in(wrapper)):
+                scope.enter_context(_aside(wrapper))
         if _OF_CALLS:
-            for kind in {type(part) for part in parts if _hooked(part)}:
+            for kind in {type(part) for part in every_part(decoder) if _hooked(part)}:
                 scope.enter_context(_changed(kind))
         yield
 
 
 def within_checkpoints(decoder: nn.Module) -> Iterator[nn.Module]:
     """The parts of a decoder whose hooks stand inside checkpoints all the same."""
+    around_layers = list(_around_layers(decoder))
     for wrapper in every_part(decoder):
         if isinstance(wrapper, CheckpointWrapper):
             layer, *parts = every_part(_layer_in(wrapper))
             yield from parts
-            if not isinstance(layer, GradientCheckpointingLayer):
+            if wrapper not in around_layers or not isinstance(layer, GradientCheckpointingLayer):
                 yield layer
+
+
+def _around_layers(decoder: nn.Module) -> Iterator[CheckpointWrapper]:
+    """Wrappers of a decoder's layers; `every_part` would be long, before each forward."""
+    for child in decoder.children():
+        if isinstance(child, CheckpointWrapper):
+            yield child
+        elif isinstance(child, nn.ModuleList | OffloadWrapper):
+            yield from _around_layers(child)
 
 
 class _Aside(CheckpointWrapper):
