@@ -28,7 +28,7 @@ def followable_checkpoints(decoder: nn.Module) -> Iterator[None]:
     """Inside, the decoder's layers checkpoint their forward, where something hooks onto them."""
     with contextlib.ExitStack() as scope:
         for wrapper in _around_layers(decoder):
-            if type(wrapper) is not _Aside and _has_hooks(_layer_in(wrapper)):
+            if type(wrapper) is CheckpointWrapper and _has_hooks(_layer_in(wrapper)):
                 scope.enter_context(_aside(wrapper))
         if _OF_CALLS:
             for kind in {type(part) for part in every_part(decoder) if _hooked(part)}:
@@ -43,7 +43,8 @@ def within_checkpoints(decoder: nn.Module) -> Iterator[nn.Module]:
         if isinstance(wrapper, CheckpointWrapper):
             layer, *parts = every_part(_layer_in(wrapper))
             yield from parts
-            if wrapper not in around_layers or not isinstance(layer, GradientCheckpointingLayer):
+            served = type(wrapper) is CheckpointWrapper and wrapper in around_layers
+            if not (served and isinstance(layer, GradientCheckpointingLayer)):
                 yield layer
 
 

@@ -77,6 +77,7 @@ class Attached:
         self._gating = False  # is one running, or about to?
         self._copied = some_values(parts.decoder) if learns_from_copy else None
         self._looked = False  # at what the model has become since, once
+        self._met = False  # the teacher, once
         self._hooks = [
             parts.target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
             parts.target.register_forward_hook(Hook(self._after), prepend=True, with_kwargs=True, always_call=True),
@@ -105,6 +106,9 @@ class Attached:
             if batch.get("labels") is not None:
                 self.steps.forward_in_eval_mode()
             return args, kwargs
+        if not self._met:  # on every rank, whatever its batch
+            parts.scorer.meet_teacher(self.steps.step)
+            self._met = True
         parts.pace.wait(embedded=batch.get("input_ids") is None)  # an own wrapper's encoder ran before
         late = changes_call(module, self._hooks[0].id)
         if batch.get("labels") is None or late is not None:
@@ -123,6 +127,7 @@ class Attached:
             refuse_opaque(module, parts.decoder)
             self._look_around()
             self._looked = True
+        parts.scorer.exchange.claim()
         if parts.handle.statistics.failed is None:  # else on_unsupported="warn": the decoder runs dense
             self._forward = Forward.begin(parts, batch, step=self.steps.step)
         if self._forward is None:
@@ -193,8 +198,6 @@ class Attached:
             if now[0] == self._copied[0] and not torch.equal(now[1].cpu(), self._copied[1].cpu()):
                 parts.note(CHANGED_SINCE)
         self._copied = None
-        parts.scorer.meet_teacher()
-        parts.scorer.exchange.claim()
         fresh = parts.counters.labels_seen == 0  # else a state was loaded, and its memory with it
         if fresh and not store.temporary and checkpoint.rank() == 0 and (n := store.count("difficulty")):
             parts.note(OF_ANOTHER_RUN.format(path=store.path, n=n))

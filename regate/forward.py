@@ -249,7 +249,7 @@ class Forward:
         with contextlib.ExitStack() as scope:
             scope.enter_context(self.parts.adapter.followable(self.parts.model, self._decoder))
             scope.enter_context(followable_dora())
-            scope.enter_context(without_cache(self._decoder))
+            scope.enter_context(without_cache(self._decoder, called_so=bool(self._without_cache())))
             if self._balanced:
                 scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))
             scope.enter_context(regate_patch.active(self.positions))

@@ -18,7 +18,7 @@ import regate_patch
 from model_adapters import Batch, ModelAdapter
 from regate.attached import Attached
 from regate.config import Config
-from regate.errors import ConfigError
+from regate.errors import ConfigError, UnsupportedShardingError
 from regate.insight.report import Report
 from regate.memory.keys import NO_IDS
 from regate.memory.sharing import Exchange
@@ -38,10 +38,15 @@ from regate.training.hooks import call_weakly
 from regate.training.sharding import forget_layers, gather_by_layer, refuse_opaque
 
 log = logging.getLogger("regate")
+NOT_DEALT_OUT = (
+    "FSDP is to deal out what one rank alone has read (cpu_ram_efficient_loading), and the teacher's weights are the "
+    "model's: nothing can be asked of it before accelerator.prepare, or fully_shard, has split the model"
+)
 NO_COPY = (
-    "teacher='auto' keeps no copy of a model that is split over ranks, or whose copy would leave too little memory: "
-    "the model itself gives reference losses before its first step. A Trainer sees to it; in a loop of your own, call "
-    "gate.precompute over the training set first. teacher='copy' keeps a copy nevertheless"
+    "teacher='auto' keeps no copy of a model that is split over ranks, or will be when one rank has read it, or whose "
+    "copy would leave too little memory: the model itself gives reference losses before its first step. A Trainer sees "
+    "to it; in a loop of your own, call gate.precompute over the training set first, and after the model is split. "
+    "teacher='copy' keeps a copy of a model that every rank has"
 )
 
 
@@ -155,6 +160,7 @@ class Gate:
 
         Raises:
             StoreMismatchError: on setting, its reference losses are another teacher's.
+            StoreInUseError: on setting, a run of another process learns into it.
         """
         return self.exchange.store
 
@@ -182,6 +188,7 @@ class Gate:
 
         Raises:
             GateNotAppliedError: the gate has no teacher.
+            StoreMismatchError: the store's are another teacher's.
             StoreError: reference losses are missing, and the model that would give them was trained meanwhile.
             ConfigError: this rank has no batch, but others have.
             UnsupportedShardingError: see `inner_call`.
@@ -195,7 +202,7 @@ class Gate:
             with torch.no_grad():  # some embed their batch to read it
                 return self._parts.read({**call, "sample_ids": NO_IDS})[1]  # images need not be told apart
 
-        self.scorer.meet_teacher()
+        self._meet_teacher()
         split = split or (self._teacher is not None and self._teacher.together)
         teach_all(self.scorer, dataloader, read, steps=self._attached.steps.made, progress=progress, split=split)
         return self.report()
@@ -214,6 +221,7 @@ class Gate:
     def choose(self, batch: Batch, *, full: bool = False) -> Tensor:
         """The labels [B, S] bool that a sparse (or full) step would keep of this batch now; trains nothing."""
         self.flush()
+        self._meet_teacher()
         with torch.no_grad():
             layout, samples = self._parts.read(batch)
         if full:
@@ -221,6 +229,11 @@ class Gate:
         whole = self._parts.turns_of(layout, samples)
         self.scorer.prepare(samples, full=False, whole=whole, running=False)
         return samples.segments.pack(self.scorer.keep(samples, whole=whole))
+
+    def _meet_teacher(self) -> None:
+        self.scorer.meet_teacher(self.step)
+        if self._teacher is not None and self._teacher.waits:
+            raise UnsupportedShardingError(NOT_DEALT_OUT)
 
     def flush(self) -> None:
         """Write the difficulties of earlier forwards to the store; the forward after the next one would, too."""
@@ -258,6 +271,7 @@ class Gate:
         Raises:
             StoreError: the run had reference losses that the store lacks, and the model is no longer what made them.
             StoreMismatchError: the run had another teacher than this gate.
+            StoreInUseError: a run of another process learns into the store.
         """
         self._state.load_state_dict(state)
 
@@ -289,14 +303,16 @@ class Gate:
     def remove(self) -> None:
         """Take the gate off; the model is as it was before `apply`."""
         self._attached.remove()
-        self.flush()
-        self.exchange.let_go()
         self._parts.outer.remove()
         self._parts.pace.remove()
         self._parts.handle.remove()
         forget_layers(self._parts.decoder)
         if self._teacher is not None:
             self._teacher.close()
+        try:
+            self.flush()
+        finally:
+            self.exchange.let_go()
 
 
 def _moved(x: Any, device: torch.device) -> Any:

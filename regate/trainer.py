@@ -73,6 +73,7 @@ class GateCallback(TrainerCallback, ExportableState):
                 f"loss_type={loss_type!r} weighs labels by what is summed over them, and sparse steps rescale "
                 "that sum; use loss_type='nll', or regate.Config(keep=1.0)"
             )
+        gate.scorer.meet_teacher(state.global_step)
         if state.global_step not in (0, gate.step) and not gate.just_loaded:
             _resume(gate, args, state)
         elif state.global_step == 0:
@@ -110,6 +111,18 @@ class GateCallback(TrainerCallback, ExportableState):
     ) -> None:
         if (gate := _gate(model)) is not None:
             gate.scorer.recurrence.epoch_ended()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **others: Any,
+    ) -> None:
+        if (gate := _gate(model)) is not None:
+            gate.flush()
+            gate.exchange.let_go()  # another process may train with the store now
 
     def on_log(
         self,

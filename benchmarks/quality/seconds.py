@@ -158,7 +158,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     committed = results.load()
     made = machine.described("benchmarks.quality.seconds", "torch", "transformers")
-    tasks = json.loads(args.out.read_text())["tasks"] if args.out.exists() else {}
+    before = json.loads(args.out.read_text()) if args.out.exists() else {"tasks": {}}
+    tasks = before["tasks"]
+    known = {"torch": made["torch"], "transformers": made["transformers"], "turns": args.turns}
+    if args.arms and any(before.get(name) != value for name, value in known.items()):
+        parser.error(f"the arms that stay in {args.out} were timed otherwise: {before}, now {known}")
     for name in args.tasks:
         wanted = {"dense", *args.arms} if args.arms else {run["arm"] for run in committed[name]["runs"]}
         arms = [arm for arm in ARMS if arm in wanted]

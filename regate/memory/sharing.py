@@ -8,6 +8,7 @@ all ranks count alike, so all of them exchange at one moment.
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -119,8 +120,9 @@ class _Flight:
 
 
 def _claimed(store: Store) -> BaseFileLock | None:
-    """See `Store.claim`; ranks are one run, for which the first one speaks."""
-    return None if store.temporary or rank() != 0 else store.claim()
+    """See `Store.claim`; ranks are one run, for which the first one speaks, also before they know of each other."""
+    first = rank() == 0 and os.environ.get("RANK", "0") == "0"
+    return store.claim() if first and not store.temporary else None
 
 
 class Exchange:
@@ -143,7 +145,7 @@ class Exchange:
         self._one_file = False
 
     def claim(self) -> None:
-        """Begin to learn: from now on no run of another process of this machine may, into this rank's store.
+        """Begin to learn, or go on: no run of another process of this machine may, into the first rank's store.
 
         Raises:
             StoreInUseError: one does at the moment.
@@ -152,7 +154,7 @@ class Exchange:
         self._lock = self._lock or _claimed(self.store)
 
     def let_go(self) -> None:
-        """Nothing more is learnt."""
+        """Nothing is learnt for now."""
         self._learns = False
         self._release()
 

@@ -37,8 +37,9 @@ _HALF = np.dtype("<f2")
 _HALF_MAX = float(np.finfo(np.float16).max)
 _COPIED_AT_ONCE = 1024  # records
 IN_USE = (
-    "another run is learning into the store at {path}, and each would go by the other's difficulties. Give this run a "
-    "store of its own: regate.Store({path!r}).copy_references('ANOTHER') makes one with the same reference losses"
+    "a run of another process learns into the store at {path}, and each would go by the other's difficulties. End it "
+    "(gate.remove(), where its loop is over), or give this run a store of its own: "
+    "regate.Store({path!r}).copy_references('ANOTHER') makes one with the same reference losses"
 )
 
 
@@ -183,11 +184,12 @@ class Store:
         Raises:
             StoreInUseError: a run of another process does at the moment.
         """
-        lock = FileLock(self.path / "run.lock", is_singleton=True, thread_local=False)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise StoreInUseError(IN_USE.format(path=str(self.path))) from error
+        lock = FileLock(self.path.resolve() / "run.lock", is_singleton=True, thread_local=False)
+        with explained(self.path, self.max_bytes):
+            try:
+                lock.acquire(blocking=False)
+            except Timeout as error:
+                raise StoreInUseError(IN_USE.format(path=str(self.path))) from error
         return lock
 
     def copy_references(self, path: str | os.PathLike[str]) -> Store:

@@ -28,6 +28,7 @@ from regate.scoring.selection import keep_highest
 from regate.teaching.teacher import Teacher
 from regate.training.counters import Counters
 from regate.training.segments import Segments
+from regate_patch import is_sharded
 
 
 @dataclass(frozen=True)
@@ -112,18 +113,24 @@ class Scorer:
             StoreMismatchError: they are another's.
             StoreInUseError: a run of another process learns into it.
         """
-        if self.teacher is not None and (self.taught_by or not self.teacher.waits):
+        if self.teacher is not None and not self.teacher.waits:
             self._bind(self.teacher, store)
         self.exchange.use(store)
 
-    def meet_teacher(self) -> None:
-        """Its weights are there by now, and say whether the store's reference losses are its. On every rank, if any.
+    def meet_teacher(self, steps: int) -> None:
+        """Where the teacher waits for weights that are there by now: are the store's reference losses its?
+
+        On every rank, if on any. Weights that learn are the teacher's before the first of `steps` alone.
 
         Raises:
             StoreMismatchError: they are another's.
         """
-        if self.teacher is not None and not self.taught_by:
-            self._bind(self.teacher, self.store)
+        teacher = self.teacher
+        if teacher is None or not teacher.waits or not is_sharded(teacher.model):
+            return
+        teacher.waits = False
+        if teacher.lasts or steps == 0:
+            self._bind(teacher, self.store)
 
     def _bind(self, teacher: Teacher, store: Store) -> None:
         self.taught_by = teacher.fingerprint()

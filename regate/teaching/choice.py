@@ -54,7 +54,6 @@ def teacher_of(
         or (choice == "auto" and (waits or is_sharded(model) or is_tight(model, adapter)))
     ):
         source = "live"
-    waits = waits and source == "live"
     return Teacher(model, adapter, backend=backend, source=source, waits=waits, on_unsupported=on_unsupported)
 
 

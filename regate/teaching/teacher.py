@@ -40,11 +40,11 @@ from regate_patch import is_sharded
 
 log = logging.getLogger("regate")
 Source = Literal["copy", "4bit", "live", "given"]
-ON_META = (
-    "this rank has no weights of the language model yet, and its answers before training are the teacher's. Let every "
-    "rank read them (fsdp_cpu_ram_efficient_loading: false in accelerate's config); or leave the teacher to "
-    "teacher='auto', which waits for them where accelerate launches with that setting; or, in a loop of your own, call "
-    "regate.apply when ranks have them, with teacher='first'"
+NO_WEIGHTS = (
+    "this rank has no weights of the language model yet, or may have none, and its answers before training are the "
+    "teacher's. Let every rank read them (fsdp_cpu_ram_efficient_loading: false in accelerate's config); or leave the "
+    "teacher to teacher='auto', which waits for them where accelerate launches with that setting; or, in a loop of "
+    "your own, call regate.apply when ranks have them, with teacher='first'"
 )
 _STRANGE = 0.02  # the share of labels without an id in the teacher's vocabulary from which on it is doubted
 
@@ -75,14 +75,15 @@ class Teacher:
         waits: bool = False,
         on_unsupported: regate_patch.OnUnsupported = "raise",
     ) -> None:
-        self.model, self.adapter, self.source, self.waits = model, adapter, source, waits
+        self.model, self.adapter, self.source = model, adapter, source
+        self.waits = waits and source == "live"
         self._values: dict[Any, Tensor] = {}  # of the parameters when they last answered, and marks of them
         self._marks: list[tuple[int, int, int]] = []
         self._doubted = False
         parts: Any = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
         self.handle: regate_patch.Handle | None = None
-        if not waits and any(p.is_meta for part in parts for p in part.parameters()):
-            raise UnsupportedShardingError(ON_META)
+        if not self.waits and (waits or any(p.is_meta for part in parts for p in part.parameters())):
+            raise UnsupportedShardingError(NO_WEIGHTS)
         if source in ("copy", "4bit"):
             refuse_sharded(model)
             parts = copied(parts)

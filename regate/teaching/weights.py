@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.integrations import is_fsdp_enabled
 
 from model_adapters import ModelAdapter
-from regate.memory.sharing import any_rank
+from regate.memory.checkpoint import ranks
 from regate.training.sharding import gathered
+from regate_patch import is_sharded
 
 _FOR_ACTIVATIONS = 0.1  # of a device's memory
 
@@ -86,11 +87,11 @@ def split_root(model: nn.Module, inner: nn.Module) -> Any:
 
 
 def lacks_weights(model: nn.Module) -> bool:
-    """Has some rank no weights of the model yet? FSDP may ask that one alone reads them, and deal them out afterwards.
+    """May ranks have no weights of the model yet, for from_pretrained reads them on one alone, and FSDP deals them out?
 
-    Where it does, every rank must come here.
+    What the others have until then differs between releases of transformers: parameters on "meta", zeros, or all.
     """
-    return is_fsdp_enabled() and any_rank(any(parameter.is_meta for parameter in model.parameters()))
+    return is_fsdp_enabled() and ranks() > 1 and not is_sharded(model)
 
 
 def is_tight(model: nn.Module, adapter: ModelAdapter) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model_adapters.signatures import signature
+from model_adapters.signatures import by_name, signature
 
 
 class Hook:
@@ -129,16 +129,16 @@ def followable_dora() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_cache(decoder: nn.Module) -> Iterator[None]:
+def without_cache(decoder: nn.Module, *, called_so: bool) -> Iterator[None]:
     """Inside, a decoder makes no cache by itself: keys of positions that are not computed cannot be cached.
 
-    It is told so in its call where that may say it, for hooks do not learn of Ctrl-C, after which a config that was
-    changed meanwhile would be saved so.
+    Where the model is `called_so`, its decoder is, too, unless it is told what to do. Else the model goes by its
+    config, which is changed meanwhile: hooks do not learn of Ctrl-C, after which it could be saved so.
     """
     config: Any = getattr(decoder, "config", None)
     if not getattr(config, "use_cache", False):
         yield
-    elif "use_cache" in signature(decoder).parameters:
+    elif called_so and "use_cache" in signature(decoder).parameters:
         hook = decoder.register_forward_pre_hook(Hook(_call_without_cache), with_kwargs=True)
         try:
             yield
@@ -153,10 +153,8 @@ def without_cache(decoder: nn.Module) -> Iterator[None]:
 
 
 def _call_without_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    place = list(signature(decoder).parameters).index("use_cache")
-    if len(args) > place:
-        return (*args[:place], False, *args[place + 1 :]), kwargs
-    return args, {**kwargs, "use_cache": False}
+    told = by_name(decoder, args, kwargs)
+    return None if told.get("use_cache") is not None else ((), told | {"use_cache": False})
 
 
 def _plain_weight(module: nn.Module) -> Any:

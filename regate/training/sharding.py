@@ -50,8 +50,8 @@ def refuse_opaque(model: nn.Module, decoder: nn.Module) -> None:
 
     Raises:
         UnsupportedShardingError: FSDP1, nn.DataParallel, a device_map over several devices, ZeRO-3 that gathers less
-            than a decoder layer at a time, FSDP2 inside activation checkpoints, quantised weights that are split, or
-            tensor, context or sequence parallelism.
+            than a decoder layer at a time, FSDP2 inside activation checkpoints that are not around layers of
+            transformers, quantised weights that are split, or tensor, context or sequence parallelism.
     """
     _refuse_parallel(model, decoder)
     if getattr(model, "_is_replica", False):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import regate
-from regate.errors import StoreError
+from regate.errors import StoreError, UnsupportedShardingError
 from tests import oracle
 from tests.integrations.ranks import CELLS as WAYS
 from tests.integrations.ranks import build, wrapped
@@ -28,6 +29,7 @@ from tests.zoo import CORE
 CONFIG = regate.Config(warmup=1, cycle=1000, full_steps=0, logits="all")
 FULL, LORA = (next(c for c in WAYS if (c.wrap, c.weights) == ("fsdp2", weights)) for weights in ("full", "lora"))
 Row = dict[str, Tensor]
+DEALT = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 
 
 class Rows(Dataset[Row]):
@@ -128,8 +130,10 @@ def dealt_out(rank: int, cell: Any) -> dict[str, Any]:
     weights = model.state_dict() if rank == 0 else {}
     beside = {module: dict(module.named_buffers(recurse=False)) for module in model.modules()}
     model = model if rank == 0 else model.to("meta")
-    with patch.dict(os.environ, ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true"):
+    with patch.dict(os.environ, DEALT):
         gate = regate.apply(model, CONFIG)
+    with pytest.raises(UnsupportedShardingError, match="deal out what one rank"):
+        gate.precompute([batch_of(rank)], progress=False)
     called: Any = wrapped(model.to("meta"), "fsdp2")
     called.to_empty(device="cpu")
     for module, buffers in beside.items():  # some are in no checkpoint
@@ -140,8 +144,25 @@ def dealt_out(rank: int, cell: Any) -> dict[str, Any]:
     if gate.first:
         gate.precompute([batch_of(rank)], progress=False)
     losses = _train(called, [batch_of(rank)] * 3)
+    gate.flush()
     gate.exchange.finish()
+    _goes_on(cell, gate)
     return {**found(gate), "losses": losses}
+
+
+def _goes_on(cell: Any, before: regate.Gate) -> None:
+    """With weights that have learnt, and its store."""
+    model: Any = build(cell)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    with patch.dict(os.environ, DEALT):
+        gate = regate.apply(model, CONFIG, store=before.store)
+    called = wrapped(model, "fsdp2")
+    gate.load_state_dict(before.state_dict())
+    called(**batch_of(dist.get_rank()))
+    assert not gate.report()["teacher_samples"] - before.report()["teacher_samples"]
 
 
 def _train(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[float]:

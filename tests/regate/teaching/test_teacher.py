@@ -19,6 +19,7 @@ import regate
 import regate_patch
 from model_adapters import find_adapter
 from regate.errors import NonFiniteLossError, StoreError, StoreMismatchError, UnsupportedShardingError
+from regate.teaching import choice
 from regate.teaching.teacher import Teacher
 from tests.zoo import CORE
 
@@ -282,7 +283,17 @@ def test_a_copy_does_not_call_the_student() -> None:
 
 def test_a_rank_without_weights_is_told_what_to_do() -> None:
     model = CORE["llava"].build().to("meta")
-    for choice in ("auto", "first", "copy"):  # another rank may have them, and know nothing of this one
+    for asked in ("auto", "first", "copy"):  # another rank may have them, and know nothing of this one
         with pytest.raises(UnsupportedShardingError, match="fsdp_cpu_ram_efficient_loading: false"):
-            regate.apply(model, teacher=choice)
+            regate.apply(model, teacher=asked)
     regate.apply(model, teacher=None)
+
+
+def test_ranks_that_may_have_no_weights_copy_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some releases of transformers leave zeros on all ranks but one."""
+    monkeypatch.setattr(choice, "lacks_weights", lambda model: True)
+    model = CORE["llava"].build()
+    for asked in ("copy", "4bit"):
+        with pytest.raises(UnsupportedShardingError, match="may have none"):
+            regate.apply(model, teacher=asked)
+    assert regate.apply(model).first
