@@ -153,8 +153,9 @@ def without_cache(decoder: nn.Module, *, called_so: bool) -> Iterator[None]:
 
 
 def _call_without_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    told = by_name(decoder, args, kwargs)
-    return None if told.get("use_cache") is not None else ((), told | {"use_cache": False})
+    if kwargs.get("use_cache") is not None or "use_cache" in by_name(decoder, args, {}):
+        return None
+    return args, kwargs | {"use_cache": False}
 
 
 def _plain_weight(module: nn.Module) -> Any:
