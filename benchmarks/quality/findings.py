@@ -46,6 +46,7 @@ PAIRS = (
     ("regate", "teacher-small", "what a teacher of the student's size is worth"),
     ("teacher-large", "regate", "for a larger teacher"),
     ("long-regate", "long-dense", "over twice as many steps"),
+    ("few-dense", "dense", "for a fifth of the samples five times as often"),
     ("few-regate", "few-dense", "over five times as many epochs"),
     ("few-regate", "few-random", "over five times as many epochs, at equal budget"),
     ("short-visual25-visible", "short", "for a quarter of the visual tokens"),
