@@ -44,7 +44,10 @@ CHOICES = (
         "student's losses alone need no teacher",
     ),
     Choice(("keep",), ("keep25", "keep75"), "the paper's; a quarter costs less, and has less to spare"),
-    Choice(("budget",), ("budget",), "the paper's; the batch's is ahead on drawings and behind nowhere: the next default, with ten seeds of each"),
+    Choice(
+        ("budget",), ("budget",),
+        "the paper's; the batch's is ahead on drawings and behind nowhere: the next default, with ten seeds of each",
+    ),
     Choice(("explore",), ("explore",), "the paper's; a share at random won in one stuck seed, and nothing elsewhere"),
     Choice(("full_steps",), ("full2", "full8"), "the paper's share; more and fewer differ in one stuck seed alone"),
     Choice(("final_full_steps",), ("lastfull",), "full samples in every step leave nothing for the end to mend"),
