@@ -60,7 +60,7 @@ class Config:
             makes their keys and values: little work where heads share these (grouped-query attention).
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
             have embeddings most like another's (see `regate.scoring.visual`). Hiding them costs quality; with
-            elided="visible" computing a quarter of them cost 1.6 points (docs/evidence.md).
+            elided="visible" computing a quarter of them cost 1.3 points (docs/evidence.md).
         guard: how many nats the mean loss of a sample's easiest labels, which sparse steps leave out, may rise above
             the lowest it was; beyond, steps are full until half of that is gone, a `cycle` at most, and the report says
             so (`regate.scoring.guard`). None does not look. It is read off samples that keep every label, so

@@ -18,6 +18,7 @@ from benchmarks.quality.summary import FEW
 NOTES = {
     "captions": "Which of two templates an answer follows is not told, so that about half of the whole answers can be "
     "right. Seeds from 10 on were made on another machine.",
+    "clips": "Seeds from 10 on were made on another machine.",
     "photos-early": "The parts were linked by {settings[link_steps]} steps on other pictures, each seed's own. That "
     "is not enough for all: dense training ends anywhere between 48% and 88%, and where an arm gets is luck, too.",
     "photos": "Seeds start in turn from {settings[starts]} models, whose parts were linked by {settings[link_steps]} "
