@@ -28,7 +28,7 @@ def followable_checkpoints(decoder: nn.Module) -> Iterator[None]:
     """Inside, the decoder's layers checkpoint their forward, where something hooks onto them."""
     with contextlib.ExitStack() as scope:
         for wrapper in _around_layers(decoder):
-            if type(wrapper) is CheckpointWrapper and _has_hooks(_layer_in(wrapper)):
+            if _can_stand_aside(wrapper) and _has_hooks(_layer_in(wrapper)):
                 scope.enter_context(_aside(wrapper))
         if _OF_CALLS:
             for kind in {type(part) for part in every_part(decoder) if _hooked(part)}:
@@ -43,7 +43,7 @@ def within_checkpoints(decoder: nn.Module) -> Iterator[nn.Module]:
         if isinstance(wrapper, CheckpointWrapper):
             layer, *parts = every_part(_layer_in(wrapper))
             yield from parts
-            served = type(wrapper) is CheckpointWrapper and wrapper in around_layers
+            served = _can_stand_aside(wrapper) and wrapper in around_layers
             if not (served and isinstance(layer, GradientCheckpointingLayer)):
                 yield layer
 
@@ -57,11 +57,19 @@ def _around_layers(decoder: nn.Module) -> Iterator[CheckpointWrapper]:
             yield from _around_layers(child)
 
 
-class _Aside(CheckpointWrapper):
-    """One that leaves it to its layer."""
+def _can_stand_aside(wrapper: CheckpointWrapper) -> bool:
+    """Does it checkpoint as torch's does? It may have a class of FSDP2's, which accelerate lets split wrappers, too."""
+    return type(wrapper).forward is CheckpointWrapper.forward
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+
+@functools.cache
+def _standing_aside(kind: type[CheckpointWrapper]) -> type[CheckpointWrapper]:
+    """Of wrappers that leave it to their layer; one class for each, lest it is captured anew at every call."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._checkpoint_wrapped_module(*args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 @contextlib.contextmanager
@@ -69,12 +77,13 @@ def _aside(wrapper: CheckpointWrapper) -> Iterator[None]:
     """Inside, the wrapped layer checkpoints its forward by itself, as if it had been told to."""
     layer: Any = _layer_in(wrapper)
     told = {name: vars(layer)[name] for name in _TOLD if name in vars(layer)}
-    wrapper.__class__ = _Aside
+    kind = type(wrapper)
+    wrapper.__class__ = _standing_aside(kind)
     layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, wrapper.checkpoint_fn
     try:
         yield
     finally:
-        wrapper.__class__ = CheckpointWrapper
+        wrapper.__class__ = kind
         for name in _TOLD:
             delattr(layer, name)
         for name, value in told.items():

@@ -53,7 +53,8 @@ def apply(
 
     Raises:
         UnknownArchitectureError: no adapter serves the model, or PEFT adapts it by a method that cannot be followed.
-        UnsupportedShardingError: teacher="copy" or "4bit" for a model that FSDP2 or DeepSpeed ZeRO-3 has split.
+        UnsupportedShardingError: teacher="copy" or "4bit" for a model that FSDP2 or DeepSpeed ZeRO-3 has split, or
+            whose weights ranks lack.
         StoreMismatchError: the store's reference losses were made by another teacher.
         ConfigError: a setting out of range, or that does not exist.
         UnknownBackendError: torch knows no backend of that name.

@@ -127,7 +127,6 @@ class Attached:
             refuse_opaque(module, parts.decoder)
             self._look_around()
             self._looked = True
-        parts.scorer.exchange.claim()
         if parts.handle.statistics.failed is None:  # else on_unsupported="warn": the decoder runs dense
             self._forward = Forward.begin(parts, batch, step=self.steps.step)
         if self._forward is None:
@@ -198,6 +197,7 @@ class Attached:
             if now[0] == self._copied[0] and not torch.equal(now[1].cpu(), self._copied[1].cpu()):
                 parts.note(CHANGED_SINCE)
         self._copied = None
+        parts.scorer.exchange.claim()
         fresh = parts.counters.labels_seen == 0  # else a state was loaded, and its memory with it
         if fresh and not store.temporary and checkpoint.rank() == 0 and (n := store.count("difficulty")):
             parts.note(OF_ANOTHER_RUN.format(path=store.path, n=n))

@@ -36,6 +36,7 @@ from regate.training.calls import OuterCall, inner_call
 from regate.training.counters import Counters
 from regate.training.hooks import call_weakly
 from regate.training.sharding import forget_layers, gather_by_layer, refuse_opaque
+from regate_patch import is_sharded
 
 log = logging.getLogger("regate")
 NOT_DEALT_OUT = (
@@ -191,7 +192,7 @@ class Gate:
             StoreMismatchError: the store's are another teacher's.
             StoreError: reference losses are missing, and the model that would give them was trained meanwhile.
             ConfigError: this rank has no batch, but others have.
-            UnsupportedShardingError: see `inner_call`.
+            UnsupportedShardingError: see `inner_call`; or ranks still lack the weights that would answer.
         """
         device = next(self._parts.target.parameters()).device
         refuse_opaque(self._parts.target, self._parts.decoder)
@@ -221,19 +222,19 @@ class Gate:
     def choose(self, batch: Batch, *, full: bool = False) -> Tensor:
         """The labels [B, S] bool that a sparse (or full) step would keep of this batch now; trains nothing."""
         self.flush()
-        self._meet_teacher()
         with torch.no_grad():
             layout, samples = self._parts.read(batch)
         if full:
             return samples.segments.pack(samples.candidates)
+        self._meet_teacher()
         whole = self._parts.turns_of(layout, samples)
         self.scorer.prepare(samples, full=False, whole=whole, running=False)
         return samples.segments.pack(self.scorer.keep(samples, whole=whole))
 
     def _meet_teacher(self) -> None:
-        self.scorer.meet_teacher(self.step)
-        if self._teacher is not None and self._teacher.waits:
+        if self._teacher is not None and self._teacher.waits and not is_sharded(self.model):
             raise UnsupportedShardingError(NOT_DEALT_OUT)
+        self.scorer.meet_teacher(self.step)
 
     def flush(self) -> None:
         """Write the difficulties of earlier forwards to the store; the forward after the next one would, too."""

@@ -14,6 +14,7 @@ from regate.scoring.guard import Guard
 from regate.scoring.scorer import Scorer
 from regate.scoring.turns import Turns
 from regate.training.steps import Steps
+from regate_patch import is_sharded
 
 OTHER_TEACHER = (
     "the run that is continued had another teacher: by default it is the language model as it was when the gate was "
@@ -61,6 +62,8 @@ class RunState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; what was learnt since is forgotten."""
         scorer, store = self._scorer, self._scorer.store
+        if scorer.teacher is not None and is_sharded(scorer.teacher.model):
+            scorer.meet_teacher(state["step"])
         had, has = state.get("teacher"), scorer.taught_by
         if scorer.lazily and had and has and had != has:
             raise StoreMismatchError(OTHER_TEACHER)

@@ -54,7 +54,8 @@ class GateCallback(TrainerCallback, ExportableState):
             ConfigError: a trainer that trains on no labels, or weighs them by their sum; a training set that cannot be
                 gone through before the first step, and a teacher that needs it.
             CheckpointError: a gated run is resumed whose gate state cannot be found.
-            StoreError: it is resumed without the reference losses that it had.
+            StoreError: it is resumed without the reference losses that it had, or with those of another teacher, or a
+                run of another process learns into its store.
         """
         gate = _gate(model)
         self.gated = gate is not None
@@ -73,7 +74,8 @@ class GateCallback(TrainerCallback, ExportableState):
                 f"loss_type={loss_type!r} weighs labels by what is summed over them, and sparse steps rescale "
                 "that sum; use loss_type='nll', or regate.Config(keep=1.0)"
             )
-        gate.scorer.meet_teacher(state.global_step)
+        if is_sharded(gate.model):
+            gate.scorer.meet_teacher(state.global_step)
         if state.global_step not in (0, gate.step) and not gate.just_loaded:
             _resume(gate, args, state)
         elif state.global_step == 0:
@@ -111,18 +113,6 @@ class GateCallback(TrainerCallback, ExportableState):
     ) -> None:
         if (gate := _gate(model)) is not None:
             gate.scorer.recurrence.epoch_ended()
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **others: Any,
-    ) -> None:
-        if (gate := _gate(model)) is not None:
-            gate.flush()
-            gate.exchange.let_go()  # another process may train with the store now
 
     def on_log(
         self,

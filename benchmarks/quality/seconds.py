@@ -161,8 +161,9 @@ def main() -> None:
     before = json.loads(args.out.read_text()) if args.out.exists() else {"tasks": {}}
     tasks = before["tasks"]
     known = {"torch": made["torch"], "transformers": made["transformers"], "turns": args.turns}
-    if args.arms and any(before.get(name) != value for name, value in known.items()):
-        parser.error(f"the arms that stay in {args.out} were timed otherwise: {before}, now {known}")
+    then = {name: before.get(name) for name in known}
+    if tasks and then != known:
+        parser.error(f"what stays in {args.out} was timed otherwise, {then}, not {known}; give another --out")
     for name in args.tasks:
         wanted = {"dense", *args.arms} if args.arms else {run["arm"] for run in committed[name]["runs"]}
         arms = [arm for arm in ARMS if arm in wanted]

@@ -121,8 +121,8 @@ class _Flight:
 
 def _claimed(store: Store) -> BaseFileLock | None:
     """See `Store.claim`; ranks are one run, for which the first one speaks, also before they know of each other."""
-    first = rank() == 0 and os.environ.get("RANK", "0") == "0"
-    return store.claim() if first and not store.temporary else None
+    number = rank() if ranks() > 1 else int(os.environ.get("RANK", 0)) * (os.environ.get("WORLD_SIZE", "1") != "1")
+    return store.claim() if number == 0 and not store.temporary else None
 
 
 class Exchange:
@@ -145,7 +145,7 @@ class Exchange:
         self._one_file = False
 
     def claim(self) -> None:
-        """Begin to learn, or go on: no run of another process of this machine may, into the first rank's store.
+        """Begin to learn: from now on no run of another process of this machine may, into the first rank's store.
 
         Raises:
             StoreInUseError: one does at the moment.
@@ -154,7 +154,7 @@ class Exchange:
         self._lock = self._lock or _claimed(self.store)
 
     def let_go(self) -> None:
-        """Nothing is learnt for now."""
+        """Nothing more is learnt."""
         self._learns = False
         self._release()
 

@@ -28,7 +28,6 @@ from regate.scoring.selection import keep_highest
 from regate.teaching.teacher import Teacher
 from regate.training.counters import Counters
 from regate.training.segments import Segments
-from regate_patch import is_sharded
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Scorer:
         self.exchange.use(store)
 
     def meet_teacher(self, steps: int) -> None:
-        """Where the teacher waits for weights that are there by now: are the store's reference losses its?
+        """The weights of one that waits for them are there: are the store's reference losses its?
 
         On every rank, if on any. Weights that learn are the teacher's before the first of `steps` alone.
 
@@ -126,15 +125,16 @@ class Scorer:
             StoreMismatchError: they are another's.
         """
         teacher = self.teacher
-        if teacher is None or not teacher.waits or not is_sharded(teacher.model):
+        if teacher is None or not teacher.waits:
             return
-        teacher.waits = False
         if teacher.lasts or steps == 0:
             self._bind(teacher, self.store)
+        teacher.waits = False
 
     def _bind(self, teacher: Teacher, store: Store) -> None:
-        self.taught_by = teacher.fingerprint()
-        store.bind(self.taught_by)
+        fingerprint = teacher.fingerprint()
+        store.bind(fingerprint)
+        self.taught_by = fingerprint
 
     def prepare(self, samples: Samples, *, full: bool, whole: Tensor | None = None, running: bool = True) -> None:
         """See that the samples of a training forward have reference losses; one without labels is a forward, too.

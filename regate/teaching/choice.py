@@ -39,11 +39,12 @@ def teacher_of(
     if choice is None or not config.uses_references:
         return None
     if isinstance(choice, CrossTokenizerTeacher):
+        waits = lacks_weights(choice.model)
         if not choice.agree:
-            return Translated(choice, ends_of(model), backend=backend, on_unsupported=on_unsupported)
+            return Translated(choice, ends_of(model), backend=backend, waits=waits, on_unsupported=on_unsupported)
         choice = choice.model
     source: Source = "copy"
-    waits = isinstance(choice, str) and lacks_weights(model)
+    waits = lacks_weights(choice if isinstance(choice, nn.Module) else model)
     if isinstance(choice, nn.Module):
         model, adapter, source = choice, find_adapter(choice), "given"
     elif choice == "4bit" and not uses_peft(model, adapter):

@@ -41,10 +41,10 @@ from regate_patch import is_sharded
 log = logging.getLogger("regate")
 Source = Literal["copy", "4bit", "live", "given"]
 NO_WEIGHTS = (
-    "this rank has no weights of the language model yet, or may have none, and its answers before training are the "
-    "teacher's. Let every rank read them (fsdp_cpu_ram_efficient_loading: false in accelerate's config); or leave the "
-    "teacher to teacher='auto', which waits for them where accelerate launches with that setting; or, in a loop of "
-    "your own, call regate.apply when ranks have them, with teacher='first'"
+    "ranks have no weights of the teacher yet, or others than one another, and what it answers before training is what "
+    "counts. Let every rank read them (fsdp_cpu_ram_efficient_loading: false in accelerate's config); or leave the "
+    "teacher to teacher='auto', which waits for the model's own where accelerate launches with that setting; or, in a "
+    "loop of your own, call regate.apply when ranks have them, with teacher='first'"
 )
 _STRANGE = 0.02  # the share of labels without an id in the teacher's vocabulary from which on it is doubted
 
@@ -63,6 +63,7 @@ class Teacher:
 
     Attributes:
         lasts: may it be asked after the first optimizer step? Else its weights are those that learn.
+        waits: has nobody looked at its weights, since ranks lacked them? (`Scorer.meet_teacher` ends it.)
     """
 
     def __init__(

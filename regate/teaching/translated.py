@@ -73,6 +73,7 @@ class Translated(Teacher):
         given: the teacher and both tokenizers.
         ends: ids of the student that end a text or a turn; the teacher reads its own end there.
         backend, on_unsupported: of the engine.
+        waits: see `Teacher`.
     """
 
     def __init__(
@@ -81,10 +82,11 @@ class Translated(Teacher):
         ends: Collection[int],
         *,
         backend: regate_patch.Backend,
+        waits: bool,
         on_unsupported: regate_patch.OnUnsupported,
     ) -> None:
-        model = given.model
-        super().__init__(model, find_adapter(model), backend=backend, source="given", on_unsupported=on_unsupported)
+        model, adapter = given.model, find_adapter(given.model)
+        super().__init__(model, adapter, backend=backend, source="given", waits=waits, on_unsupported=on_unsupported)
         self.tokenizer, self.student_tokenizer = given.tokenizer, given.student_tokenizer
         self.ends = {*ends, self.student_tokenizer.eos_token_id} - {None}
         begin = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)

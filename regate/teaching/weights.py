@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.integrations import is_fsdp_enabled
 
 from model_adapters import ModelAdapter
 from regate.memory.checkpoint import ranks
+from regate.memory.sharing import highest
 from regate.training.sharding import gathered
 from regate_patch import is_sharded
 
@@ -87,11 +89,18 @@ def split_root(model: nn.Module, inner: nn.Module) -> Any:
 
 
 def lacks_weights(model: nn.Module) -> bool:
-    """May ranks have no weights of the model yet, for from_pretrained reads them on one alone, and FSDP deals them out?
+    """Has some rank no weights of the model yet, for from_pretrained reads them on one alone, and FSDP deals them out?
 
-    What the others have until then differs between releases of transformers: parameters on "meta", zeros, or all.
+    Where that was asked for, every rank must come here. What the others have until then differs between releases of
+    transformers: parameters on "meta", zeros, or all weights; so ranks compare what they have.
     """
-    return is_fsdp_enabled() and ranks() > 1 and not is_sharded(model)
+    if not is_fsdp_enabled() or ranks() == 1 or is_sharded(model):
+        return False
+    digest = blake2b(digest_size=7)
+    for parameter in model.parameters():
+        digest.update(b"meta" if parameter.is_meta else some_values(parameter).numpy().tobytes())
+    number = int.from_bytes(digest.digest())
+    return highest(number) != -highest(-number)
 
 
 def is_tight(model: nn.Module, adapter: ModelAdapter) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model_adapters.signatures import by_name, signature
+from model_adapters.signatures import signature
 
 
 class Hook:
@@ -132,8 +133,8 @@ def followable_dora() -> Iterator[None]:
 def without_cache(decoder: nn.Module, *, called_so: bool) -> Iterator[None]:
     """Inside, a decoder makes no cache by itself: keys of positions that are not computed cannot be cached.
 
-    Where the model is `called_so`, its decoder is, too, unless it is told what to do. Else the model goes by its
-    config, which is changed meanwhile: hooks do not learn of Ctrl-C, after which it could be saved so.
+    Where the model is `called_so`, its decoder is, too. Else the model goes by its config, which is changed meanwhile:
+    hooks do not learn of Ctrl-C, after which it could be saved so.
     """
     config: Any = getattr(decoder, "config", None)
     if not getattr(config, "use_cache", False):
@@ -153,8 +154,12 @@ def without_cache(decoder: nn.Module, *, called_so: bool) -> Iterator[None]:
 
 
 def _call_without_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if kwargs.get("use_cache") is not None or "use_cache" in by_name(decoder, args, {}):
+    if not torch.is_grad_enabled():  # a call aside, which may need one
         return None
+    parameters = signature(decoder).parameters
+    place, kind = list(parameters).index("use_cache"), parameters["use_cache"].kind
+    if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and len(args) > place:
+        return (*args[:place], False, *args[place + 1 :]), kwargs
     return args, kwargs | {"use_cache": False}
 
 

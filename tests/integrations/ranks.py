@@ -168,10 +168,10 @@ def wrapped(model: nn.Module, wrap: str) -> nn.Module:
         ]
     for part in apart:
         fully_shard(part, mesh=mesh)
-    if wrap == "fsdp2 in checkpoints":  # as accelerate leaves it, which checkpoints layers before it splits them
+    if wrap == "fsdp2 in checkpoints":  # as accelerate leaves it, which then splits what is left of the wrappers
         layers = conventional.decoder(model).layers
         for i, layer in enumerate(layers):
-            layers[i] = checkpoint_wrapper(layer, preserve_rng_state=False)
+            layers[i] = fully_shard(checkpoint_wrapper(layer, preserve_rng_state=False), mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 

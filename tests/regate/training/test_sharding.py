@@ -10,11 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointWrapper,
-    checkpoint_wrapper,
-    offload_wrapper,
-)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -108,8 +104,8 @@ def test_fsdp2_alone_and_hybrid_is_no_tensor_parallelism(names: tuple[str, ...],
     assert gate.report()["attention_blocks"] == 2
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_fsdp2_inside_activation_checkpoints(offload: bool, mesh: DeviceMesh) -> None:
+@pytest.mark.parametrize("around", ["nothing", "FSDP2", "offload"])
+def test_fsdp2_inside_activation_checkpoints(around: str, mesh: DeviceMesh) -> None:
     """As accelerate wraps layers where its `activation_checkpointing` is asked for: checkpointed, and not refused."""
 
     def step(model: nn.Module) -> tuple[float, list[Tensor], int]:
@@ -135,17 +131,18 @@ def test_fsdp2_inside_activation_checkpoints(offload: bool, mesh: DeviceMesh) ->
     layers = wrapped.model.language_model.layers
     for i, layer in enumerate(list(layers)):
         checkpointed = checkpoint_wrapper(layer, preserve_rng_state=False)
-        layers[i] = offload_wrapper(checkpointed) if offload else checkpointed
+        layers[i] = offload_wrapper(checkpointed) if around == "offload" else checkpointed
         fully_shard(layer, mesh=mesh)
-    names = [name for name, _ in wrapped.named_modules()]
+        if around == "FSDP2":
+            fully_shard(checkpointed, mesh=mesh)
+    kinds = [(name, type(module)) for name, module in wrapped.named_modules()][1:]
     loss, gradients, kept = step(plain)
     same_loss, same_gradients, fewer = step(fully_shard(wrapped, mesh=mesh))
     assert same_loss == pytest.approx(loss, rel=1e-12)
     for one, other in zip(same_gradients, gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     assert fewer < 0.6 * kept
-    assert [name for name, _ in wrapped.named_modules()] == names
-    assert type(getattr(layers[0], "_checkpoint_wrapped_module", None) if offload else layers[0]) is CheckpointWrapper
+    assert [(name, type(module)) for name, module in wrapped.named_modules()][1:] == kinds
     assert not wrapped.is_gradient_checkpointing
 
 
