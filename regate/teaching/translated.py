@@ -82,7 +82,7 @@ class Translated(Teacher):
         ends: Collection[int],
         *,
         backend: regate_patch.Backend,
-        waits: bool,
+        waits: bool = False,
         on_unsupported: regate_patch.OnUnsupported,
     ) -> None:
         model, adapter = given.model, find_adapter(given.model)

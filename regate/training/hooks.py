@@ -154,11 +154,13 @@ def without_cache(decoder: nn.Module, *, called_so: bool) -> Iterator[None]:
 
 
 def _call_without_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not torch.is_grad_enabled():  # a call aside, which may need one
-        return None
     parameters = signature(decoder).parameters
     place, kind = list(parameters).index("use_cache"), parameters["use_cache"].kind
-    if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and len(args) > place:
+    by_place = kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and len(args) > place
+    told = args[place] if by_place else kwargs.get("use_cache")
+    if told is not None and not torch.is_grad_enabled():  # a call aside, which may need one
+        return None
+    if by_place:
         return (*args[:place], False, *args[place + 1 :]), kwargs
     return args, kwargs | {"use_cache": False}
 
