@@ -150,19 +150,29 @@ def dealt_out(rank: int, cell: Any) -> dict[str, Any]:
     return {**found(gate), "losses": losses}
 
 
-def _goes_on(cell: Any, before: regate.Gate) -> None:
-    """With weights that have learnt, and its store."""
+@torch.no_grad()
+def _learnt(cell: Any, before: regate.Gate) -> tuple[nn.Module, regate.Gate]:
+    """A model that has learnt, and a gate that came when the first rank alone had its weights: others had zeros."""
     model: Any = build(cell)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.01)
+    for parameter in model.parameters():
+        parameter.add_(0.01 * parameter.requires_grad)
+    weights = [parameter.clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.mul_(dist.get_rank() == 0)
     with patch.dict(os.environ, DEALT):
         gate = regate.apply(model, CONFIG, store=before.store)
+    for parameter, values in zip(model.parameters(), weights, strict=True):
+        parameter.copy_(values)
+    return model, gate
+
+
+def _goes_on(cell: Any, before: regate.Gate) -> None:
+    """With its store."""
+    model, gate = _learnt(cell, before)
     called = wrapped(model, "fsdp2")
     gate.load_state_dict(before.state_dict())
     called(**batch_of(dist.get_rank()))
-    assert not gate.report()["teacher_samples"] - before.report()["teacher_samples"]
+    assert gate.report()["teacher_samples"] == before.report()["teacher_samples"]
 
 
 def _train(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[float]:
