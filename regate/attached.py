@@ -77,7 +77,6 @@ class Attached:
         self._gating = False  # is one running, or about to?
         self._copied = some_values(parts.decoder) if learns_from_copy else None
         self._looked = False  # at what the model has become since, once
-        self._met = False  # the teacher, once
         self._hooks = [
             parts.target.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
             parts.target.register_forward_hook(Hook(self._after), prepend=True, with_kwargs=True, always_call=True),
@@ -106,9 +105,7 @@ class Attached:
             if batch.get("labels") is not None:
                 self.steps.forward_in_eval_mode()
             return args, kwargs
-        if not self._met:  # on every rank, whatever its batch
-            parts.scorer.meet_teacher(self.steps.step)
-            self._met = True
+        parts.scorer.meet_teacher(self.steps.step)  # on every rank, whatever its batch
         parts.pace.wait(embedded=batch.get("input_ids") is None)  # an own wrapper's encoder ran before
         late = changes_call(module, self._hooks[0].id)
         if batch.get("labels") is None or late is not None:

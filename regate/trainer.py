@@ -74,8 +74,6 @@ class GateCallback(TrainerCallback, ExportableState):
                 f"loss_type={loss_type!r} weighs labels by what is summed over them, and sparse steps rescale "
                 "that sum; use loss_type='nll', or regate.Config(keep=1.0)"
             )
-        if is_sharded(gate.model):
-            gate.scorer.meet_teacher(state.global_step)
         if state.global_step not in (0, gate.step) and not gate.just_loaded:
             _resume(gate, args, state)
         elif state.global_step == 0:

@@ -121,8 +121,9 @@ class _Flight:
 
 def _claimed(store: Store) -> BaseFileLock | None:
     """See `Store.claim`; ranks are one run, for which the first one speaks, also before they know of each other."""
-    number = rank() if ranks() > 1 else int(os.environ.get("RANK", 0)) * (os.environ.get("WORLD_SIZE", "1") != "1")
-    return store.claim() if number == 0 and not store.temporary else None
+    alone = ranks() == 1 and os.environ.get("WORLD_SIZE", "1") == "1"
+    first = alone or (rank() == 0 and os.environ.get("RANK", "0") == "0")
+    return store.claim() if first and not store.temporary else None
 
 
 class Exchange:

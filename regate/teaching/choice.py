@@ -38,21 +38,19 @@ def teacher_of(
         raise ConfigError(f"teacher must be one of {get_args(Named)}, a model, or None, got {choice!r}")
     if choice is None or not config.uses_references:
         return None
-    if isinstance(choice, CrossTokenizerTeacher):
-        waits = lacks_weights(choice.model)
-        if not choice.agree:
-            return Translated(choice, ends_of(model), backend=backend, waits=waits, on_unsupported=on_unsupported)
-        choice = choice.model
+    given = choice.model if isinstance(choice, CrossTokenizerTeacher) else choice
+    waits = lacks_weights(given if isinstance(given, nn.Module) else model)
+    if isinstance(choice, CrossTokenizerTeacher) and not choice.agree:
+        return Translated(choice, ends_of(model), backend=backend, waits=waits, on_unsupported=on_unsupported)
     source: Source = "copy"
-    waits = lacks_weights(choice if isinstance(choice, nn.Module) else model)
-    if isinstance(choice, nn.Module):
-        model, adapter, source = choice, find_adapter(choice), "given"
-    elif choice == "4bit" and not uses_peft(model, adapter):
+    if isinstance(given, nn.Module):
+        model, adapter, source = given, find_adapter(given), "given"
+    elif given == "4bit" and not uses_peft(model, adapter):
         source = "4bit"
     elif (
-        choice in ("first", "precomputed")
-        or (choice != "copy" and uses_peft(model, adapter))
-        or (choice == "auto" and (waits or is_sharded(model) or is_tight(model, adapter)))
+        given in ("first", "precomputed")
+        or (given != "copy" and uses_peft(model, adapter))
+        or (given == "auto" and (waits or is_sharded(model) or is_tight(model, adapter)))
     ):
         source = "live"
     return Teacher(model, adapter, backend=backend, source=source, waits=waits, on_unsupported=on_unsupported)

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 import regate
 from regate.errors import StoreError, UnsupportedShardingError
+from regate.teaching.weights import lacks_weights
 from tests import oracle
 from tests.integrations.ranks import CELLS as WAYS
 from tests.integrations.ranks import build, wrapped
@@ -157,9 +158,10 @@ def _learnt(cell: Any, before: regate.Gate) -> tuple[nn.Module, regate.Gate]:
     for parameter in model.parameters():
         parameter.add_(0.01 * parameter.requires_grad)
     weights = [parameter.clone() for parameter in model.parameters()]
-    for parameter in model.parameters():
-        parameter.mul_(dist.get_rank() == 0)
     with patch.dict(os.environ, DEALT):
+        assert not lacks_weights(model)
+        for parameter in model.parameters():
+            parameter.mul_(dist.get_rank() == 0)
         gate = regate.apply(model, CONFIG, store=before.store)
     for parameter, values in zip(model.parameters(), weights, strict=True):
         parameter.copy_(values)
