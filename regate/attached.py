@@ -114,7 +114,7 @@ class Attached:
             else:
                 self._go_last(late)
             parts.pace.wait()
-            parts.readers.due(None)
+            parts.readers.due(None, batch)
             return args, kwargs
         if is_recomputed():
             self._refuse(RECOMPUTED)

@@ -33,7 +33,7 @@ from regate.output import router
 from regate.output.head import Reading, embeddings, hidden_states, is_aside, with_hidden_states
 from regate.output.logits import LazyHead
 from regate.output.loss import Places
-from regate.output.outputs import kept_losses, rescale, with_logits
+from regate.output.outputs import get, kept_losses, rescale, with_logits
 from regate.output.withheld import WithheldLogits, watched
 from regate.parts import Parts
 from regate.proof.prove import Proven, few_of, prove
@@ -43,6 +43,7 @@ from regate.proof.trial import Subject
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples
 from regate.training import supervision
+from regate.training.batches import ignored_as_here
 from regate.training.hooks import followable_dora, without_cache
 from regate.undisturbed import without_dropout
 from regate_patch import is_sharded, to_device
@@ -61,6 +62,13 @@ OTHER = (
     "on the first batch the engine's numbers without padding are not the model's, by more than its dtype's digits "
     "explain. Full steps run the model as it is, but sparse steps may be off as much: train it with "
     "regate.Config.exact() or without a gate, and report the model"
+)
+
+
+NOT_ONE = (
+    "the model's loss is no single number, and sparse steps have losses of the labels that they keep alone: what takes "
+    "their mean outside must divide by the number of these, gate.last.kept, and not by all labels of the batch, or the "
+    "gradient is too small by the share that is kept"
 )
 
 
@@ -93,7 +101,8 @@ class Forward:
         self._scope = contextlib.ExitStack()
         self._active: regate_patch.Active | None = None  # what the decoder ran on
         self._entered = False  # was it to run on less than everything?
-        self._decoded: Any = None  # its output
+        self._made: Tensor | None = None  # the hidden states that it made
+        self._decoded: Any = None  # what the model goes on with instead of its output
         self._asked, self._inside = parts.readers.hanging(self._call)
         if self._asked or self._inside:
             install_recording(self._target, self._decoder)
@@ -127,7 +136,7 @@ class Forward:
         parts.turns.forward(step)
         whole = None if full else parts.turns_of(layout, samples)
         parts.scorer.prepare(samples, full=full, whole=whole)
-        due = parts.readers.due(layout.labels if labelled else None)
+        due = parts.readers.due(layout.labels if labelled else None, layout.call or batch)
         if not labelled:
             return None
         parts.scorer.collect()
@@ -157,7 +166,7 @@ class Forward:
                 yield
 
         device_labels = to_device(some.labels, self._device)
-        with without_dropout(self._decoder) as had_dropout, self._aside(had_dropout):
+        with without_dropout(self._decoder) as had_dropout, self._aside(had_dropout), ignored_as_here():
             proven = prove(
                 Subject(
                     model=self._target,
@@ -175,6 +184,7 @@ class Forward:
                     short=shortens and parts.config.logits == "kept",
                     at_least=Read.ALL if parts.config.logits == "all" else Read.VALID if self._balanced else Read.KEPT,
                     backward=not sharded,
+                    in_step=parts.readers.in_step,
                     highest=highest if parts.readers.in_step else int,
                 )
             )
@@ -299,6 +309,7 @@ class Forward:
         """What the model goes on with instead of its decoder's output."""
         if is_aside(args, kwargs, tuple(self.decision.labels.shape)):
             return output
+        self._made = hidden_states(output).detach()
         if self._reading is not None:
             output = self._reading.shorten(output)
             left_out = self._reading.unread
@@ -317,7 +328,7 @@ class Forward:
     def outgrown(self, output: Any) -> bool:
         """Is more read of what the decoder computes than was proven? Then this forward must run anew."""
         elsewhere = 0 if self._active is None else self.parts.handle.statistics.put_elsewhere
-        return self.parts.readers.outgrown(self.saving, output, self._decoded, elsewhere=elsewhere)
+        return self.parts.readers.outgrown(self.saving, output, self._decoded, made=self._made, elsewhere=elsewhere)
 
     def again(self) -> Forward:
         """The same forward, after another proof if its loss was not proven."""
@@ -356,7 +367,11 @@ class Forward:
         parts.scorer.observe(self._samples, self._kept, losses, whole=whole)
         if self._whole is not None:
             self._end_turns(self._whole)
+        if not decision.full and isinstance(loss := get(output, "loss"), Tensor) and loss.numel() > 1:
+            parts.note(NOT_ONE)
         output = self._handed_out(output)
+        if self._balanced and active is not None:
+            output = router.watch_scores(output, ~decision.active)
         parts.counters.gate_seconds += time.perf_counter() - start
         return output
 

@@ -90,9 +90,11 @@ class Parts:
         """The batch as the decoder sees it, [B, S] on the CPU, and its samples.
 
         Raises:
+            NotElidedError: the model has another decoder by now.
             UnknownArchitectureError: the adapter cannot read it.
             LabelsError, PackedRowsError: see `batches.on_host`.
         """
+        self._check_decoder()
         looked_up = (
             held_whole(self.adapter.embeddings(self.model))
             if batch.get("input_ids") is None
@@ -106,7 +108,7 @@ class Parts:
             raise UnknownArchitectureError(str(error)) from error
         if stand_in(self.decoder) is not None and not called_by(self.decoder):
             check_boundaries(batch)
-        layout, segments, on_padding = batches.on_host(batch, layout, vocabulary=self.vocabulary)
+        layout, segments, on_padding = batches.on_host(batch, layout, vocabulary=self.vocabulary, model=self.target)
         alone = segments.unpack_layout(layout)
         text = keys.text_keys(alone)
         given = self.outer.arguments | dict(batch)
@@ -116,6 +118,15 @@ class Parts:
             self.note(keys.UNKNOWN_IMAGES)
         names = keys.sample_keys(text, visual, sample_ids)
         return layout, Samples(text, names, alone, self._apart(batch, segments), segments, on_padding)
+
+    def _check_decoder(self) -> None:
+        """It is still the one that is gated."""
+        now = self.adapter.decoder(self.model)
+        if now is not self.decoder and all(part is not self.decoder for part in self.model.modules()):
+            raise regate_patch.NotElidedError(
+                f"the decoder of {type(self.model).__name__} was replaced after regate.apply, by another "
+                f"{type(now).__name__}; call regate.apply(model) again"
+            )
 
     def _apart(self, batch: Batch, segments: Segments) -> Batch:
         """The batch with position ids of a row a sample."""

@@ -17,6 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from model_adapters.recording import install_recording
+from regate.errors import HiddenStatesError
+from regate.output.outputs import get
+from regate.output.withheld import watched
+from regate_patch import to_device
 
 _NAME = "load_balancing_loss_func"
 _FLAG = "output_router_logits"
@@ -62,3 +66,27 @@ def _counting(file: Any, active: Callable[[], Tensor]) -> Iterator[None]:
         yield
     finally:
         setattr(file, _NAME, original)
+
+
+def watch_scores(output: Any, left_out: Tensor) -> Any:
+    """The output, in which routers' scores complain of a loss that reads them where nothing is, bool [B, S]."""
+    scores = get(output, "router_logits")
+    if not isinstance(scores, tuple) or not hasattr(output, "router_logits"):
+        return output
+    where = to_device(left_out, scores[0].device)
+    output.router_logits = tuple(
+        watched(x.reshape(*left_out.shape, -1), where, _complain).reshape(x.shape)
+        if x.numel() == left_out.numel() * x.shape[-1]
+        else x
+        for x in scores
+    )
+    return output
+
+
+def _complain(read: Tensor) -> None:
+    if read:
+        raise HiddenStatesError(
+            f"a loss outside the model reads outputs.router_logits at {int(read)} positions that were not computed: "
+            "padding, and what a sparse step leaves out. Read them where gate.last.active says, or train with "
+            "regate.Config(logits='all'), whose full steps compute padding, too"
+        )

@@ -14,8 +14,10 @@ must be off (`without_dropout`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +26,25 @@ from regate.errors import LabelsError
 from regate.labels import predicted, predictors
 from regate.output.head import Reading
 from regate.proof.reads import GIVEN_UP, LEFT_OUT, Read
-from regate.proof.trial import Run, Subject, agree, close, is_finite, run, tolerance, tried
+from regate.proof.trial import (
+    Run,
+    Subject,
+    agree,
+    agree_by_chance,
+    agree_on_output,
+    close,
+    is_finite,
+    run,
+    tolerance,
+    tried,
+    untouched,
+)
 
+_OF_IMAGES = ("image", "pixel", "video", "audio", "grid", "second")  # in the names of what is no row's
 FEW = 64  # labels of each row that a proof looks at: enough to tell, and few enough to fit wherever training does
 _ELSEWHERE = "another rank's batch asks for it"
+_REENTRANT = "its head or its loss is checkpointed with use_reentrant=True, through which no gradient can be compared"
+_CHANGES = "the model's own loss changes from one call to the next, so that nothing can be compared"
 _NO_NUMBERS = "the model's own loss or gradients are not finite on the first batch, so that nothing can be compared"
 
 
@@ -41,8 +58,9 @@ class Proven:
         lazy: may its logits exist a chunk at a time?
         notes: what was given up, and why.
         other: with every position computed that is no padding, the engine's numbers are not the model's.
-        rows: did the batch tell a mean of labels from a mean of rows' means? One row, or rows with as many labels each,
-            cannot; then `short` holds for such batches alone.
+        rows: did the batch tell whether it matters in which row a label stands (see `tells_rows`)? Else `short` holds
+            for rows with as many labels each alone.
+        empty: had it a row without labels? Else `short` holds for rows with some alone.
     """
 
     read: Read
@@ -51,31 +69,52 @@ class Proven:
     notes: tuple[str, ...] = ()
     other: bool = False
     rows: bool = True
+    empty: bool = True
 
     def weakened(self, later: Proven) -> Proven:
-        """What both say may be left out; the notes and doubts are the later one's."""
+        """What both say may be left out, of whatever either has seen; the notes are the later one's."""
         return replace(
-            later, read=max(self.read, later.read), short=self.short and later.short, lazy=self.lazy and later.lazy
+            later,
+            read=max(self.read, later.read),
+            short=self.short and later.short,
+            lazy=self.lazy and later.lazy,
+            rows=self.rows or later.rows,
+            empty=self.empty or later.empty,
         )
 
 
 def few_of(labels: Tensor) -> Tensor:
     """The labels that a proof looks at, of labels [B, S]: bool [B, S].
 
-    Spread over each row, so that later samples of a packed one, and the far end of a long one, are compared, too.
+    Spread over each row, so that later samples of a packed one, and the far end of a long one, are compared, too; half
+    of them at most, as on a sparse step, so that what reads a label's position for something else is seen to.
     """
     candidates = predicted(labels)
-    every = (-(-candidates.sum(1) // FEW)).clamp(min=1)
+    every = (-(-candidates.sum(1) // FEW)).clamp(min=2)
     if len(every) > 1:  # as many in each row would hide that a loss is a mean of rows' means
         every[0] *= 2
     return candidates & ((candidates.cumsum(1) - 1) % every[:, None] == 0)
 
 
-def tells_rows(labels: Tensor) -> bool:
-    """Has one row more of these labels, bool [B, S], than another that has some?"""
+def tells_rows(labels: Tensor, call: Mapping[str, Any]) -> bool:
+    """Does it show with these labels, bool [B, S], whether it matters in which row a label stands?
+
+    For a mean of rows' means, where one row has more labels than another that has some. For a number that the call
+    gives each row, such as a weight, where these are unlike.
+    """
     counts = labels.sum(1)
     counts = counts[counts > 0]
-    return len(counts) > 1 and bool(counts.min() < counts.max())
+    if len(counts) < 2 or bool(counts.min() == counts.max()):
+        return False
+    of_rows = (x for name, x in call.items() if not any(word in name for word in _OF_IMAGES) and _is_of_rows(x, labels))
+    return not any(bool((x == x[0]).all()) for x in map(torch.as_tensor, of_rows))
+
+
+def _is_of_rows(x: Any, labels: Tensor) -> bool:
+    """A number for each row?"""
+    if isinstance(x, Tensor):
+        return x.dim() == 1 and len(x) == len(labels)
+    return isinstance(x, list | tuple) and len(x) == len(labels) and all(isinstance(n, int | float) for n in x)
 
 
 NOTHING = Proven(Read.ALL, short=False, lazy=False)  # was proven: nothing is left out
@@ -101,10 +140,15 @@ def prove(subject: Subject) -> Proven:
         chunked, eager = tried(partial(run, s, None, reading=reading, output=short.output, lazily=True))
         if chunked is not None and not agree(chunked, short):
             eager = f"its loss or gradient would be others: the loss {chunked.loss}, not {short.loss}"
-    own, problem = tried(partial(run, s, None, lazily=True)) if lazily and eager is None else (None, None)
+    own, problem = tried(partial(untouched, s, lazily=True)) if lazily and eager is None else (None, None)
     eager = eager or problem
     if own is None:
-        own = run(s, None)  # what it raises now is the model's own
+        try:
+            own = untouched(s)  # what it raises now is the model's own
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            return replace(NOTHING, notes=(_note(Read.ALL, _REENTRANT),))
     if not s.all(own is not None) or own is None:
         return replace(NOTHING, notes=(_note(Read.ALL, "the model returns no loss"),))
     if not s.all(is_finite(own)):
@@ -112,25 +156,44 @@ def prove(subject: Subject) -> Proven:
     implied, why = _implied(s, (own.by_hidden != 0).any(-1).cpu())
     if (anywhere := Read(s.highest(implied))) > implied:
         implied, why = anywhere, _ELSEWHERE
+    shaken = cache(lambda: tried(partial(untouched, s, lazily=lazily and eager is None, shaken=own.eps))[0])
     if short is not None and implied == Read.KEPT:
-        same = agree(short, own)
-        if s.all(same):
+        here, everywhere = _same(s, short, own, shaken)
+        if everywhere:
             notes = () if eager is None else (f"logits at kept labels are computed all at once: {eager}",)
-            return Proven(s.at_least, True, lazily and eager is None, notes, rows=s.all(tells_rows(s.few)))
-        long = _ELSEWHERE if same else _other_numbers(short, own, "on the short sequence", "on the whole")
+            rows, empty = s.all(tells_rows(s.few, s.call)), s.all(not bool(s.few.any(1).all()))
+            return Proven(s.at_least, True, lazily and eager is None, notes, rows=rows, empty=empty)
+        long = _ELSEWHERE if here else _other_numbers(short, own, "on the short sequence", "on the whole")
     why, other = why or long, False
     for level in (Read.LIVE, Read.VALID):
         if level < max(implied, s.at_least):
             continue
         found, problem = tried(partial(run, s, level))
-        same = found is not None and agree(found, own)
-        if s.all(same):
+        here, everywhere = _same(s, found, own, shaken)
+        if everywhere:
             asked = s.short or level > Read.LIVE  # else nobody wanted more to be left out
             return Proven(level, short=False, lazy=False, notes=(_note(level, why),) if why and asked else ())
-        other = found is not None and not same
+        other = found is not None and not here
         without = "without positions after the last label" if level == Read.LIVE else "without padding"
         why = why or problem or (None if found is None else _other_numbers(found, own, without, "with them"))
-    return replace(NOTHING, notes=(_note(Read.ALL, str(why)),), other=bool(s.highest(int(other))))
+    other = bool(s.highest(int(other)))
+    if other:
+        again, _ = tried(partial(untouched, s, lazily=lazily and eager is None))
+        if not s.all(again is not None and agree_on_output(again, own)):
+            why, other = _CHANGES, False
+    return replace(NOTHING, notes=(_note(Read.ALL, str(why)),), other=other)
+
+
+def _same(s: Subject, found: Run | None, own: Run, shaken: Callable[[], Run | None]) -> tuple[bool, bool]:
+    """Are these the model's own numbers, here, and on every rank? `shaken` is asked where that may be chance."""
+    here = found is not None and agree(found, own)
+    if s.all(here):
+        return True, True
+    if not s.all(found is not None and agree_on_output(found, own)):
+        return here, False
+    chance = shaken()
+    here = found is not None and chance is not None and agree_by_chance(found, own, chance)
+    return here, s.all(here)
 
 
 def _note(read: Read, why: str) -> str:

@@ -25,6 +25,7 @@ from regate.proof.reads import Read
 from regate_patch import is_sharded
 
 _WAYS = 8  # in which a model may compute its loss, each of them proven
+_FIRST = 3  # forwards after which it is looked at what modules keep
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Readers:
     _put_elsewhere: str | None = None  # who keeps values of the decoder that it does not return
     _strays: list[Tensor] = field(default_factory=list)  # positions that backward passes read for nothing, int64 []
     _in_step: bool | None = None
+    _looked: int = 0
 
     def __post_init__(self) -> None:
         self._between = way_to(self.target, self.decoder)[1:-1]
@@ -83,7 +85,7 @@ class Readers:
 
     # -- what is proven -------------------------------------------------------------------------------
 
-    def due(self, labels: Tensor | None) -> bool:
+    def due(self, labels: Tensor | None, call: Mapping[str, Any]) -> bool:
         """Is a proof due in this forward, with labels [B, S] or without any?
 
         In step it runs on all ranks at once: when all have labels. Where the first batch could not tell all, a later
@@ -91,9 +93,12 @@ class Readers:
         """
         if self.proven is None:
             return labels is not None if not self.in_step else not any_rank(labels is None)
-        if labels is None or self.proven.rows or self.in_step:
+        if labels is None or self.in_step or not self.proven.short:
             return False
-        return tells_rows(few_of(labels))
+        few = few_of(labels)
+        return (not self.proven.rows and tells_rows(few, call)) or (
+            not self.proven.empty and not bool(few.any(1).all())
+        )
 
     def learn(self, found: Proven) -> None:
         """A batch proved that."""
@@ -116,12 +121,14 @@ class Readers:
         else:
             read = Read.ALL
             self.note(f"{reads.GIVEN_UP[read]}: {why}")
-        short = everything is None and proven.short and (proven.rows or len(kept.sum(1).unique()) == 1)
+        counts = kept.sum(1)
+        known = (proven.empty or bool(counts.all())) and (proven.rows or len(counts.unique()) == 1)
+        short = everything is None and proven.short and known
         return Saving(read, short, lazy=short and proven.lazy)
 
     # -- what a forward showed ------------------------------------------------------------------------
 
-    def outgrown(self, saving: Saving, output: Any, decoded: Any, *, elsewhere: int) -> bool:
+    def outgrown(self, saving: Saving, output: Any, decoded: Any, *, made: Tensor | None, elsewhere: int) -> bool:
         """Is more read of what the decoder computes than was proven? Then this forward must run anew.
 
         A loss that comes about in a way of its own, as an auxiliary one does that is added later, was not proven.
@@ -130,6 +137,7 @@ class Readers:
             saving: what it left out.
             output: of the model.
             decoded: of the decoder; None where it did not run, or keeps all that it is to.
+            made: hidden states as the decoder made them, before anything was taken off.
             elsewhere: values that left the decoder otherwise.
         """
         if elsewhere and saving.read < Read.ALL:
@@ -140,6 +148,11 @@ class Readers:
         hidden = hidden_states(decoded)
         if hands_out(output, hidden):
             self._handed_out = reads.HANDED_OUT
+        elif saving.read < Read.ALL and self._looked < _FIRST:
+            self._looked += 1
+            parts = (self.target, *self._between, self.decoder)
+            self._handed_out = reads.kept_aside(parts, [hidden, *([] if made is None else [made])])
+        if self._handed_out:
             return True
         loss = loss_of(output)
         if loss is None or self.in_step:
@@ -173,8 +186,9 @@ class Readers:
         strays, self._strays = self._strays, []
         if read := sum(map(int, strays)):
             raise HiddenStatesError(
-                f"something besides the loss of {type(self.target).__name__} reads hidden states of its decoder, at "
-                f"{read} position(s) that no label is predicted from: they were not all computed, and are not where "
+                f"something besides the loss of {type(self.target).__name__}, or a part of it that had no gradient in "
+                f"the first forward, reads hidden states of its decoder, at {read} position(s) that no label is "
+                "predicted from: they were not all computed, and are not where "
                 "they would be. Call the model with output_hidden_states=True and take outputs.hidden_states, or train "
                 "with regate.Config(logits='all')"
             )

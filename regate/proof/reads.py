@@ -46,7 +46,9 @@ PUT_ELSEWHERE = (
     "all modules keeps them"
 )
 HANDED_OUT = "the model returns its decoder's output to the caller"
+KEPT_ASIDE = "{module}.{name} keeps its decoder's output"
 _FAR = 400  # operations of a loss that are looked at
+_MANY = 64  # entries of a list that a module keeps, or numbers in a factor: more are not looked at
 _ASKED = ("output_hidden_states", "output_attentions")
 _PLUMBING = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "regate", "regate_patch")
 
@@ -97,10 +99,25 @@ def logits_reader(head: nn.Module) -> str | None:
     return _hooked(head, inside=False)
 
 
+def kept_aside(parts: Iterable[nn.Module], values: Iterable[Tensor]) -> str | None:
+    """Which part keeps one of these values, or a view of it, for whoever reads it later; None if none does."""
+    own = {x.untyped_storage().data_ptr() for x in values if type(x) is Tensor}
+    for part in parts:
+        for name, kept in vars(part).items():
+            entries = (
+                list(kept.values()) if isinstance(kept, dict) else kept if isinstance(kept, list | tuple) else [kept]
+            )
+            if len(entries) <= _MANY and any(
+                type(x) is Tensor and x.untyped_storage().data_ptr() in own for x in entries
+            ):
+                return KEPT_ASIDE.format(module=type(part).__name__, name=name)
+    return None
+
+
 def operations(loss: Tensor, decoded: Any) -> frozenset[tuple[str, int]]:
     """The operations by which a loss comes from what its decoder returned, and how many there are of each.
 
-    A factor of 0 is told from others: what it multiplies is read, but has no gradient yet.
+    Factors with a 0 are told from others: what it multiplies is read, but has no gradient yet.
     """
     seen = {None, *(x.grad_fn for x in pytree.tree_leaves(decoded) if isinstance(x, Tensor))}
     found: Counter[str] = Counter()
@@ -118,18 +135,20 @@ def operations(loss: Tensor, decoded: Any) -> frozenset[tuple[str, int]]:
 def _by_zero(made_by: Any) -> bool:
     if getattr(made_by, "_saved_alpha", 1) == 0:
         return True
-    if not made_by.name().startswith("MulBackward"):
+    if not made_by.name().startswith(("MulBackward", "LerpBackward")):
         return False
     try:
-        factors = [getattr(made_by, name, None) for name in ("_saved_self", "_saved_other")]
+        factors = [getattr(made_by, name, None) for name in ("_saved_self", "_saved_other", "_saved_weight")]
     except RuntimeError:  # changed in place since
         return False
-    return any(_is_number(x) and not x for x in factors)
+    return any(_has_zero(x) for x in factors)
 
 
-def _is_number(x: Any) -> bool:
-    """One that is read without waiting for a device."""
-    return not x.dim() and x.device.type == "cpu" if isinstance(x, Tensor) else x is not None
+def _has_zero(x: Any) -> bool:
+    """Of a few numbers that are read without waiting for a device."""
+    if isinstance(x, Tensor):
+        return x.device.type == "cpu" and x.numel() <= _MANY and bool((x == 0).any())
+    return x is not None and not x
 
 
 def _hooked(module: nn.Module, *, inside: bool) -> str | None:

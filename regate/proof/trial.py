@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from regate_patch import PatchError, to_device
 
 _PARAMETERS = 3  # of the decoder, whose gradients are compared
 _SCALE = 2.0**10  # of a loss in float16, as trainers scale it: its gradients would fall below what float16 can tell
+_EPS = {"tf32": 2.0**-10, "bf16": 2.0**-7}  # of what products of float32 may be made with
+_BY_CHANCE = 3  # times what one rounding of the embeddings changes
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Subject:
         short: may the head be asked to run at kept labels alone?
         at_least: computed in any case.
         backward: may gradients be taken through the decoder and of parameters? Not where they are sharded.
-        highest: of the numbers that ranks say, the highest. Ranks of a sharded model run in step, so that what each
-            finds in its own batch decides for all.
+        in_step: must ranks run the model equally often?
+        highest: of the numbers that ranks in step say, the highest: what each finds in its own batch decides for all.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Subject:
     short: bool
     at_least: Read
     backward: bool
+    in_step: bool
     highest: Callable[[int], int]
 
     def all(self, this: bool) -> bool:
@@ -72,8 +75,7 @@ class Run:
         by_head: by the head's parameters, where they are compared.
         behind: by the decoder's input and some of its parameters, where the decoder ran.
         output: of the decoder, detached.
-        dtype: the narrowest that the decoder computed in: its output's, or autocast's, which may begin inside the
-            model's own forward (accelerate).
+        eps: of the narrowest numbers that the decoder computed in.
     """
 
     loss: Tensor
@@ -81,11 +83,29 @@ class Run:
     by_head: list[Tensor | None]
     behind: list[Tensor | None]
     output: Any
-    dtype: torch.dtype
+    eps: float
+
+
+def untouched(s: Subject, **options: Any) -> Run | None:
+    """The model as it is, see `run`; where memory on the device is scarce, with no more than a gated step takes."""
+    try:
+        return run(s, None, **options)
+    except torch.OutOfMemoryError:
+        if s.in_step:
+            raise
+    _make_room()
+    return run(s, None, offloaded=True, **options)
 
 
 def run(
-    s: Subject, level: Read | None, *, reading: Reading | None = None, output: Any = None, lazily: bool = False
+    s: Subject,
+    level: Read | None,
+    *,
+    reading: Reading | None = None,
+    output: Any = None,
+    lazily: bool = False,
+    shaken: float = 0.0,
+    offloaded: bool = False,
 ) -> Run | None:
     """The model once, forward and backward; None if it has no loss.
 
@@ -94,26 +114,28 @@ def run(
         reading: the head runs on the shortened sequence.
         output: of the decoder, from which on the model runs.
         lazily: with logits in chunks.
+        shaken: by how much embeddings are off, each by chance.
+        offloaded: what is saved for the backward pass waits on the host.
     """
     call, rows = s.call, None
     if reading is not None:
         call = {**call, "labels": to_device(reading.labels, call["labels"].device)}
         rows = reading.index.numel() // 3 + 1  # so that there are several chunks
-    seen: dict[str, Any] = {}
-
+    seen: dict[str, Any] = {"inside": False}
     shape = tuple(s.labels.shape)
 
     def enter(decoder: nn.Module, args: Any, kwargs: Any) -> None:
         if not is_aside(args, kwargs, shape):
-            seen["input"] = embeddings(args, kwargs)
+            seen.update(input=embeddings(args, kwargs), inside=True)
 
     def leave(decoder: nn.Module, args: Any, kwargs: Any, made: Any) -> Any:
         if is_aside(args, kwargs, shape):
             return made
+        seen["inside"] = False
         hidden = hidden_states(made)
         leaf = hidden.detach().requires_grad_()
         seen.update(hidden=hidden, leaf=leaf, output=with_hidden_states(made, hidden.detach()))
-        seen["dtype"] = _computed_in(hidden)
+        seen.update(zip(("dtype", "eps"), _computed_in(hidden), strict=True))
         made = with_hidden_states(made, leaf)
         return made if reading is None else reading.shorten(made)
 
@@ -121,8 +143,12 @@ def run(
         scope.enter_context(torch.enable_grad())
         scope.enter_context(undisturbed(s.model))
         scope.enter_context(_hooked(s.decoder, enter, leave))
-        if call["labels"].is_cuda and level is None and output is None:  # no more memory than a gated step takes
-            scope.enter_context(torch.autograd.graph.save_on_cpu())
+        if not s.backward:
+            scope.enter_context(_unless(lambda: seen["inside"]))
+        if offloaded:
+            scope.enter_context(_on_host(s.model))
+        if shaken:
+            call = scope.enter_context(_shaken(s.model, call, shaken))
         with contextlib.ExitStack() as forward:
             if level is not None:
                 forward.enter_context(s.elide(level, reading is not None and level == Read.KEPT))
@@ -139,7 +165,7 @@ def run(
         if by_hidden is None:
             by_hidden = torch.zeros_like(seen["leaf"])
         behind = [] if output is not None else _behind(s, scaled, seen["hidden"], by_hidden, seen["input"])
-    return Run(loss.detach(), by_hidden, list(by_head), behind, seen["output"], seen["dtype"])
+    return Run(loss.detach(), by_hidden, list(by_head), behind, seen["output"], seen["eps"])
 
 
 def _behind(s: Subject, loss: Tensor, hidden: Tensor, by_hidden: Tensor, entered: Tensor | None) -> list[Tensor | None]:
@@ -171,23 +197,45 @@ def tried(run: Callable[[], Run | None]) -> tuple[Run | None, str | None]:
     try:
         found = run()
         return found, None if found is not None else "there is no loss with a gradient"
-    except (ConfigError, PatchError):
-        raise  # the decoder cannot be gated at all, or not so, and the user must know
+    except (ConfigError, PatchError, torch.OutOfMemoryError):
+        raise  # the decoder cannot be gated at all, or not so, or not trained here, and the user must know
     except Exception as error:
         return None, f"the model cannot: {type(error).__name__}: {error}"
 
 
 def agree(a: Run, b: Run) -> bool:
-    """Equal up to half of the digits that the decoder's dtype has, and float32's for the loss."""
-    allowed = tolerance(b)
-    pairs: list[tuple[Tensor | None, Tensor | None]] = [(a.loss, b.loss), (a.by_hidden, b.by_hidden)]
-    for some, others in ((a.by_head, b.by_head), (a.behind, b.behind)):  # where both runs have them
-        pairs += zip(some, others, strict=True) if some and others else []
-    return all(close(x, y, allowed) for x, y in pairs)
+    """Equal up to half of the digits that the decoder computes with."""
+    return agree_on_output(a, b) and all(close(x, y, tolerance(b)) for x, y in _paired(a.behind, b.behind))
+
+
+def agree_on_output(a: Run, b: Run) -> bool:
+    """As `agree`, of the loss and its gradients by the decoder's output and the head."""
+    pairs = [(a.loss, b.loss), (a.by_hidden, b.by_hidden), *_paired(a.by_head, b.by_head)]
+    return all(close(x, y, tolerance(b)) for x, y in pairs)
+
+
+def agree_by_chance(a: Run, b: Run, shaken: Run) -> bool:
+    """Are gradients behind the decoder's output as near to each other as those of the same model, `shaken`, to b's?
+
+    In a deep decoder of few digits gradients of queries and keys are noise for a tenth.
+    """
+    if not _paired(shaken.behind, b.behind):
+        return False
+    triples = zip(_paired(a.behind, b.behind), shaken.behind, strict=True)
+    return all(
+        close(x, y, tolerance(b))
+        or (x is not None and y is not None and off is not None and _norm(x - y) <= _BY_CHANCE * _norm(off - y))
+        for (x, y), off in triples
+    )
+
+
+def _paired(some: list[Tensor | None], others: list[Tensor | None]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Where both runs have them."""
+    return list(zip(some, others, strict=True)) if some and others else []
 
 
 def tolerance(run: Run) -> float:
-    return max(torch.finfo(run.dtype).eps ** 0.5, 1e-6)
+    return max(run.eps**0.5, 1e-6)
 
 
 def is_finite(run: Run) -> bool:
@@ -198,17 +246,70 @@ def is_finite(run: Run) -> bool:
 def close(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
     if a is None or b is None:
         return a is b
-    if a.shape != b.shape:
-        return False
-    norm = partial(torch.linalg.vector_norm, dtype=torch.promote_types(b.dtype, torch.float32))
-    return bool(norm(a - b) <= tolerance * norm(b) + 1e-6 * tolerance)
+    return a.shape == b.shape and _norm(a - b) <= tolerance * _norm(b) + 1e-6 * tolerance
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
-    """The narrowest dtype that takes part."""
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
+
+
+def _computed_in(x: Tensor) -> tuple[torch.dtype, float]:
+    """The narrowest dtype that takes part, and the eps of the narrowest numbers that do.
+
+    That of the decoder's output, or autocast's, which may begin inside the model's own forward (accelerate); products
+    of float32 may be made of less (`torch.set_float32_matmul_precision`).
+    """
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return max(x.dtype, autocast, key=lambda dtype: torch.finfo(dtype).eps)
+    dtype = max(x.dtype, autocast, key=lambda dtype: torch.finfo(dtype).eps)
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float32:
+        backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+        eps = max(eps, _EPS.get(backend.matmul.fp32_precision, 0.0))
+    return dtype, eps
+
+
+def _unless(unread: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
+    """Inside, nothing is saved for a backward pass while it is known that there will be none."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: None if unread() else x, lambda x: x)
+
+
+def _on_host(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Inside, what is saved for a backward pass waits on the host; parameters, which are there anyway, stay."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x: Tensor) -> tuple[torch.device, Tensor]:
+        return x.device, x if x.untyped_storage().data_ptr() in own else x.cpu()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[1].to(packed[0]))
+
+
+def _make_room() -> None:
+    """On a device that ran out of memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _shaken(model: nn.Module, call: dict[str, Any], by: float) -> Iterator[dict[str, Any]]:
+    """The call, inside of which embeddings are off by about `by` of themselves, as if they were rounded."""
+
+    def shake(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        draw = torch.Generator(x.device).manual_seed(0)
+        off = torch.randn(x.shape, generator=draw, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        return x * (1 + by * off).to(x.dtype)
+
+    given = {name: shake(call[name]) for name in ("inputs_embeds",) if name in call}
+    tables = [] if given else [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    handles = [table.register_forward_hook(lambda module, args, made: shake(made)) for table in tables]
+    try:
+        yield call | given
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

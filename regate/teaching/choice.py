@@ -39,6 +39,8 @@ def teacher_of(
     if choice is None or not config.uses_references:
         return None
     given = choice.model if isinstance(choice, CrossTokenizerTeacher) else choice
+    if isinstance(given, nn.Module):
+        _refuse_shared(given, model)
     waits = lacks_weights(given if isinstance(given, nn.Module) else model)
     if isinstance(choice, CrossTokenizerTeacher) and not choice.agree:
         return Translated(choice, ends_of(model), backend=backend, waits=waits, on_unsupported=on_unsupported)
@@ -54,6 +56,18 @@ def teacher_of(
     ):
         source = "live"
     return Teacher(model, adapter, backend=backend, source=source, waits=waits, on_unsupported=on_unsupported)
+
+
+def _refuse_shared(teacher: nn.Module, model: nn.Module) -> None:
+    """A given teacher is frozen, which what learns must not be."""
+    own = {id(p) for p in model.parameters() if p.requires_grad}
+    layers = {id(part) for part in model.modules() if isinstance(part, nn.ModuleList)}  # which are patched, if shared
+    if any(id(p) in own for p in teacher.parameters()) or any(id(part) in layers for part in teacher.modules()):
+        raise ConfigError(
+            f"the teacher, a {type(teacher).__name__}, has modules of the model that is trained, and would be frozen "
+            "with them. Leave teacher out: the model's own language model teaches then, as it was before training, by a "
+            "copy or, under PEFT, as the frozen base; or give another model, such as copy.deepcopy of it"
+        )
 
 
 def ends_of(model: nn.Module) -> set[int]:

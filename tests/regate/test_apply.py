@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import regate
 from regate.api import gate_of
 from regate.errors import ConfigError, UnknownArchitectureError
-from regate_patch import UnknownBackendError
+from regate_patch import NotElidedError, UnknownBackendError
 from tests.zoo import CORE
 
 
@@ -45,3 +46,17 @@ def test_what_cannot_be_set_on_a_gate() -> None:
         with pytest.raises(ConfigError, match="from 0, got"):
             gate.step = step  # type: ignore[assignment]
     assert gate.step == 0
+
+
+@pytest.mark.parametrize("logits", ["kept", "all"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_decoder_that_is_replaced_later(logits: Any, steps: int) -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    regate.apply(model, regate.Config(warmup=1000, logits=logits), teacher=None)
+    for _ in range(steps):
+        model(**batch).loss.backward()
+    model.model.language_model = copy.deepcopy(model.model.language_model)
+    with pytest.raises(NotElidedError, match=r"was replaced after regate.apply.*call regate.apply\(model\) again"):
+        model(**batch)
+    regate.apply(model, teacher=None)
+    model(**batch).loss.backward()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import regate
@@ -27,11 +28,12 @@ def _made(padding: Any = "right") -> tuple[Model, dict[str, Any]]:
     return CORE["llava"].double(), oracle.double(CORE["llava"].batch(padding))
 
 
-def _assert_exact(steps: Any, *, padding: Any = "right") -> regate.Gate:
+def _assert_exact(steps: Any, *, padding: Any = "right", prepare: Any = lambda model: None) -> regate.Gate:
     """`steps(model, batch)` yields losses; the last one and its gradients are the unpatched model's."""
     results = []
     for gated in (False, True):
         model, batch = _made(padding)
+        prepare(model)
         gate = regate.apply(model, FULL, teacher=None) if gated else None
         for loss in steps(model, batch):
             model.zero_grad(set_to_none=True)
@@ -228,3 +230,93 @@ def test_operations_of_a_loss() -> None:
     assert plain == {("SumBackward0", 1)}  # what made the hidden states is not of the loss
     assert operations(hidden.sum() * 0.0, (hidden,)) != operations(hidden.sum() * 0.5, (hidden,))
     assert operations(hidden.sum() * 0.25, (hidden,)) == operations(hidden.sum() * 0.5, (hidden,))
+
+
+def _over(model: Model, loss: Any) -> None:
+    """Its loss, of logits, labels, and `of_rows`, a number for each row that the call may bring."""
+    own = type(model).forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, of_rows: Tensor | None = None, **kwargs: Any) -> Any:
+        output = own(model, *args, **kwargs)
+        output.loss = loss(output.logits, kwargs["labels"], of_rows)
+        return output
+
+    model.forward = forward
+
+
+def _of_each_row(logits: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    return losses.view(len(labels), -1).sum(1)
+
+
+@pytest.mark.parametrize("number", [torch.tensor([1.0, -0.5]), torch.tensor([0, 1]), [2.0, 1.0]])
+def test_a_number_for_each_row_that_is_unlike_only_later(number: Any) -> None:
+    """Labels are dealt out to other rows only where that is known to change nothing."""
+
+    def weighted(logits: Tensor, labels: Tensor, weight: Any) -> Tensor:
+        return (_of_each_row(logits, labels) * torch.as_tensor(weight)).sum() / (labels[:, 1:] != -100).sum()
+
+    def steps(model: Model, batch: dict[str, Any]) -> Iterator[Tensor]:
+        _over(model, weighted)
+        alike = [1.0, 1.0] if isinstance(number, list) else torch.ones_like(number)
+        for of_rows in (alike, number):
+            yield model(**batch, of_rows=of_rows).loss
+
+    _assert_exact(steps)
+
+
+def test_a_row_without_labels_that_comes_later() -> None:
+    def of_rows_with_some(logits: Tensor, labels: Tensor, _: Any) -> Tensor:
+        return _of_each_row(logits, labels).sum() / (labels[:, 1:] != -100).any(1).sum()
+
+    def steps(model: Model, batch: dict[str, Any]) -> Iterator[Tensor]:
+        _over(model, of_rows_with_some)
+        yield model(**batch).loss
+        batch["labels"][0] = -100
+        yield model(**batch).loss
+
+    _assert_exact(steps)
+
+
+@pytest.mark.parametrize("weigh", [
+    pytest.param(lambda losses, share: (torch.stack(losses) * torch.tensor([1.0, share])).sum(), id="some factors"),
+    pytest.param(lambda losses, share: torch.lerp(*losses, torch.tensor(share)), id="lerp"),
+])  # fmt: skip
+def test_a_weight_in_a_tensor_that_is_0_at_first(weigh: Any) -> None:
+    def steps(model: Model, batch: dict[str, Any]) -> Iterator[Tensor]:
+        own, shares = model.loss_function, [0.0, 0.0, 1e-2]
+        for share in shares:
+            model.loss_function = lambda logits, share=share, **others: weigh(
+                [own(logits=logits, **others), logits.float().logsumexp(-1).pow(2).mean()], share
+            )
+            yield model(**batch).loss
+
+    _assert_exact(steps)
+
+
+@pytest.mark.parametrize("by", ["a part of the model", "the decoder"])
+def test_hidden_states_that_a_class_keeps(by: str) -> None:
+    """For a loss outside, which reads them where no label is predicted."""
+
+    def part(model: Model) -> Any:
+        return model.model if by == "a part of the model" else model.model.language_model
+
+    def prepare(model: Model) -> None:
+        usual = type(part(model))
+
+        class Keeps(usual):  # type: ignore[valid-type, misc]
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                output = usual.forward(self, *args, **kwargs)
+                self.kept = [output.last_hidden_state]
+                return output
+
+        part(model).__class__ = Keeps
+
+    def steps(model: Model, batch: dict[str, Any]) -> Iterator[Tensor]:
+        for _ in range(2):
+            loss = model(**batch).loss
+            yield loss + part(model).kept[0][:, :4].pow(2).mean()
+
+    gate = _assert_exact(steps, prepare=prepare)
+    assert "Keeps.kept keeps its decoder's output" in str(gate.report())

@@ -12,6 +12,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
 )
 
 import regate
+from regate.errors import HiddenStatesError
 from tests.oracle import double
 from tests.zoo import CORE
 from tests.zoo.examine import compacted
@@ -73,3 +74,16 @@ def test_of_trls_head_and_of_classes_made_from_the_models() -> None:
         got.append(model(**batch, **options).aux_loss)
         assert gate.report()["positions_computed"] < gate.report()["positions_seen"]
     torch.testing.assert_close(got[1], got[0], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("config", [regate.Config.exact(), regate.Config(warmup=0, cycle=1, full_steps=0)])
+def test_scores_of_positions_that_were_not_computed(config: regate.Config) -> None:
+    """A caller's own loss over them says so; one over computed positions goes on."""
+    model, batch = CORE[NAME].double(), double(CORE[NAME].batch("right"))
+    gate = regate.apply(model, config, teacher=None)
+    scores = model(**batch, output_router_logits=True).router_logits[0]
+    with pytest.raises(HiddenStatesError, match="router_logits at"):
+        scores.logsumexp(-1).pow(2).mean().backward()
+    scores = model(**batch, output_router_logits=True).router_logits[0]
+    assert gate.last is not None
+    scores[gate.last.active.flatten()].logsumexp(-1).pow(2).mean().backward()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import regate
 from regate import forward
@@ -196,7 +197,7 @@ def test_autocast_that_begins_inside_the_models_forward(dtype: torch.dtype) -> N
         patched.setattr(trial, "tolerance", lambda run: seen.append(run) or tolerance(run))
         gate = regate.apply(model, regate.Config(warmup=1000), teacher=None)
         model(**batch)
-    assert {run.dtype for run in seen} == {dtype}
+    assert {run.eps for run in seen} == {torch.finfo(dtype).eps}
     assert "vocabulary projection" not in str(gate.report())
 
 
@@ -226,3 +227,45 @@ def test_an_engine_that_computes_something_else_is_told_of(monkeypatch: pytest.M
     gate = regate.apply(model, FULL, teacher=None)
     model(**CORE["llava"].batch())
     assert "sparse steps may be off" in str(gate.report())
+
+
+def test_the_proof_leaves_numbers_as_they_were() -> None:
+    """Such as a count of calls, by which a loss is warmed up."""
+    losses = []
+    for gated in (False, True):
+        model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right"))
+        own, model.calls = model.loss_function, 0
+
+        def loss(model: Any = model, own: Any = own, **inputs: Any) -> Tensor:
+            model.calls += 1
+            return own(**inputs) * min(model.calls / 4, 1.0)
+
+        model.loss_function = loss
+        if gated:
+            regate.apply(model, FULL, teacher=None)
+        losses.append([model(**batch).loss.detach() for _ in range(5)])
+    torch.testing.assert_close(losses[1], losses[0], atol=2e-6, rtol=0)
+
+
+def test_a_loss_that_changes_by_itself_is_not_taken_for_the_engines_fault() -> None:
+    model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right"))
+    own, calls = model.loss_function, iter(range(1000))
+    model.loss_function = lambda **inputs: own(**inputs) * next(calls)
+    gate = regate.apply(model, FULL, teacher=None)
+    model(**batch)
+    assert "changes from one call to the next" in str(gate.report())
+    assert "report the model" not in str(gate.report())
+
+
+def test_a_head_in_a_reentrant_checkpoint() -> None:
+    results = []
+    for gated in (False, True):
+        torch._dynamo.reset()
+        model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right"))
+        own = model.lm_head.forward
+        model.lm_head.forward = functools.partial(checkpoint, own, use_reentrant=True)
+        gate = regate.apply(model, FULL, teacher=None) if gated else None
+        results.append(step(model, batch))
+    assert gate is not None
+    assert "use_reentrant=True" in str(gate.report())
+    assert_same(results[1], results[0])
