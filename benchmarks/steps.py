@@ -18,7 +18,7 @@ import gc
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import regate
 import regate_patch
 from benchmarks import arms
 from benchmarks.arithmetic import Arithmetic, needed, roofline
@@ -63,19 +64,25 @@ class Bench:
     def run(self) -> None:
         makers = [(maker, backend) for backend in self.args.backends for maker in arms.MAKERS if self.wanted(maker)]
         for together in [[m] for m in makers] if self.args.alone else [makers]:
-            steps: dict[str, arms.Step] = {}
-            for maker, backend in together:
-                try:
-                    made = maker(model(self.args), backend)
-                except (regate_patch.RegateError, ImportError, torch.OutOfMemoryError) as error:
-                    self.refused[f"{maker.__name__} {backend}"] = str(error)
-                else:
-                    steps |= {f"{name} {backend}": step for name, step in made.items()}
+            steps = self.made_by(together)
+            gates = gates_of(steps)
             self.time(steps)
             steps.clear()
-            gc.collect()
-            if self.args.device == "cuda":
-                torch.cuda.empty_cache()
+            while gates:
+                gates.pop().remove()
+            free_memory(self.args.device)
+
+    def made_by(self, makers: list[tuple[arms.Maker, str]]) -> dict[str, arms.Step]:
+        """Their steps, by name and backend. Nothing else holds the models, of which one alone may fill the memory."""
+        steps: dict[str, arms.Step] = {}
+        for maker, backend in makers:
+            try:
+                made = maker(model(self.args), backend)
+            except (regate_patch.RegateError, ImportError, torch.OutOfMemoryError) as error:
+                self.refused[f"{maker.__name__} {backend}"] = str(error)
+            else:
+                steps |= {f"{name} {backend}": step for name, step in made.items()}
+        return steps
 
     def wanted(self, maker: arms.Maker) -> bool:
         if self.args.arms is not None and maker.__name__ not in self.args.arms:
@@ -133,6 +140,19 @@ def graphs(step: arms.Step) -> int:
     return 0 if gate is None else int(gate.report()["graphs"])
 
 
+def gates_of(steps: dict[str, arms.Step]) -> list[regate.Gate]:
+    """Those that steps train under, each once."""
+    return list({id(gate): gate for step in steps.values() if (gate := arms.gate_of(step)) is not None}.values())
+
+
+def free_memory(device: str) -> None:
+    """Let the device have what nobody holds any longer; gates and compiled models are in cycles."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def gate_seconds(step: arms.Step) -> float:
     gate = arms.gate_of(step)
     return 0.0 if gate is None else gate.counters.gate_seconds
@@ -158,8 +178,7 @@ def rows_that_fit(args: argparse.Namespace, sample: Sample) -> int:
         if rows == 1:
             raise
     del step
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory(args.device)
     return rows // 2
 
 
@@ -192,36 +211,56 @@ def measure(args: argparse.Namespace, title: str, sample: Sample) -> dict[str, A
 def ratios(
     measured: dict[str, Measured], backend: str, tokens: int, positions: int, possible: dict[str, float]
 ) -> dict[str, Any]:
-    """The figures of a backend's arms, by name and backend."""
+    """The figures of a backend's arms, by name and backend; what is taken over an arm that was refused is left out."""
     result = {}
-    strongest = min(
-        (arm for arm in measured if is_dense(arm)), key=lambda arm: statistics.median(measured[arm].seconds)
-    )
-    dense, best = measured["dense"].seconds, measured[strongest].seconds
     for arm, found in measured.items():
         median = statistics.median(found.seconds)
-        arm_ = result[f"{arm} {backend}"] = {
+        figures = result[f"{arm} {backend}"] = {
             "seconds": median,
             "spread": [min(found.seconds), max(found.seconds)],
             "first_step_seconds": found.first,
-            "ratio_to_dense": median_of(lambda d, s: d / s, dense, found.seconds),
-            "ratio_to_strongest": median_of(lambda d, s: d / s, best, found.seconds),
-            "strongest": strongest,
+            **gains(measured, arm),
             "saved_bytes": found.saved,
             "peak_bytes": found.peak,
             "answer_tokens_per_second": tokens / median,
             "positions_per_second": positions / median,
         }
         if arm.startswith("regate"):
-            kind = arm.split()[1]
-            over_unpadded = possible[kind] / possible["unpadded"]
-            arm_["efficiency"] = arm_["ratio_to_dense"] / possible[kind]
-            arm_["efficiency_to_strongest"] = arm_["ratio_to_strongest"] / over_unpadded
-            if (alone := measured.get("AdamW alone")) is not None:
-                without = median_of(lambda d, a, s: (d - a) / (s - a), dense, alone.seconds, found.seconds)
-                arm_["efficiency_without_adamw"] = without / possible[kind]
-            arm_["gating_share"] = found.gate_seconds / sum(found.seconds)
-            arm_["graphs"] = found.graphs
+            figures |= efficiencies(measured, arm, figures, possible)
+            figures["gating_share"] = found.gate_seconds / sum(found.seconds)
+            figures["graphs"] = found.graphs
+    return result
+
+
+def gains(measured: dict[str, Measured], arm: str) -> dict[str, Any]:
+    """An arm's, over the padded dense step and the fastest dense one, as far as there are such."""
+    result: dict[str, Any] = {}
+    found = measured[arm]
+    if (dense := measured.get("dense")) is not None:
+        result["ratio_to_dense"] = median_of(lambda d, s: d / s, dense.seconds, found.seconds)
+    medians = {arm: statistics.median(x.seconds) for arm, x in measured.items() if is_dense(arm)}
+    if medians:
+        strongest = min(medians, key=medians.__getitem__)
+        best = measured[strongest].seconds
+        result["ratio_to_strongest"] = median_of(lambda d, s: d / s, best, found.seconds)
+        result["strongest"] = strongest
+    return result
+
+
+def efficiencies(
+    measured: dict[str, Measured], arm: str, figures: dict[str, Any], possible: dict[str, float]
+) -> dict[str, float]:
+    """An arm's gains, which are among its `figures`, over what arithmetic allows steps of its kind."""
+    result, kind, found = {}, arm.split()[1], measured[arm]
+    if "ratio_to_dense" in figures:
+        result["efficiency"] = figures["ratio_to_dense"] / possible[kind]
+    if "ratio_to_strongest" in figures:
+        over_unpadded = possible[kind] / possible["unpadded"]
+        result["efficiency_to_strongest"] = figures["ratio_to_strongest"] / over_unpadded
+    dense, alone = measured.get("dense"), measured.get("AdamW alone")
+    if dense is not None and alone is not None:
+        turns = (dense.seconds, alone.seconds, found.seconds)
+        result["efficiency_without_adamw"] = median_of(lambda d, a, s: (d - a) / (s - a), *turns) / possible[kind]
     return result
 
 
@@ -257,13 +296,19 @@ def main(argv: list[str] | None = None) -> None:
     for name, found in measured("benchmarks.steps", args, partial(measure, args)):
         print(name, f"possible {found['possible']['sparse']:.2f}x")
         for name, arm in found["arms"].items():
-            efficiency = ""
-            if "efficiency" in arm:
-                efficiency = (
-                    f", efficiency {arm['efficiency']:.2f}, {arm['efficiency_to_strongest']:.2f} over the strongest"
-                )
-            ratios_ = f"{arm['ratio_to_dense']:.2f}x, {arm['ratio_to_strongest']:.2f}x over {arm['strongest']}"
-            print(f"  {name:32} {arm['seconds']:.3f} s  {ratios_}{efficiency}")
+            print(f"  {name:32} {arm['seconds']:.3f} s  {', '.join(said(arm))}")
+
+
+def said(arm: dict[str, Any]) -> Iterator[str]:
+    """An arm's gains in words, as far as it has some."""
+    if "ratio_to_dense" in arm:
+        yield f"{arm['ratio_to_dense']:.2f}x"
+    if "ratio_to_strongest" in arm:
+        yield f"{arm['ratio_to_strongest']:.2f}x over {arm['strongest']}"
+    if "efficiency" in arm:
+        yield f"efficiency {arm['efficiency']:.2f}"
+    if "efficiency_to_strongest" in arm:
+        yield f"{arm['efficiency_to_strongest']:.2f} over the strongest"
 
 
 if __name__ == "__main__":

@@ -28,11 +28,12 @@ from regate.insight.estimate import Sample, build_on_meta
 FOLDER = Path(__file__).parent
 
 
+EFFICIENCIES = ("efficiency", "efficiency_without_adamw")
 OTHERS = ("loss masking", "per-layer gather", "random-LTD", "liger", "regate sparse + liger")
 
 
 def table(result: dict[str, Any], backend: str) -> str:
-    """Ratios to the dense step of the same backend."""
+    """Ratios to the dense step of the same backend; "-" where an arm was refused, or the dense one."""
     others = [arm for arm in OTHERS if any(f"{arm} {backend}" in w["arms"] for w in result["workloads"].values())]
     heads = [
         "V/P/A", "possible", "ReGATE sparse", "efficiency (without AdamW)", "full step", "whole schedule",
@@ -41,22 +42,23 @@ def table(result: dict[str, Any], backend: str) -> str:
     lines = [_row(heads), _row(["---"] * len(heads))]
     for name, found in result["workloads"].items():
         arms = _of(backend, found)
-        dense, full, sparse = arms["dense"], arms["regate full"], arms["regate sparse"]
+        full, sparse = (arms.get(f"regate {kind}", {}) for kind in ("full", "sparse"))
+        gains = [arm.get("ratio_to_dense") for arm in (full, sparse)]
         thin = arms.get("regate thinned")
         lines.append(
             _row(
                 [
                     name,
                     f"{found['possible']['sparse']:.2f}x",
-                    f"**{sparse['ratio_to_dense']:.2f}x**",
-                    f"{sparse['efficiency']:.2f} ({sparse['efficiency_without_adamw']:.2f})",
-                    f"{full['ratio_to_dense']:.2f}x",
-                    f"{_schedule(full['ratio_to_dense'], sparse['ratio_to_dense']):.2f}x",
-                    f"{thin['ratio_to_dense']:.2f}x ({found['possible']['thinned']:.2f}x)" if thin else "",
-                    *(f"{arms[arm]['ratio_to_dense']:.2f}x" if arm in arms else "" for arm in others),
+                    _shown(gains[1], "**{:.2f}x**"),
+                    "{} ({})".format(*(_shown(sparse.get(name), "{:.2f}") for name in EFFICIENCIES)),
+                    _shown(gains[0]),
+                    _shown(_schedule(*gains)),
+                    f"{_shown(thin.get('ratio_to_dense'))} ({found['possible']['thinned']:.2f}x)" if thin else "",
+                    *(_shown(arms[arm].get("ratio_to_dense")) if arm in arms else "" for arm in others),
                     f"{share_computed(result, found):.0%}",
-                    f"{_memory(sparse) / _memory(dense):.0%}",
-                    f"{sparse['gating_share']:.1%}",
+                    _shown(_memory(sparse, arms.get("dense", {})), "{:.0%}"),
+                    _shown(sparse.get("gating_share"), "{:.1%}"),
                 ]
             )
         )
@@ -75,28 +77,29 @@ def strongest(result: dict[str, Any], backend: str) -> str:
     lines = [_row(heads), _row(["---"] * len(heads))]
     for name, found in result["workloads"].items():
         arms, possible = _of(backend, found), found["possible"]
-        if "strongest" not in arms["dense"]:
+        named = next((arm["strongest"] for arm in arms.values() if "strongest" in arm), None)
+        if named is None:
             lines.append(_row([name, *[""] * (len(heads) - 1)]))
             continue
-        best = arms[arms["dense"]["strongest"]]
+        best = arms[named]
         kinds = ("full", "sparse", "exact")
-        gains = {kind: arms[f"regate {kind}"]["ratio_to_strongest"] for kind in kinds if f"regate {kind}" in arms}
+        timed = {kind: arms.get(f"regate {kind}", {}) for kind in kinds}
+        gains = {kind: arm.get("ratio_to_strongest") for kind, arm in timed.items()}
         limits = {kind: possible[kind] / possible["unpadded"] for kind in kinds}
         gain, limit = (_schedule(x["full"], x["sparse"]) for x in (gains, limits))
-        memory = [
-            f"{_memory(arms[f'regate {kind}']) / _memory(best):.0%}" for kind in ("exact", "sparse") if kind in gains
-        ]
+        memory = [_shown(_memory(timed[kind], best), "{:.0%}") for kind in ("exact", "sparse") if timed[kind]]
+        exact = f"{_shown(gains['exact'])} ({_shown(_over(gains['exact'], limits['exact']), '{:.2f}')})"
         lines.append(
             _row(
                 [
                     name,
-                    f"{arms['dense']['strongest']} ({best['ratio_to_dense']:.2f}x)",
+                    f"{named} ({_shown(best.get('ratio_to_dense'))})",
                     f"{limits['sparse']:.2f}x",
-                    f"**{gains['sparse']:.2f}x**",
-                    f"{gains['sparse'] / limits['sparse']:.2f}",
-                    f"{gains['full']:.2f}x",
-                    f"{gain:.2f}x ({gain / limit:.2f})",
-                    f"{gains['exact']:.2f}x ({gains['exact'] / limits['exact']:.2f})" if "exact" in gains else "",
+                    _shown(gains["sparse"], "**{:.2f}x**"),
+                    _shown(_over(gains["sparse"], limits["sparse"]), "{:.2f}"),
+                    _shown(gains["full"]),
+                    f"{_shown(gain)} ({_shown(_over(gain, limit), '{:.2f}')})",
+                    exact if timed["exact"] else "",
                     ", ".join(memory),
                 ]
             )
@@ -114,11 +117,11 @@ def visual(result: dict[str, Any], backend: str) -> str:
         arms, possible = _of(backend, found), found["possible"]
         if any(f"regate {kind}" not in arms for kind in kinds):
             continue
-        gains = {kind: arms[f"regate {kind}"]["ratio_to_strongest"] for kind in kinds}
-        cells = [f"{gain:.2f}x ({possible[kind] / possible['unpadded']:.2f}x)" for kind, gain in gains.items()]
-        full, sparse = arms["regate full"], arms["regate quarter"]
-        schedule = [_schedule(full[over], sparse[over]) for over in ("ratio_to_strongest", "ratio_to_dense")]
-        lines.append(_row([name, *cells, *(f"**{gain:.2f}x**" for gain in schedule)]))
+        gains = {kind: arms[f"regate {kind}"].get("ratio_to_strongest") for kind in kinds}
+        cells = [f"{_shown(gain)} ({possible[kind] / possible['unpadded']:.2f}x)" for kind, gain in gains.items()]
+        full, sparse = arms.get("regate full", {}), arms["regate quarter"]
+        schedule = [_schedule(full.get(over), sparse.get(over)) for over in ("ratio_to_strongest", "ratio_to_dense")]
+        lines.append(_row([name, *cells, *(_shown(gain, "**{:.2f}x**") for gain in schedule)]))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -150,8 +153,10 @@ def _of(backend: str, found: dict[str, Any]) -> dict[str, Any]:
     return {arm.removesuffix(f" {backend}"): x for arm, x in found["arms"].items() if arm.endswith(f" {backend}")}
 
 
-def _schedule(full: float, sparse: float) -> float:
-    """The gain of a whole cycle, from that of its full and of its sparse steps."""
+def _schedule(full: float | None, sparse: float | None) -> float | None:
+    """The gain of a whole cycle, from that of its full and of its sparse steps; None if one of them is not known."""
+    if full is None or sparse is None:
+        return None
     share = Config().full_steps / Config().cycle
     return 1 / (share / full + (1 - share) / sparse)
 
@@ -160,9 +165,18 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _memory(arm: dict[str, Any]) -> int:
-    """The peak; on a CPU, which does not tell it, what autograd keeps."""
-    return arm["peak_bytes"] or arm["saved_bytes"]
+def _shown(number: float | None, form: str = "{:.2f}x") -> str:
+    """A cell; "-" where an arm was refused (out of memory, say), or what it would be compared with."""
+    return "-" if number is None else form.format(number)
+
+
+def _over(number: float | None, other: float | None) -> float | None:
+    return None if number is None or other is None else number / other
+
+
+def _memory(arm: dict[str, Any], other: dict[str, Any]) -> float | None:
+    """An arm's peak over another's; on a CPU, which does not tell it, what autograd keeps."""
+    return _over(*(x.get("peak_bytes") or x.get("saved_bytes") for x in (arm, other)))
 
 
 def the_batch(result: dict[str, Any], found: dict[str, Any]) -> dict[str, Tensor]:
@@ -184,10 +198,11 @@ def predictions(result: dict[str, Any], backend: str) -> str:
     lines = ["| V/P/A | predicted, sparse against full | measured | off by |", "|---|---|---|---|"]
     for name, found in result["workloads"].items():
         said = estimate(model, count_tokens(model, [the_batch(result, found)]), SPARSE_AFTER_ONE)
-        arms = found["arms"]
-        measured = arms[f"regate sparse {backend}"]["ratio_to_dense"] / arms[f"regate full {backend}"]["ratio_to_dense"]
+        sparse, full = (found["arms"].get(f"regate {kind} {backend}", {}) for kind in ("sparse", "full"))
+        measured = _over(sparse.get("ratio_to_dense"), full.get("ratio_to_dense"))
         predicted = said.sparse / said.full
-        lines.append(f"| {name} | {predicted:.2f}x | {measured:.2f}x | {measured / predicted - 1:+.0%} |")
+        off = None if measured is None else measured / predicted - 1
+        lines.append(_row([name, _shown(predicted), _shown(measured), _shown(off, "{:+.0%}")]))
     return "\n".join(lines)
 
 
@@ -196,15 +211,15 @@ def draw(result: dict[str, Any], backend: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     shown = ("regate sparse", "regate full", "per-layer gather", "random-LTD", "loss masking")
     for i, arm in enumerate(shown):
-        if not all(f"{arm} {backend}" in found["arms"] for found in result["workloads"].values()):
+        values = [_of(backend, found).get(arm, {}).get("ratio_to_dense") for found in result["workloads"].values()]
+        if None in values:
             continue
-        values = [found["arms"][f"{arm} {backend}"]["ratio_to_dense"] for found in result["workloads"].values()]
         axes.bar([x + 0.17 * (i - 2) for x in range(len(names))], values, 0.15, label=arm.replace("regate", "ReGATE"))
     for x, found in enumerate(result["workloads"].values()):
         label = "possible (sparse)" if x == 0 else None
         axes.hlines(found["possible"]["sparse"], x - 0.42, x + 0.42, color="black", linewidth=1.2, label=label)
-        if (least := found.get("roofline_seconds", {}).get("sparse")) is not None:
-            limit = found["arms"][f"dense {backend}"]["seconds"] / least
+        dense = found["arms"].get(f"dense {backend}", {}).get("seconds")
+        if (limit := _over(dense, found.get("roofline_seconds", {}).get("sparse"))) is not None:
             label = "roofline (sparse)" if x == 0 else None
             axes.hlines(limit, x - 0.42, x + 0.42, color="black", linewidth=1.2, linestyle="dotted", label=label)
     axes.axhline(1.0, color="grey", linewidth=0.6)

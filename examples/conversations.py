@@ -77,7 +77,8 @@ def encode(record: Record, processor: Any) -> dict[str, Tensor]:
         if message["role"] != "assistant":
             continue
         start = _process(processor, messages[:turn], images, add_generation_prompt=True)["input_ids"][0]
-        end = _process(processor, messages[: turn + 1], images)["input_ids"][0]
+        is_last = turn == len(messages) - 1
+        end = ids if is_last else _process(processor, messages[: turn + 1], images)["input_ids"][0]
         if not torch.equal(ids[: len(start)], start):
             raise ValueError("the chat template renders a conversation's beginning differently from the whole")
         labels[len(start) : len(end)] = ids[len(start) : len(end)]

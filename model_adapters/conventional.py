@@ -154,6 +154,13 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def pad_id(model: nn.Module) -> int | None:
+    """The id with which rows are filled up, as the config says."""
+    configs = (text_config(model), getattr(model, "config", None))
+    told = (getattr(config, "pad_token_id", None) for config in configs)
+    return next((i for i in told if isinstance(i, int)), None)
+
+
 def visual_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Ids that stand for features in `input_ids`, by kind: image, video, audio. Kinds that have none are left out."""
     return _ids_of_config(unwrap(model)) or _ids_of_config(language_model(model))
@@ -173,7 +180,7 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     Without `input_ids` they are read back off `inputs_embeds`; what matches no row of the embedding table is visual.
 
     Raises:
-        AdapterError: the batch has neither `input_ids` nor `inputs_embeds`, or no `labels`.
+        AdapterError: the batch has neither `input_ids` nor `inputs_embeds`, or no `labels`; or a mask of another shape.
     """
     embeds: Any = batch.get("inputs_embeds")
     input_ids, labels = batch.get("input_ids"), batch.get("labels")
@@ -188,9 +195,9 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         input_ids = read_off(embeds, labels, table, rows_of(table))
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and not is_boundaries(mask, input_ids.shape):
-        valid = mask.bool()
+        valid = _fitting(mask, input_ids.shape).bool()
     elif (square := square_mask(batch, input_ids.shape[1])) is not None:
-        valid = sees(square, 0).expand(input_ids.shape)
+        valid = sees(square, torch.arange(input_ids.shape[1], device=square.device).expand(input_ids.shape))
     else:
         valid = torch.ones_like(input_ids, dtype=torch.bool)
     visual = input_ids < 0
@@ -202,6 +209,15 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"input_ids": input_ids.clamp(min=0), "labels": labels, "valid": valid, "visual": visual & valid}
 
 
+def _fitting(mask: Tensor, shape: torch.Size) -> Tensor:
+    if mask.shape[1] != shape[1] or len(mask) not in (1, shape[0]):
+        raise AdapterError(
+            f"attention_mask is {list(mask.shape)}, but the batch has {list(shape)} positions; give one entry each, or "
+            "no mask where nothing is padding"
+        )
+    return mask
+
+
 def square_mask(batch: Mapping[str, Any], length: int) -> Tensor | None:
     """The attention mask [B or 1, H or 1, S, S] of a call that brings one, or, by kind of layer, several."""
     given = batch.get("attention_mask")
@@ -210,13 +226,13 @@ def square_mask(batch: Mapping[str, Any], length: int) -> Tensor | None:
     return next((m for m in masks if isinstance(m, Tensor) and m.dim() == 4 and m.shape[-2:] == square), None)
 
 
-def sees(mask: Tensor, offset: int) -> Tensor:
-    """Whether positions see the one `offset` beside them, bool [B or 1, S - |offset|].
+def sees(mask: Tensor, places: Tensor) -> Tensor:
+    """Whether each position sees the one that `places` [B, S] says for it, bool [B, S].
 
     Args:
         mask: [B or 1, H or 1, S, S], which says no by False or, added to scores, by a number far below any score.
     """
-    told = mask[:, 0].diagonal(offset, 1, 2)
+    told = mask[:, 0].expand(len(places), -1, -1).gather(2, places[..., None])[..., 0]
     return told > _HIDDEN if told.is_floating_point() else told.bool()
 
 

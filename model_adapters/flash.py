@@ -30,8 +30,8 @@ from model_adapters.flash_functions import NAMES, NOTHING, TOLD, followed_by
 from model_adapters.signatures import by_name
 from model_adapters.walk import every_part
 
-BOUNDARIES = ("cu_seq_lens_q", "cu_seqlens")  # of a call, that say where samples begin
-_IN_CALLS = (*BOUNDARIES, "cu_seq_lens_k")
+BOUNDARIES = ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q", "cu_seq_lens")  # of a call, that say where samples begin
+_IN_CALLS = (*BOUNDARIES, "cu_seq_lens_k", "cu_seqlens_k", "cu_seqlens_kv")
 _ON_MODULES = "cu_seqlens"
 
 

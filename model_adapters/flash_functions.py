@@ -18,7 +18,9 @@ _KINDS = ("", "_qkvpacked", "_kvpacked")
 _IN_ROWS = {f"flash_attn{kind}_func" for kind in _KINDS}  # [B, S, H, D]
 _END_TO_END = {f"flash_attn_{name}{kind}_func" for kind in _KINDS for name in ("varlen", "unpadded")}  # [B * S, H, D]
 NAMES = _IN_ROWS | _END_TO_END
-_OTHERWISE = ("alibi_slopes", "block_table", "return_attn_probs", "s_aux", "learnable_sink")  # not followed, if given
+_FOLLOWED = {"q", "k", "v", "qkv", "kv", "causal", "window_size", "softmax_scale", "softcap", "dropout_p"}
+_FOLLOWED |= {f"{name}{of}" for name in ("cu_seqlens", "max_seqlen") for of in ("", "_q", "_k")}  # told beside the call
+_OF_THE_KERNEL = {"deterministic", "num_splits", "pack_gqa", "sm_margin", "zero_tensors"}  # how, not what it computes
 
 
 @dataclass
@@ -44,14 +46,18 @@ TOLD = Told(NOTHING, NOTHING)
 def followed_by(function: Callable[..., Any]) -> Callable[..., Tensor]:
     """What computes the same as one of flash attention's functions, by operations that can be followed."""
     own_name = function.__name__
-    names = tuple(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters
+    names, defaults = tuple(parameters), {name: parameter.default for name, parameter in parameters.items()}
     end_to_end, packed = own_name in _END_TO_END, next((kind for kind in _KINDS[1:] if kind in own_name), "")
 
     def followed(*args: Any, **kwargs: Any) -> Tensor:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        for name in _OTHERWISE:
-            if given.get(name) is not None and given[name] is not False:
-                raise AdapterError(f"{own_name} is called with `{name}`, which cannot be followed")
+        for name, argument in given.items():
+            if not (name in _FOLLOWED or name in _OF_THE_KERNEL or _is_off(argument, defaults.get(name))):
+                raise AdapterError(
+                    f"{own_name} is called with `{name}`, which cannot be followed: call it without, or let this "
+                    "decoder's attention be torch's scaled_dot_product_attention"
+                )
         if packed == "_qkvpacked":
             q, k, v = given["qkv"].unbind(-3)
         elif packed == "_kvpacked":
@@ -69,6 +75,13 @@ def followed_by(function: Callable[..., Any]) -> Callable[..., Tensor]:
         return output.flatten(0, 1) if end_to_end else output
 
     return followed
+
+
+def _is_off(argument: Any, default: Any) -> bool:
+    """Does an argument say no more than if it were not given? Functions of other releases have others."""
+    if argument is None or argument is False:
+        return True
+    return not isinstance(argument, Tensor) and bool(argument == default)
 
 
 def _attend(

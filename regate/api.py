@@ -56,12 +56,13 @@ def apply(
         UnsupportedShardingError: teacher="copy" or "4bit" for a model that FSDP2 or DeepSpeed ZeRO-3 has split, or
             whose weights ranks lack.
         StoreMismatchError: the store's reference losses were made by another teacher.
-        ConfigError: a setting out of range, or that does not exist.
+        StoreError: the store cannot be opened at that path, or it is none.
+        ConfigError: a setting out of range, or that does not exist; or a decoder that cannot be copied for a teacher.
         UnknownBackendError: torch knows no backend of that name.
     """
-    _refuse_by_kind(model, config, on_unsupported)
+    _refuse_by_kind(model, config, adapter, on_unsupported)
     try:
-        adapter = adapter or find_adapter(model)
+        adapter = find_adapter(model) if adapter is None else adapter
         target = adapter.causal_lm(model)
         adapter.decoder(model)
         adapter.head(model)
@@ -88,7 +89,7 @@ def remove(model: nn.Module) -> None:
     Raises:
         GateNotAppliedError: no gate is on this model.
     """
-    gate = gate_of(model)
+    gate = gate_of(model) if isinstance(model, nn.Module) else None
     if gate is None:
         raise GateNotAppliedError(f"no gate is applied to this {type(model).__name__}")
     gate.remove()
@@ -99,7 +100,7 @@ def gate_of(model: nn.Module) -> Gate | None:
     return next((gate for m in [unwrap(model), *model.modules()] if (gate := gate_on(m)) is not None), None)
 
 
-def _refuse_by_kind(model: Any, config: Any, on_unsupported: Any) -> None:
+def _refuse_by_kind(model: Any, config: Any, adapter: Any, on_unsupported: Any) -> None:
     if not isinstance(model, nn.Module):
         raise UnknownArchitectureError(
             f"regate.apply takes the model that is trained, a torch.nn.Module, got {type(model).__name__}; a trainer's "
@@ -107,6 +108,11 @@ def _refuse_by_kind(model: Any, config: Any, on_unsupported: Any) -> None:
         )
     if config is not None and not isinstance(config, Config):
         raise ConfigError(f"settings come as regate.Config(keep=..., ...), got {type(config).__name__} {config!r}")
+    if adapter is not None and not isinstance(adapter, ModelAdapter):
+        raise ConfigError(
+            f"adapter must be a regate.ModelAdapter, or None, by which the model's is found, got {adapter!r}; "
+            "regate.register_adapter makes one be found"
+        )
     if on_unsupported not in get_args(regate_patch.OnUnsupported):
         raise ConfigError(
             f"on_unsupported must be one of {get_args(regate_patch.OnUnsupported)}, got {on_unsupported!r}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -120,7 +121,7 @@ class Config:
         self._require("reference_weight", math.isfinite(self.reference_weight), "finite")
         if self.student_weight == 0:
             self._require("reference_weight", self.reference_weight != 0, "other than 0 where student_weight is 0")
-        self._require("score", self.score is None or callable(self.score), "a function of m, ref and the prior")
+        self._require("score", self.score is None or _takes_three(self.score), "a function of m, ref and the prior")
         self._require("explore", 0 <= self.explore <= 1, "in [0, 1]")
         self._require("selection", self.selection in get_args(Selection), f"one of {get_args(Selection)}")
         self._require("alignment", self.alignment in get_args(Alignment), f"one of {get_args(Alignment)}")
@@ -133,6 +134,9 @@ class Config:
             easiest = self.keep < 1 and self.selection == "score" and self.score is None and self.student_weight > 0
             self._require("guard", easiest, "None where other labels are left out than those that are easiest by m")
         self._require("logits", self.logits in get_args(Logits), f"one of {get_args(Logits)}")
+        several = isinstance(self.disable, Collection) and not isinstance(self.disable, str)
+        named = several and all(isinstance(name, str) for name in self.disable)
+        self._require("disable", named, "a tuple of names of passes, such as ('tail',)")
 
     def _require_all(self, fields: Iterable[str], kind: type, allowed: str) -> None:
         for field in fields:
@@ -178,3 +182,16 @@ class Config:
         if self.schedule == "interleaved":
             return self.full_steps / self.cycle
         return float((step - self.warmup) % self.cycle < self.full_steps)
+
+
+def _takes_three(function: object) -> bool:
+    """Can it be called with three arguments? Of what cannot be asked, such as a builtin, its first call tells."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(None, None, None)
+    except TypeError:
+        return False
+    except ValueError:  # it tells no signature
+        return True
+    return True

@@ -50,6 +50,11 @@ NO_COPY = (
     "teacher='copy' keeps a copy of a model that every rank has"
 )
 
+NO_BATCHES = (
+    "gate.precompute takes what yields batches, each a mapping with the keyword arguments of the model's forward, such "
+    "as a DataLoader or a list of them; got {got}"
+)
+
 
 class Gate:
     """Made by `regate.apply`; see there.
@@ -160,6 +165,7 @@ class Gate:
         """Reference losses and difficulties; another one may take its place between steps.
 
         Raises:
+            ConfigError: on setting, it is no `Store`.
             StoreMismatchError: on setting, its reference losses are another teacher's.
             StoreInUseError: on setting, a run of another process learns into it.
         """
@@ -167,6 +173,8 @@ class Gate:
 
     @store.setter
     def store(self, store: Store) -> None:
+        if not isinstance(store, Store):
+            raise ConfigError(f"gate.store must be a regate.Store, got {store!r}; regate.Store(path) opens one")
         self.scorer.use(store)
 
     def note(self, note: str) -> None:
@@ -191,13 +199,16 @@ class Gate:
             GateNotAppliedError: the gate has no teacher.
             StoreMismatchError: the store's are another teacher's.
             StoreError: reference losses are missing, and the model that would give them was trained meanwhile.
-            ConfigError: this rank has no batch, but others have.
+            ConfigError: it yields no batches of that kind; or this rank has no batch, but others have.
             UnsupportedShardingError: see `inner_call`; or ranks still lack the weights that would answer.
         """
+        _refuse_single(dataloader)
         device = next(self._parts.target.parameters()).device
         refuse_opaque(self._parts.target, self._parts.decoder)
 
         def read(batch: Batch) -> Samples:
+            if not isinstance(batch, Mapping):
+                raise ConfigError(NO_BATCHES.format(got=f"one that yields {type(batch).__name__}"))
             batch = {k: _moved(v, device) for k, v in batch.items() if k != "sample_ids"}
             call = inner_call(self.model, self._parts.target, batch)
             with torch.no_grad():  # some embed their batch to read it
@@ -270,6 +281,7 @@ class Gate:
         With several ranks, every rank must call it.
 
         Raises:
+            CheckpointError: it is no state of a gate, or a damaged one; nothing was changed.
             StoreError: the run had reference losses that the store lacks, and the model is no longer what made them.
             StoreMismatchError: the run had another teacher than this gate.
             StoreInUseError: a run of another process learns into the store.
@@ -297,7 +309,7 @@ class Gate:
         """Continue from what `save` wrote, with as many ranks as there are now, every one of which must call it.
 
         Raises:
-            CheckpointError: the folder holds no state of a gate, or it cannot be read.
+            CheckpointError: the folder holds no state of a gate, or it cannot be read; nothing was changed.
         """
         self._state.load(folder)
 
@@ -314,6 +326,12 @@ class Gate:
             self.flush()
         finally:
             self.exchange.let_go()
+
+
+def _refuse_single(dataloader: Any) -> None:
+    """What yields batches; a single one would yield the names of its entries."""
+    if isinstance(dataloader, Mapping) or not (hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")):
+        raise ConfigError(NO_BATCHES.format(got=type(dataloader).__name__))
 
 
 def _moved(x: Any, device: torch.device) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 import regate_patch
 from model_adapters import AdapterError, Batch, Layout, ModelAdapter
 from model_adapters.attention import stand_in
-from model_adapters.conventional import text_config
+from model_adapters.conventional import pad_id, text_config
 from model_adapters.flash import called_by
 from model_adapters.signatures import signature
 from regate.config import Config
-from regate.errors import UnknownArchitectureError
+from regate.errors import StoreError, UnknownArchitectureError
 from regate.memory import keys
 from regate.output.logits import LazyHead
 from regate.pace.pace import Pace
@@ -93,6 +93,7 @@ class Parts:
             NotElidedError: the model has another decoder by now.
             UnknownArchitectureError: the adapter cannot read it.
             LabelsError, PackedRowsError: see `batches.on_host`.
+            StoreError: `sample_ids` are no list, or not as many as samples.
         """
         self._check_decoder()
         looked_up = (
@@ -110,9 +111,10 @@ class Parts:
             check_boundaries(batch)
         layout, segments, on_padding = batches.on_host(batch, layout, vocabulary=self.vocabulary, model=self.target)
         alone = segments.unpack_layout(layout)
-        text = keys.text_keys(alone)
+        text = keys.text_keys(alone, pad=pad_id(self.target))
         given = self.outer.arguments | dict(batch)
         sample_ids = given.get("sample_ids")
+        _refuse_one(sample_ids)
         visual = None if sample_ids is not None else keys.visual_keys(self.model, self.adapter, given, alone)
         if visual is None and sample_ids is None:
             self.note(keys.UNKNOWN_IMAGES)
@@ -134,3 +136,13 @@ class Parts:
             return batch
         ids = self.adapter.position_ids(self.model, batch)
         return {**batch, "position_ids": None if ids is None else segments.unpack(ids)}
+
+
+def _refuse_one(sample_ids: object) -> None:
+    """One id for all samples; the characters of a text are not theirs, and a set has no order."""
+    listed = isinstance(sample_ids, Iterable) and not isinstance(sample_ids, str | bytes | Mapping | Set)
+    if sample_ids is not None and (not listed or getattr(sample_ids, "ndim", 1) == 0):
+        raise StoreError(
+            f"`sample_ids` must be a list, a tensor or an array with one id per sample, got {sample_ids!r}; leave them "
+            "out, and samples are known by their text and images"
+        )

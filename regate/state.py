@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
-from regate.errors import StoreError, StoreMismatchError
+import numpy as np
+from torch import Tensor
+
+from regate.errors import CheckpointError, StoreError, StoreMismatchError
 from regate.memory import checkpoint
 from regate.memory.files import Table
+from regate.memory.store import differences
 from regate.scoring.guard import Guard
 from regate.scoring.scorer import Scorer
 from regate.scoring.turns import Turns
+from regate.training.counters import Counters
 from regate.training.steps import Steps
 from regate_patch import is_sharded
 
@@ -24,6 +30,10 @@ OTHER_TEACHER = (
 LACKING = (
     "the run had reference losses of {n} texts, and the store at {path} has {now}; a trained model cannot make them "
     "again. Give regate.apply the store of the run (store=...)"
+)
+NO_STATE = (
+    "{what} is no state of a gate: {why}. Nothing was changed. Give what gate.state_dict() returned, or load another "
+    "checkpoint (gate.load)"
 )
 
 
@@ -61,15 +71,20 @@ class RunState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; what was learnt since is forgotten."""
+        self._take(state, "what load_state_dict got")
+
+    def _take(self, state: Mapping[str, Any], what: str) -> None:
+        """Whatever can be wrong with the state itself is found before anything is changed, and before ranks meet."""
+        records = _records(state, what)
         scorer, store = self._scorer, self._scorer.store
         if scorer.teacher is not None and is_sharded(scorer.teacher.model):
             scorer.meet_teacher(state["step"])
         had, has = state.get("teacher"), scorer.taught_by
-        if scorer.lazily and had and has and had != has:
+        if scorer.lazily and had and has and differences(had, has):
             raise StoreMismatchError(OTHER_TEACHER)
         scorer.exchange.claim()
-        if "reference" in state:
-            store.put("reference", dict(checkpoint.unpack(state["reference"])))
+        if "reference" in records:
+            store.put("reference", records["reference"])
         n, now = state.get("references", 0), store.count("reference")
         if scorer.teacher is not None and not scorer.lazily and now < n:
             raise StoreError(LACKING.format(n=n, path=store.path, now=now))
@@ -79,9 +94,9 @@ class RunState:
         scorer.prior.load_state_dict(state["prior"])
         scorer.guard.load_state_dict(state.get("guard") or Guard(scorer.config).state_dict())
         # At once: other ranks may share the store, load the same, and be done with it.
-        store.replace("difficulty", dict(checkpoint.unpack(state["difficulty"])))
+        store.replace("difficulty", records["difficulty"])
         self._turns.ahead, self._turns.fills_rows = state.get("ahead", 0), state.get("fills_rows", False)
-        store.replace("owed", dict(checkpoint.unpack(state["owed"])) if "owed" in state else {})
+        store.replace("owed", records.get("owed", {}))
         if not store.temporary:
             scorer.exchange.meet()  # nobody goes on to write into a store that another still replaces
         self._loaded_at = self._steps.made
@@ -96,4 +111,63 @@ class RunState:
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """From there."""
-        self.load_state_dict(checkpoint.load(folder))
+        self._take(checkpoint.load(folder), f"{checkpoint.NAME} in {os.fspath(folder)}")
+
+
+def _records(state: Any, what: str) -> dict[str, dict[bytes, np.ndarray]]:
+    """The records of each table that a state has.
+
+    Raises:
+        CheckpointError: it is no state of a gate, or a damaged one.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(NO_STATE.format(what=what, why=f"it is a {type(state).__name__}"))
+    for name, (must_be, holds) in _WANTED.items():
+        if name not in state and name in _NEEDED:
+            raise CheckpointError(NO_STATE.format(what=what, why=f"it has no {name!r}"))
+        if name in state and not holds(state[name]):
+            raise CheckpointError(NO_STATE.format(what=what, why=f"its {name!r} must be {must_be}"))
+    return {table: dict(checkpoint.unpack(state[table])) for table in checkpoint.OF_ALL_RANKS if table in state}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not math.isnan(value)
+
+
+def _are_counters(value: Any) -> bool:
+    """Those that there are; what is drawn at random goes by "labels_seen"."""
+    if not isinstance(value, Mapping) or "labels_seen" not in value:
+        return False
+    return all(_is_number(value[field.name]) for field in fields(Counters) if field.name in value)
+
+
+def _is_prior(value: Any) -> bool:
+    mean = value.get("mean") if isinstance(value, Mapping) else None
+    return isinstance(mean, Tensor) and mean.dim() == 1 and mean.is_floating_point() and bool(mean.isfinite().all())
+
+
+def _is_guards(value: Any) -> bool:
+    """Its lowest mean may be infinite: nothing was seen."""
+    if not isinstance(value, Mapping) or not all(_is_number(value.get(name)) for name in _OF_GUARD):
+        return False
+    told = value.get("told")
+    return isinstance(told, list | tuple) and len(told) == 3 and all(map(_is_number, told))
+
+
+_OF_GUARD = ("samples", "mean", "square", "lowest", "left")
+_RECORDS = "keys, lengths and losses that fit one another"
+_NEEDED = ("step", "counters", "prior", "difficulty")  # the others came later, or are of some runs alone
+_WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "step": ("a number of optimizer steps, from 0", _is_count),
+    "counters": ("the sums of a gate's report", _are_counters),
+    "prior": ("a finite mean for each token id", _is_prior),
+    "guard": ("a guard's running averages", lambda value: not value or _is_guards(value)),
+    "references": ("a number of texts", _is_count),
+    "teacher": ("a fingerprint", lambda value: value is None or isinstance(value, Mapping)),
+    "ahead": ("a whole number", lambda value: isinstance(value, int)),
+    **dict.fromkeys(checkpoint.OF_ALL_RANKS, (_RECORDS, checkpoint.is_packed)),
+}

@@ -36,6 +36,7 @@ from regate_patch.passes.causal import Proven, masks_made
 from regate_patch.passes.rewrite import Observer, Rewrite, rewrite, switched_off
 from regate_patch.sharding import is_sharded, run_linear_by, uncaptured, usual_linear
 from regate_patch.statistics import Statistics
+from regate_patch.unseen import forbidden_by, switched_off_by
 
 log = logging.getLogger("regate_patch")
 OnUnsupported = Literal["raise", "warn"]
@@ -71,7 +72,7 @@ def tracing(decoder: nn.Module) -> Iterator[None]:
                 raise error.inner_exception from None
             raise
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
-            advice = _OFFLOADED if "save_on_cpu" in str(error) else ""
+            advice = _OFFLOADED if "save_on_cpu" in str(error) else forbidden_by(error)
             raise UnsupportedGraphError(
                 f"{type(decoder).__name__} cannot be captured as one graph, so not all of it would run on active "
                 f"positions: {advice}{error}"
@@ -81,6 +82,10 @@ def tracing(decoder: nn.Module) -> Iterator[None]:
                 f"torch {torch.__version__} failed within itself while it captured {type(decoder).__name__}; another "
                 f"release may not: {error}"
             ) from error
+        except RuntimeError as error:
+            if "no compiled frames" not in str(error) or (cause := switched_off_by()) is None:
+                raise
+            raise NoBlocksError(f"no attention block was found in {type(decoder).__name__}: {cause}") from None
 
 
 class GatedForward:
@@ -270,6 +275,8 @@ class GatedForward:
     def _check_ran(self, ran: list[Rewrite], graphs_before: int, output: Any) -> None:
         statistics, name = self.statistics, type(self.decoder).__name__
         blocks, expected = sum(r.attention + r.mlp for r in ran), statistics.attention + statistics.mlp
+        if blocks == 0 and (cause := switched_off_by()) is not None:
+            raise NoBlocksError(f"{name} ran, but no attention block was found: {cause}")
         if blocks == 0:
             raise NoBlocksError(
                 f"{name} ran, but no attention block was found in the {statistics.other_graphs} graph(s) captured "

@@ -12,6 +12,7 @@ from regate_patch.capture import GatedForward, tracing
 from regate_patch.errors import NoBlocksError
 from regate_patch.passes.rewrite import rewrite, switched_off
 from regate_patch.statistics import Statistics
+from regate_patch.unseen import switched_off_by
 
 
 def inspect(decoder: nn.Module, *args: Any, visible: bool = False, **kwargs: Any) -> Statistics:
@@ -42,5 +43,6 @@ def inspect(decoder: nn.Module, *args: Any, visible: bool = False, **kwargs: Any
         torch.compile(forward, backend=look, dynamic=True, fullgraph=True)(*args, **kwargs)
     statistics.last = tuple(statistics.graphs)
     if not statistics.attention + statistics.mlp:
-        raise NoBlocksError(f"no attention block was found in {type(decoder).__name__}")
+        cause = switched_off_by()
+        raise NoBlocksError(f"no attention block was found in {type(decoder).__name__}{f': {cause}' if cause else ''}")
     return statistics

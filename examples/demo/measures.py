@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 import regate
-from examples.conversations import encode
+from examples.conversations import collate
 from examples.demo.task import Part, Task, loader
 
 
@@ -41,21 +43,31 @@ def evaluate(model: Any, task: Task, part: Part) -> dict[str, float]:
 
 @torch.no_grad()
 def exact_match(model: Any, task: Task, samples: int) -> float:
-    """Share of free-running captions that equal the reference word for word."""
+    """Share of free-running captions that equal the reference word for word: of each sample its first answer."""
     model.eval()
+    together = defaultdict(list)  # by where the answer begins, so that no prompt is padded
+    for i in range(min(samples, len(task.test.samples))):
+        first, answer = _first_answer(task.test.samples[i]["labels"][0])
+        together[first].append((task.test.samples[i], answer))
     right = 0
-    records = task.test.samples.records[:samples]
-    for record in records:
-        full = encode(record, task.processor)
-        length = full["input_ids"].shape
-        first = int((full["labels"][0] != -100).nonzero()[0])
-        inputs = {k: v.to(task.device) for k, v in full.items() if k != "labels"}
-        inputs = {k: v[:, :first] if v.shape == length else v for k, v in inputs.items()}
-        target = full["labels"][0, first:].to(task.device)
-        output = model.generate(**inputs, max_new_tokens=len(target), do_sample=False)[0, first:]
-        right += bool(len(output) == len(target) and torch.equal(output, target))
+    for first, members in together.items():
+        for some in (members[i : i + 25] for i in range(0, len(members), 25)):
+            whole = collate([row for row, _ in some], task.processor.tokenizer.pad_token_id)
+            shape = whole.pop("labels").shape
+            prompts = {k: (v[:, :first] if v.shape == shape else v).to(task.device) for k, v in whole.items()}
+            longest = max(len(answer) for _, answer in some)
+            told = model.generate(**prompts, max_new_tokens=longest, do_sample=False)[:, first:].cpu()
+            right += sum(told[i, : len(a)].tolist() == a for i, (_, a) in enumerate(some))
     model.train()
-    return right / len(records)
+    return right / min(samples, len(task.test.samples))
+
+
+def _first_answer(labels: Tensor) -> tuple[int, list[int]]:
+    """Of a row's labels [S]: where the first run of them begins, and what it says."""
+    supervised = (labels != -100).tolist()
+    first = supervised.index(True)
+    end = supervised.index(False, first) if False in supervised[first:] else len(supervised)
+    return first, labels[first:end].tolist()
 
 
 def coloured(gate: regate.Gate, task: Task, rows: int = 4) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ written under another name and renamed, so a kill leaves a whole file or none.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from regate.errors import CheckpointError
+from regate.memory.files import KEY_BYTES
 from regate.memory.store import half
 
 NAME = "regate.pt"
@@ -73,16 +74,19 @@ def load(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if own == main or not own.exists():
         return state
     mine = _read(own)
-    if mine["step"] != state["step"]:  # of an earlier run with more ranks, into the same folder
+    if mine.get("step") != state.get("step"):  # of an earlier run with more ranks, into the same folder
         return state
     return mine | {name: state[name] for name in OF_ALL_RANKS if name in state}
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read ({error}); resume from an older checkpoint") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, no gate's state; resume from another checkpoint")
+    return state
 
 
 def pack(records: Iterable[tuple[bytes, np.ndarray]]) -> dict[str, Tensor]:
@@ -97,7 +101,21 @@ def pack(records: Iterable[tuple[bytes, np.ndarray]]) -> dict[str, Tensor]:
     }
 
 
-def unpack(packed: dict[str, Tensor]) -> Iterator[tuple[bytes, np.ndarray]]:
+def is_packed(value: Any) -> bool:
+    """Is it what `pack` returns? Lengths that do not fit would cut records off in silence."""
+    if not isinstance(value, Mapping):
+        return False
+    keys, lengths, losses = (value.get(name) for name in ("keys", "lengths", "losses"))
+    if not (isinstance(keys, Tensor) and isinstance(lengths, Tensor) and isinstance(losses, Tensor)):
+        return False
+    shapes = lengths.dim() == losses.dim() == 1 and keys.shape == (len(lengths), KEY_BYTES)
+    types = keys.dtype == torch.uint8 and lengths.dtype == torch.int64 and losses.is_floating_point()
+    if not (shapes and types):
+        return False
+    return bool((lengths >= 0).all()) and int(lengths.sum()) == len(losses) and bool(losses.isfinite().all())
+
+
+def unpack(packed: Mapping[str, Tensor]) -> Iterator[tuple[bytes, np.ndarray]]:
     """The records that `pack` was given."""
     rows = packed["losses"].numpy().astype(np.float32)
     ends = packed["lengths"].cumsum(0)

@@ -24,6 +24,7 @@ SMALL = 2**28  # bytes of a file that may stay mapped as it is
 LOOKS = 2**11  # records of a larger one that are looked at before it is mapped anew; each brings its neighbours along
 PATIENCE = 8  # times as many may be, where nothing is written
 _DAMAGED = (
+    lmdb.BadTxnError,  # a transaction goes on behind a page that was found damaged
     lmdb.CorruptedError,
     lmdb.IncompatibleError,
     lmdb.InvalidError,

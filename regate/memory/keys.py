@@ -40,16 +40,21 @@ _MASKED = {
 _NEVER_SEEN = ("embeds", "mask", "label", "weight", "position", "loss", "bias", "past", "noise", "cos", "sin", "num_")
 
 
-def text_keys(layout: Layout) -> list[bytes]:
+def text_keys(layout: Layout, *, pad: int | None = None) -> list[bytes]:
     """16 bytes per row from its valid tokens, where they are visual, and which are labels.
 
-    Padding does not count: the same sample padded otherwise has the same key. Visual tokens count by place only, as
-    the text-only teacher sees them.
+    Padding does not count: the same sample padded otherwise has the same key. Calls may not say what is padding, where
+    decoders are causal and need not know: so tokens `pad` at a row's end, behind its last label, do not count either.
+    Visual tokens count by place only, as the text-only teacher sees them.
     """
     ids = torch.where(layout.visual, -1, layout.input_ids)
+    counts = layout.valid
+    if pad is not None:
+        told = counts & ((ids != pad) | (layout.labels != IGNORED))
+        counts = counts & told.flip(1).cummax(1).values.flip(1)
     ids_labels = torch.stack([ids, torch.where(layout.labels == IGNORED, -1, layout.labels)], -1)
-    rows, valid = ids_labels.to("cpu", torch.int64).numpy(), layout.valid.cpu().numpy()
-    return [blake2b(row[mask].tobytes(), digest_size=16).digest() for row, mask in zip(rows, valid, strict=True)]
+    rows, counted = ids_labels.to("cpu", torch.int64).numpy(), counts.cpu().numpy()
+    return [blake2b(row[mask].tobytes(), digest_size=16).digest() for row, mask in zip(rows, counted, strict=True)]
 
 
 def sample_keys(text: Sequence[bytes], visual: Sequence[bytes] | None, sample_ids: object = None) -> list[bytes]:

@@ -41,9 +41,15 @@ def highest(number: int) -> int:
     return int(said)
 
 
+def alone() -> bool:
+    """Does this process train by itself? Ranks may not know of each other yet."""
+    return ranks() == 1 and os.environ.get("WORLD_SIZE", "1") == "1"
+
+
 def told_on() -> str:
-    """The kind of device whose tensors ranks can send one another."""
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+    """The kind of device whose tensors ranks can send one another: a CPU's where a backend serves it, beside others."""
+    served = [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]
+    return "cpu" if "cpu" in served else served[0]
 
 
 def any_rank(here: bool) -> bool:
@@ -121,8 +127,7 @@ class _Flight:
 
 def _claimed(store: Store) -> BaseFileLock | None:
     """See `Store.claim`; ranks are one run, for which the first one speaks, also before they know of each other."""
-    alone = ranks() == 1 and os.environ.get("WORLD_SIZE", "1") == "1"
-    first = alone or (rank() == 0 and os.environ.get("RANK", "0") == "0")
+    first = alone() or (rank() == 0 and os.environ.get("RANK", "0") == "0")
     return store.claim() if first and not store.temporary else None
 
 
@@ -247,7 +252,7 @@ class Exchange:
         if not self._running:  # the exchange that just landed showed that all share one file
             return
         self._own_group()
-        data = (self.store.path / "data.mdb").stat()
+        data = self.store.data()
         packed = {table: _Packed.of(records) for table, records in self._outgoing.items()}
         beside = None if self.beside is None else self.beside.give()
         message = _Message((socket.gethostname(), data.st_dev, data.st_ino), packed, beside)

@@ -33,6 +33,12 @@ from filelock import BaseFileLock, FileLock, Timeout
 from regate.errors import StoreError, StoreInUseError, StoreMismatchError
 from regate.memory.files import TABLES, Files, Table, explained
 
+GONE = (
+    "the store at {path} was moved or deleted while it was open ({error}): what this process stores goes to the files "
+    "that it opened, and if they were deleted, it ends with the process. Move them back, or give another store "
+    "(gate.store = regate.Store(...))"
+)
+_LATER = "settings"  # of fingerprints: stores that were made earlier have none
 _HALF = np.dtype("<f2")
 _HALF_MAX = float(np.finfo(np.float16).max)
 _COPIED_AT_ONCE = 1024  # records
@@ -62,7 +68,7 @@ class Store:
     Raises:
         StoreCorruptError: the path holds something else, or damaged files. They are left untouched.
         StoreFullError: no room to make the files.
-        StoreError: the path cannot be created, opened or written.
+        StoreError: the path cannot be created, opened or written, or is none.
 
     Example:
         >>> with Store() as store:
@@ -72,6 +78,11 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, max_bytes: int = 1 << 40) -> None:
+        if path is not None and (not isinstance(path, str | os.PathLike) or not str(path)):
+            raise StoreError(
+                f"a store's path is the name of a directory, as text or a pathlib.Path, or None for a temporary store; "
+                f"got {path!r}"
+            )
         self.temporary = path is None
         self.max_bytes = max_bytes
         if path is None:
@@ -156,23 +167,21 @@ class Store:
     def bind(self, fingerprint: Mapping[str, str]) -> None:
         """Say which teacher the references belong to: the first call writes it, later ones must agree.
 
+        Of a store that knows no settings of its teacher, for it was made before these were told, they are those of now.
+
         Raises:
             StoreMismatchError: another teacher, tokenizer or padding rule made the stored references.
         """
-        wanted = dict(fingerprint)
         with self._transaction(write=True) as (txn, files):
-            record = json.dumps(wanted, sort_keys=True).encode()
-            txn.put(b"fingerprint", record, db=files.meta, overwrite=False)
             stored = _fingerprint(txn, files) or {}
-        differences = [
-            f"{name}: stored {stored.get(name)!r}, now {wanted.get(name)!r}"
-            for name in sorted({*stored, *wanted})
-            if stored.get(name) != wanted.get(name)
-        ]
-        if differences:
+            differing = differences(stored, fingerprint) if stored else []
+            whole = {**fingerprint, **stored}
+            if not differing and whole != stored:
+                txn.put(b"fingerprint", json.dumps(whole, sort_keys=True).encode(), db=files.meta)
+        if differing:
             raise StoreMismatchError(
                 f"the reference losses at {self.path} were made by another teacher "
-                f"({'; '.join(differences)}). Use another path, or Store(path).clear('reference') to make "
+                f"({'; '.join(differing)}). Use another path, or Store(path).clear('reference') to make "
                 "them again."
             )
 
@@ -211,9 +220,24 @@ class Store:
     # -- life -------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
-        """Records per table ("reference", "difficulty", "owed") and "bytes" on disk."""
+        """Records per table ("reference", "difficulty", "owed") and "bytes" on disk.
+
+        Raises:
+            StoreError: the files were moved or deleted since they were opened.
+        """
         counts: dict[str, int] = {name: self.count(name) for name in TABLES}
-        return {**counts, "bytes": (self.path / "data.mdb").stat().st_blocks * 512}
+        return {**counts, "bytes": self.data().st_blocks * 512}
+
+    def data(self) -> os.stat_result:
+        """Of the file that has the records.
+
+        Raises:
+            StoreError: it is at the path no more.
+        """
+        try:
+            return (self.path / "data.mdb").stat()
+        except OSError as error:
+            raise StoreError(GONE.format(path=self.path, error=error)) from error
 
     def flush(self) -> None:
         """Bring everything to the disk itself, against power loss."""
@@ -238,6 +262,23 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._files = Files.at(self.path, self.max_bytes)
+
+
+def differences(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """In what two teachers differ by their fingerprints, in words."""
+    both = _LATER in stored and _LATER in now
+    was, told = _each(stored, settings=both), _each(now, settings=both)
+    return [
+        f"{name}: stored {was.get(name)!r}, now {told.get(name)!r}"
+        for name in sorted({*was, *told})
+        if was.get(name) != told.get(name)
+    ]
+
+
+def _each(fingerprint: Mapping[str, str], *, settings: bool) -> dict[str, Any]:
+    """Its entries, and each of the settings by itself, lest one be looked for in many."""
+    entries: dict[str, Any] = {name: value for name, value in fingerprint.items() if name != _LATER}
+    return entries | (json.loads(fingerprint[_LATER]) if settings else {})
 
 
 def _fingerprint(txn: lmdb.Transaction, files: Files) -> dict[str, str] | None:

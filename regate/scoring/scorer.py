@@ -164,7 +164,8 @@ class Scorer:
         Of those in `whole`, bool [N], every label.
         """
         config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.counters.labels_seen)
+        drawn_by = (config.seed * 1_000_003 + self.counters.labels_seen) % 2**63  # torch takes no more bits
+        generator = torch.Generator().manual_seed(drawn_by)
         draws = torch.rand(samples.candidates.shape, generator=generator)
         scores = draws if config.selection == "random" else self._scores(samples)
         every = torch.zeros_like(samples.candidates) if whole is None else samples.candidates & whole[:, None]

@@ -65,8 +65,8 @@ def _refuse_shared(teacher: nn.Module, model: nn.Module) -> None:
     if any(id(p) in own for p in teacher.parameters()) or any(id(part) in layers for part in teacher.modules()):
         raise ConfigError(
             f"the teacher, a {type(teacher).__name__}, has modules of the model that is trained, and would be frozen "
-            "with them. Leave teacher out: the model's own language model teaches then, as it was before training, by a "
-            "copy or, under PEFT, as the frozen base; or give another model, such as copy.deepcopy of it"
+            "with them. Leave teacher out: the model's own language model teaches then, as it was before, as a "
+            "copy or, under PEFT, the frozen base; or give another model, such as a copy.deepcopy"
         )
 
 

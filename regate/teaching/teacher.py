@@ -14,7 +14,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, Literal
@@ -29,11 +29,20 @@ from model_adapters.conventional import text_config
 from model_adapters.flash import takes_one_row
 from regate.errors import NonFiniteLossError, StoreMismatchError, UnsupportedShardingError
 from regate.labels import IGNORED, predicted, predictors
-from regate.memory.sharing import any_rank
+from regate.memory.sharing import alone, any_rank
 from regate.output.loss import Places, label_losses
 from regate.teaching.quantize import to_4bit, unpacked
 from regate.teaching.rows import end_to_end
-from regate.teaching.weights import adapted, answering, copied, halve_on_cuda, some_values, split_root, uses_peft
+from regate.teaching.weights import (
+    adapted,
+    answering,
+    carries_adapters,
+    copied,
+    halve_on_cuda,
+    some_values,
+    split_root,
+    uses_peft,
+)
 from regate.training.hooks import run_inside
 from regate.training.sharding import refuse_sharded
 from regate_patch import is_sharded
@@ -46,6 +55,24 @@ NO_WEIGHTS = (
     "teacher to teacher='auto', which waits for the model's own where accelerate launches with that setting; or, in a "
     "loop of your own, call regate.apply when ranks have them, with teacher='first'"
 )
+ON_META = (
+    "{n} parameters of the language model are on the 'meta' device and have no values, and what it answers before "
+    "training is what counts. Load the weights first, then call regate.apply. Where accelerate keeps them elsewhere "
+    "(cpu_offload, disk_offload, or a device_map that did not fit), layers fetch them in hooks, which no gate can see "
+    "through: place the whole model on a device, or split it over ranks with FSDP2"
+)
+NO_ADAPTERS = (
+    "the adapters of this {name} were merged into the model that is gated, or unloaded from it: without them the base "
+    "model, which gives the reference losses, cannot be told from what is trained. Call regate.apply anew, on the "
+    "model that merge_and_unload returned and with another store; or merge after regate.remove(model)"
+)
+# What is in the names of a text config's settings that change numbers while weights stay as they are: of rotary
+# positions, norms, windows, soft caps, scales and multipliers, activations, heads, experts and kinds of layers.
+_SETTINGS = (
+    "rope", "rotary", "theta", "norm", "eps", "window", "attention_chunk", "cap", "scal", "multiplier", "_act",
+    "activation", "heads", "per_tok", "layer_types", "bidirectional",
+)  # fmt: skip
+_IN_TRAINING = ("dropout", "init", "loss")  # in names of others, which change nothing that a teacher says
 _STRANGE = 0.02  # the share of labels without an id in the teacher's vocabulary from which on it is doubted
 
 
@@ -81,10 +108,11 @@ class Teacher:
         self._values: dict[Any, Tensor] = {}  # of the parameters when they last answered, and marks of them
         self._marks: list[tuple[int, int, int]] = []
         self._doubted = False
+        self._given: list[tuple[Any, str, bool]] = []  # modes of another model
         parts: Any = (adapter.embeddings(model), adapter.decoder(model), adapter.head(model))
         self.handle: regate_patch.Handle | None = None
         if not self.waits and (waits or any(p.is_meta for part in parts for p in part.parameters())):
-            raise UnsupportedShardingError(NO_WEIGHTS)
+            raise UnsupportedShardingError(_without_weights(parts))
         if source in ("copy", "4bit"):
             refuse_sharded(model)
             parts = copied(parts)
@@ -97,6 +125,7 @@ class Teacher:
         if source == "live":
             self.check()
         else:
+            self._given = _modes(parts) if source == "given" else []
             for part in parts:
                 part.requires_grad_(False).eval()
             self.handle = regate_patch.patch(
@@ -272,6 +301,7 @@ class Teacher:
         padding = self.adapter.padding
         return {
             "weights": digest.hexdigest(),
+            "settings": json.dumps(settings(config), sort_keys=True),
             "architecture": type(self.decoder).__name__,
             "vocabulary": str(getattr(config, "vocab_size", None)),
             "padding": json.dumps({"token_id": self.placeholder(), "attend": padding.attend}),
@@ -283,6 +313,9 @@ class Teacher:
         Raises:
             StoreMismatchError: they are others, such as after adapters were merged into them.
         """
+        for peft in self._by_peft:
+            if not carries_adapters(peft):
+                raise StoreMismatchError(NO_ADAPTERS.format(name=type(peft).__name__))
         if self.source != "live" or self.waits or is_sharded(self.model):
             return
         parameters = [p for part in (self.embeddings, self.decoder, self.head) for _, p in answering(part)]
@@ -300,5 +333,47 @@ class Teacher:
         self._values, self._marks = values, marks
 
     def close(self) -> None:
+        """Of another model, give back what was changed of it."""
         if self.handle is not None:
             self.handle.remove()
+        for of, name, was in self._given:
+            setattr(of, name, was)
+        self._given = []
+
+
+def _without_weights(parts: Sequence[nn.Module]) -> str:
+    """What to do about it: one process lacks what nobody has read, a rank what another one may have."""
+    missing = sum(p.is_meta for part in parts for p in part.parameters())
+    return ON_META.format(n=missing) if missing and alone() else NO_WEIGHTS
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """Those of a text config on which a teacher's numbers depend beside its weights.
+
+    What is off, or zero, is left out: releases of transformers bring new settings, which are off for what there was.
+    """
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    return {name: value for name, value in told.items() if value and _is_setting(name) and _is_plain(value)}
+
+
+def _is_setting(name: str) -> bool:
+    return (
+        not name.startswith("_")
+        and any(part in name for part in _SETTINGS)
+        and not any(part in name for part in _IN_TRAINING)
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """Numbers, text, and lists and mappings of them, which are told alike by any process."""
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_plain(inner) for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _modes(parts: Sequence[nn.Module]) -> list[tuple[Any, str, bool]]:
+    """What is frozen in them, and what is in eval mode."""
+    learning = [(p, "requires_grad", p.requires_grad) for part in parts for p in part.parameters()]
+    return learning + [(m, "training", m.training) for part in parts for m in part.modules()]

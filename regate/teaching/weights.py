@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from transformers.integrations import is_fsdp_enabled
 
 from model_adapters import ModelAdapter
+from regate.errors import ConfigError
 from regate.memory.checkpoint import ranks
 from regate.memory.sharing import highest
 from regate.training.sharding import gathered
 from regate_patch import is_sharded
 
+NO_COPIES = (
+    "{name} cannot be copied for a teacher: {error}. Pruning, weight_norm and spectral_norm of torch.nn.utils keep "
+    "computed weights on their modules: torch.nn.utils.parametrizations has others, and prune.remove makes pruning "
+    "permanent. Or keep no copy: with teacher='first' the model itself is the teacher before its first step, and "
+    "teacher=None scores by difficulty alone"
+)
 _FOR_ACTIVATIONS = 0.1  # of a device's memory
 
 
@@ -33,8 +40,16 @@ def copied(parts: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
 
     A function that stands in for a module's forward (a compiled one, a wrapper that logs) cannot be copied, and has the
     original's module in it; the copy has the forward of its class instead.
+
+    Raises:
+        ConfigError: a module holds what cannot be copied.
     """
-    parts = copy.deepcopy(parts)  # of all together, so that tied weights stay tied
+    try:
+        parts = copy.deepcopy(parts)  # of all together, so that tied weights stay tied
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(NO_COPIES.format(name=type(parts[1]).__name__, error=error)) from error
     for module in (m for part in parts for m in part.modules()):
         if isinstance(vars(module).get("forward"), types.FunctionType):
             del module.forward
@@ -66,6 +81,11 @@ def answering(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Par
 def adapted(model: nn.Module) -> list[Any]:
     """The PEFT models, each of which can switch its adapters off, that it is, wraps or has among its parts."""
     return [module for module in model.modules() if hasattr(module, "disable_adapter")]
+
+
+def carries_adapters(peft: nn.Module) -> bool:
+    """Has a PEFT model layers with adapters, or copies of whole modules, still?"""
+    return any(hasattr(module, "adapter_layer_names") for module in peft.modules())
 
 
 def uses_peft(model: nn.Module, adapter: ModelAdapter) -> bool:

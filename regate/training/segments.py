@@ -9,15 +9,21 @@ Signs of a sample's beginning, any of which may be in the call:
     position_ids    that fall back, or, without a padding mask, do not go on by one; of several ids per token (M-RoPE),
                     the lowest, where all are alike: a video's fall back, too, but its time is ahead there; of four, the
                     first, which is the text's
-    cu_seq_lens_q, cu_seqlens    where samples begin among all positions, as flash attention's kernels are told; of one
+    cu_seqlens and the like      where samples begin among all positions, as flash attention's kernels are told; of one
                     row also in the place of the attention mask (InternVL)
+    seq_lens and the like        how long they are, one after the other
     seq_idx and the like         a number per position, the same within a sample
     attention_mask               with numbers above 1, the same within a sample (LLaMA-Factory); or [B, 1, S, S], under
                                  which a sample's first position does not see the one before it
+
+Padding may stand between samples, whatever is said of it there: so a position is held against the last one before it
+that is none.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,11 +31,12 @@ import torch
 from torch import Tensor
 
 from model_adapters import Batch, Layout, conventional
-from model_adapters.flash import BOUNDARIES, boundaries
+from model_adapters.flash import BOUNDARIES, boundaries, is_boundaries
 from regate.errors import PackedRowsError
 from regate.labels import IGNORED
 
-_NUMBERS = ("seq_idx", "segment_ids", "sequence_ids", "document_ids")
+_NUMBERS = re.compile(r"^(seq|sequence|segment|document|doc)_?(ids?|idx|index)$")
+_LENGTHS = re.compile(r"^(seq|sequence|segment|document|doc|sample)_?(lens?|lengths?)$")
 _TEXT_FIRST = 4  # rows of position ids whose first is the text's (transformers' Qwen-VL family)
 
 
@@ -39,25 +46,17 @@ def starts(batch: Batch, layout: Layout) -> Tensor | None:
     Raises:
         PackedRowsError: boundaries that do not fit the batch.
     """
-    shape = layout.valid.shape
-    told = boundaries(batch, (shape[0], shape[1]))
-    signs = [] if told is None else [_from_boundaries(*told, shape)]
-    for name in (*_NUMBERS, "attention_mask"):
-        numbers = batch.get(name)
-        if told is not None and told[1] is numbers:
-            continue
-        if isinstance(numbers, Tensor) and numbers.shape == shape and not numbers.is_floating_point():
-            if numbers.dtype != torch.bool:
-                signs.append(numbers.diff() != 0)
-    if (mask := conventional.square_mask(batch, shape[1])) is not None:
-        signs.append(~conventional.sees(mask, -1).expand(shape[0], -1))
+    before = _last_before(layout.valid)
+    at = before.clamp(min=0)
+    signs = []
+    for numbers in (*_samples_of(batch, layout), *_numbers(batch, layout)):
+        signs.append(numbers != numbers.gather(1, at))
+    if (mask := conventional.square_mask(batch, at.shape[1])) is not None:
+        signs.append(~conventional.sees(mask, at))
     ids = batch.get("position_ids")
-    if isinstance(ids, Tensor) and ids.shape[-1] == shape[1] and ids.dim() in (2, 3):
-        signs.append(_from_position_ids(ids, layout, leaps=batch.get("attention_mask") is None))
-    if not signs:
-        return None
-    between = torch.stack(signs).any(0) & layout.valid[:, 1:] & layout.valid[:, :-1]
-    return torch.nn.functional.pad(between, (1, 0))
+    if isinstance(ids, Tensor) and ids.shape[-1] == at.shape[1] and ids.dim() in (2, 3):
+        signs.append(_from_position_ids(ids, layout, before, leaps=batch.get("attention_mask") is None))
+    return torch.stack(signs).any(0) & layout.valid & (before >= 0) if signs else None
 
 
 def check_boundaries(batch: Batch) -> None:
@@ -66,7 +65,7 @@ def check_boundaries(batch: Batch) -> None:
     Raises:
         PackedRowsError: they do not.
     """
-    name = next((name for name in BOUNDARIES if isinstance(batch.get(name), Tensor)), None)
+    name = next((name for name in BOUNDARIES if batch.get(name) is not None), None)
     if name is not None and batch.get("attention_mask") is None and batch.get("position_ids") is None:
         raise PackedRowsError(
             f"the call says by `{name}` where packed samples begin, but not by position ids that begin again: pass "
@@ -74,34 +73,110 @@ def check_boundaries(batch: Batch) -> None:
         )
 
 
-def _from_boundaries(name: str, first: Tensor, shape: torch.Size) -> Tensor:
-    of_one_row = first.dim() == 2 and len(first) == shape[0] == 1
+def _last_before(valid: Tensor) -> Tensor:
+    """int64 [B, S], the last position before each that is no padding; -1 where there is none."""
+    along = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+    return torch.nn.functional.pad(torch.where(valid, along, -1).cummax(1).values, (1, -1), value=-1)
+
+
+def _samples_of(batch: Batch, layout: Layout) -> Iterator[Tensor]:
+    """The sample of each position, int64 [B, S], by each entry that says where samples begin, or how long they are."""
+    shape, device = layout.valid.shape, layout.valid.device
+    listed = {name: _tensor(name, batch[name], device) for name in BOUNDARIES if batch.get(name) is not None}
+    told = boundaries({**batch, **listed}, (shape[0], shape[1]))
+    if told is not None:
+        yield _numbered(f"`{told[0]}`", told[1], layout)
+    for name, x in batch.items():
+        if not _LENGTHS.search(name) or x is None or isinstance(x, str):
+            continue
+        lengths = _tensor(name, x, device)
+        if lengths.numel() > 1 and tuple(lengths.shape) not in ((shape[0],), (shape[0], 1)):  # else of whole rows
+            yield _numbered(f"`{name}`, added up,", torch.nn.functional.pad(lengths.cumsum(-1), (1, 0)), layout)
+
+
+def _numbered(title: str, first: Tensor, layout: Layout) -> Tensor:
+    """The sample of each position, int64 [B, S], from the first positions of samples [n + 1] or [1, n + 1]."""
+    valid = layout.valid
+    rows, length = valid.shape
+    of_one_row = first.dim() == 2 and len(first) == rows == 1
     if not (first.dim() == 1 or of_one_row) or first.is_floating_point():
         raise PackedRowsError(
-            f"`{name}` {list(first.shape)} {first.dtype} should be the first positions of samples, [n + 1] (or, of one "
+            f"{title} {list(first.shape)} {first.dtype} should be the first positions of samples, [n + 1] (or, of one "
             "row, [1, n + 1]) of integers from 0 to the number of positions"
         )
-    marks = torch.zeros(shape.numel() + 1, dtype=torch.bool, device=first.device)
-    marks[first.flatten().long().clamp(max=shape.numel())] = True
-    return marks[:-1].view(shape)[:, 1:]
+    places = first.flatten().tolist()
+    while places and places[-1] <= 0:  # filled up with 0 or -1
+        places.pop()
+    end = places[-1] if places else 0
+    across = not {row * length for row in range(1, rows) if row * length < end}.issubset(places)
+    unpadded = end < valid.numel() and not bool(valid.flatten()[:end].all()) and end == int(valid.sum())
+    if places != sorted(places) or end > valid.numel() or across or unpadded:
+        raise PackedRowsError(
+            f"{title} {places} does not lie on this batch [{rows}, {length}], {int(valid.sum())} positions of which "
+            f"are no padding: where samples begin must ascend from 0 to {valid.numel()}, be counted with padding, and "
+            "begin anew with each row; count so, or leave it out of a call whose rows hold one sample each"
+        )
+    marks = torch.zeros(valid.numel() + 1, dtype=torch.int64, device=valid.device)
+    marks[torch.tensor(places, dtype=torch.int64, device=valid.device)] = 1
+    return marks[:-1].cumsum(0).view(rows, length)
 
 
-def _from_position_ids(ids: Tensor, layout: Layout, *, leaps: bool) -> Tensor:
+def _numbers(batch: Batch, layout: Layout) -> Iterator[Tensor]:
+    """Each entry [B, S] of a number per position, the same within a sample."""
+    rows, length = layout.valid.shape
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == layout.valid.shape and not is_boundaries(mask, (rows, length)):
+        if not mask.is_floating_point() and mask.dtype != torch.bool:
+            yield mask
+    for name, x in batch.items():
+        if not _NUMBERS.search(name) or x is None or _are_names(x):
+            continue
+        numbers = _tensor(name, x, layout.valid.device)
+        if rows == 1 and numbers.shape == (length,):
+            numbers = numbers[None]
+        if numbers.shape == (rows, length):
+            yield numbers
+        elif numbers.numel() > 1 and tuple(numbers.shape) not in ((rows,), (rows, 1)):  # else one of each row
+            raise PackedRowsError(
+                f"`{name}` {list(numbers.shape)} seems to tell packed samples apart, but has no number for each of the "
+                f"decoder's positions [{rows}, {length}]; pass it so, or under another name if it is something else"
+            )
+
+
+def _are_names(x: Any) -> bool:
+    """Of documents, not of positions."""
+    return isinstance(x, str) or (isinstance(x, list | tuple) and any(isinstance(entry, str) for entry in x))
+
+
+def _tensor(name: str, x: Any, device: torch.device) -> Tensor:
+    """What a call has as a tensor, a list or an array."""
+    try:
+        return torch.as_tensor(x, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PackedRowsError(
+            f"`{name}` should tell where packed samples are, but no tensor can be made of it ({error}); pass a tensor "
+            "of integers"
+        ) from error
+
+
+def _from_position_ids(ids: Tensor, layout: Layout, before: Tensor, *, leaps: bool) -> Tensor:
     """`leaps`: text ids that do not go on by one begin a sample, too, as transformers' masks have it."""
-    several = ids.dim() == 3
+    several, at = ids.dim() == 3, before.clamp(min=0)
     if several and len(ids) == _TEXT_FIRST:
         ids, several = ids[0], False
     alike = None
     if several:
         ids, highest = ids.amin(0), ids.amax(0)
-        alike = (ids == highest)[:, 1:]
-    ids = ids.expand(layout.valid.shape)
+        alike = (ids == highest).expand(at.shape)
+    ids = ids.expand(at.shape)
+    last = ids.gather(1, at)
+    again = (ids == 0) & (last == 0)  # after a sample of one token; an image may have one id throughout
     if leaps and not several:
-        return ids.diff() != 1
-    again = (ids[:, 1:] == 0) & (ids[:, :-1] == 0)  # after a sample of one token; an image may have one id throughout
+        beside = before == torch.arange(at.shape[1], device=at.device) - 1
+        return (ids < last) | again | (beside & (ids - last != 1))
     if alike is None:
-        return (ids.diff() < 0) | again
-    return ((ids.diff() < 0) | (again & ~layout.visual[:, 1:])) & alike
+        return (ids < last) | again
+    return ((ids < last) | (again & ~layout.visual)) & alike
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,22 @@
 """What names, weighs or counts labels in a call beside `labels`: it must be masked with them.
 
-Sequence-parallel trainers pass `shift_labels`, others weights or masks of labels, or their number. Labels that a sparse
-step drops must vanish from all of these, for at their predictors nothing was computed. Names tell them, and, whatever
-its name, a value per position that says nothing but at labels. Where it says something, at labels or at their
-predictors, tells how it is laid along them.
+Sequence-parallel trainers pass `shift_labels`, others weights or masks of labels, or their number, in the call or in a
+dict of it. Labels that a sparse step drops must vanish from all of these, for at their predictors nothing was computed,
+and a loss that is divided by all labels would be too small. Names tell them, and, whatever its name, a value that says
+nothing but at labels, or that is their number. Where it says something, at labels or at their predictors, tells how it
+is laid along them.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from regate.errors import LabelsError
@@ -20,10 +25,41 @@ from regate.labels import IGNORED, predictors
 _NAMES = re.compile(r"label|target")
 _WEIGHS = re.compile(r"weight|loss|completion_mask|assistant|advantage|reward")
 _COUNTS = re.compile(
-    r"^(num|n|total|count)_\w*(items|tokens|labels|targets)|(items|tokens|labels|targets)_(count|num)$"
+    r"^(num|n|total|count|valid|avg|average|mean|global|local)_\w*(items|tokens|labels|targets)"
+    r"|(item|token|label|target)s?_(count|counts|num|sum|total)$|denominator|normali[sz]er|divisor"
 )
-_OF_POSITIONS = re.compile(r"type|position|attention|segment|seq|cache|embed|input_ids")  # what they are called
+_SETTINGS = re.compile(
+    r"max|min|keep|step|epoch|size|scale|seed|layer|beam|temperature|_id$"
+)  # numbers that count none
+_OF_POSITIONS = re.compile(r"type|position|seq")  # what they are called, and masks of them
 _OF_IMAGES = re.compile(r"image|video|audio|visual|vision|pixel|patch|frame|tile")
+_READ = re.compile(r"_ids?$|types?$|attention|attn|segment|cache|embed|pixel")  # by decoders, whatever it says
+
+_Counts = Callable[[], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class _Count:
+    """A number of labels, or one for each row, [B] or [B, 1]."""
+
+    value: Any
+
+    def of(self, kept: Tensor, labels: Tensor) -> Any:
+        """Of the kept ones: as many as their share of the labels."""
+        labelled = labels[:, 1:] != IGNORED
+        if _number(self.value):
+            return self.value * (int(kept.sum()) / max(int(labelled.sum()), 1))
+        share = torch.where(labelled.any(1), kept.sum(1) / labelled.sum(1).clamp(min=1), 1.0)
+        dtype = self.value.dtype if self.value.is_floating_point() else torch.get_default_dtype()
+        return self.value * share.view(self.value.shape).to(self.value.device, dtype)
+
+
+@dataclass(frozen=True)
+class _Within:
+    """A dict of the call, and what was found in it."""
+
+    whole: MutableMapping[str, Any]
+    found: dict[str, Any]
 
 
 def beside(call: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
@@ -32,19 +68,25 @@ def beside(call: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
     Raises:
         LabelsError: one of them has a shape that cannot be laid along labels.
     """
-    found = {}
+    others = {name: x for name, x in call.items() if name != "labels"}
+    return _beside(others, labels, functools.cache(lambda: _counts(labels, call.get("labels"))))
+
+
+def _beside(call: Mapping[str, Any], labels: Tensor, counts: _Counts) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for name, x in call.items():
-        if name == "labels" or x is None or isinstance(x, (bool, str)) or _OF_IMAGES.search(name):
+        if x is None or isinstance(x, (bool, str)):
             continue
-        if _number(x):
-            if _COUNTS.search(name):
-                found[name] = x
+        if isinstance(x, MutableMapping):
+            if not (_READ.search(name) or _OF_IMAGES.search(name)) and (inside := _beside(x, labels, counts)):
+                found[name] = _Within(x, inside)
+        elif _counts_labels(name, x, len(labels), counts):
+            found[name] = _Count(x)
         elif isinstance(x, Tensor) and _per_label(x, labels):
-            if _NAMES.search(name) or _WEIGHS.search(name):
-                _along(name, x, labels, labels)
+            if _stands_beside(name, x, labels):
                 found[name] = x
-            elif not _OF_POSITIONS.search(name) and _speaks_at(name, x, labels) is not None:
-                found[name] = x
+        elif _WEIGHS.search(name) and not _OF_IMAGES.search(name) and _is_odd(x, labels):
+            raise _refused(name, list(x.shape) if isinstance(x, Tensor) else "(a list)", labels)
     return found
 
 
@@ -57,31 +99,105 @@ def masked(entries: Mapping[str, Any], labels: Tensor, kept: Tensor) -> dict[str
         kept: [B, S] bool, on the CPU as `labels` are.
     """
     changed: dict[str, Any] = {}
-    seen = int((labels[:, 1:] != IGNORED).sum())
     for name, x in entries.items():
-        if _number(x):
-            changed[name] = x * (int(kept.sum()) / max(seen, 1))
-            continue
-        stays = _along(name, x, kept, labels).to(x.device)
-        changed[name] = x.masked_fill(~stays, _nothing(name, x))
+        if isinstance(x, _Within):
+            changed[name] = copy.copy(x.whole)
+            changed[name].update(masked(x.found, labels, kept))
+        elif isinstance(x, _Count):
+            changed[name] = x.of(kept, labels)
+        else:
+            stays = _along(name, x, kept, labels).to(x.device)
+            changed[name] = x.masked_fill(~stays, _nothing(name, x))
     return changed
 
 
 def has_tensors(entries: Mapping[str, Any]) -> bool:
     """Does any of them stand along the labels?"""
-    return not all(_number(x) for x in entries.values())
+    return any(has_tensors(x.found) if isinstance(x, _Within) else isinstance(x, Tensor) for x in entries.values())
+
+
+# -- their number -----------------------------------------------------------------------------------------
 
 
 def _number(x: Any) -> bool:
-    return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1)
+    return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1 and x.dtype != torch.bool)
+
+
+def _counts(labels: Tensor, brought: Any) -> list[Tensor]:
+    """How many labels each row has, int64 [B], by each way to count them: shifted, as brought, and unshifted."""
+    ways = [(labels[:, 1:] != IGNORED).sum(1)]
+    if isinstance(brought, Tensor) and brought.dim() == 2 and len(brought) == len(labels):
+        labelled = (brought != IGNORED).cpu()
+        ways += [labelled[:, 1:].sum(1), labelled.sum(1)]
+    return ways
+
+
+def _counts_labels(name: str, x: Any, rows: int, counts: _Counts) -> bool:
+    """Is it the number of labels, of all or of each row? One label is as many as many things are, and tells nothing."""
+    if _OF_IMAGES.search(name):
+        return False
+    if _number(x):
+        told = _COUNTS.search(name) is not None
+        return told or (not _not_counted(name) and float(x) in {float(n.sum()) for n in counts()} - {0.0, 1.0})
+    if not isinstance(x, Tensor) or x.dtype == torch.bool or _not_counted(name):
+        return False
+    if tuple(x.shape) not in ((rows,), (rows, 1)):
+        return False
+    of_rows = x.flatten().tolist()
+    return max(of_rows) > 1 and any(of_rows in (n.tolist(), n.clamp(min=1).tolist()) for n in counts())
+
+
+def _not_counted(name: str) -> bool:
+    return any(pattern.search(name) for pattern in (_SETTINGS, _OF_POSITIONS, _READ))
+
+
+# -- along them -------------------------------------------------------------------------------------------
+
+
+def _laid(x: Tensor) -> Tensor:
+    """Without an axis of one value that stands beside rows and positions, [B, S, 1] or [B, 1, S]."""
+    return x.squeeze(2).squeeze(1) if x.dim() == 3 else x
 
 
 def _per_label(x: Tensor, labels: Tensor) -> bool:
     """Has it an entry for about each label? One per row, per class or per image is another thing."""
     rows, length = labels.shape
+    x = _laid(x)
     if x.dim() == 1:
         return x.numel() in (rows * length, rows * (length - 1)) and x.numel() != rows
     return x.dim() == 2 and x.shape[0] == rows and x.shape[1] > length // 2
+
+
+def _stands_beside(name: str, x: Tensor, labels: Tensor) -> bool:
+    """By its name; or by what it says, where its name does not say that it is of something else.
+
+    What has the name of masks of positions or of images must say something at all labels, and the same of all: then it
+    is their mask.
+    """
+    elsewhere = _OF_IMAGES.search(name) is not None
+    if (_NAMES.search(name) or _WEIGHS.search(name)) and not elsewhere:
+        _along(name, x, labels, labels)
+        return True
+    if _READ.search(name):
+        return False
+    speaks_at = _speaks_at(name, x, labels)
+    if speaks_at is None or not (elsewhere or _OF_POSITIONS.search(name)):
+        return speaks_at is not None
+    says = x[x != _nothing(name, x)]
+    return says.numel() == int((labels[:, 1:] != IGNORED).sum()) and (elsewhere or bool((says == says[0]).all()))
+
+
+def _is_odd(x: Any, labels: Tensor) -> bool:
+    """Has it, in no form that can be laid along labels, entries for more than half of a row's?"""
+    rows, most = len(labels), int((labels != IGNORED).sum(1).max())
+    of_rows = x if isinstance(x, list | tuple) else []
+    if rows == 1 and of_rows and all(_number(entry) for entry in of_rows):
+        of_rows = [of_rows]
+    if isinstance(x, Tensor) and x.dim() == 2:
+        of_rows = list(x)
+    if len(of_rows) != rows or not all(isinstance(row, list | tuple | Tensor) for row in of_rows):
+        return False
+    return min(row.numel() if isinstance(row, Tensor) else len(row) for row in of_rows) > max(most // 2, 2)
 
 
 def _nothing(name: str, x: Tensor) -> int:
@@ -91,10 +207,10 @@ def _nothing(name: str, x: Tensor) -> int:
 
 def _speaks_at(name: str, x: Tensor, labels: Tensor) -> Literal["labels", "predictors"] | None:
     """Where an entry of [B, S] or [B, S - 1] says something: at labels alone, at their predictors alone, or neither."""
-    says, labelled = (x != _nothing(name, x)).cpu(), labels != IGNORED
-    if tuple(x.shape) == (len(labels), labels.shape[1] - 1):
+    says, labelled = (_laid(x) != _nothing(name, x)).cpu(), labels != IGNORED
+    if tuple(says.shape) == (len(labels), labels.shape[1] - 1):
         return "labels" if bool(says.any()) and not bool((says & ~labelled[:, 1:]).any()) else None
-    if x.shape != labels.shape or not bool(says.any()):
+    if says.shape != labels.shape or not bool(says.any()):
         return None
     if not bool((says & ~labelled).any()):
         return "labels"
@@ -104,13 +220,18 @@ def _speaks_at(name: str, x: Tensor, labels: Tensor) -> Literal["labels", "predi
 def _along(name: str, x: Tensor, of_labels: Tensor, labels: Tensor) -> Tensor:
     """Values of labels [B, S] as an entry of this name and shape has them: at labels or at their predictors."""
     rows, length = of_labels.shape
-    if tuple(x.shape) == (rows, length) or x.shape == (rows * length,):
+    shape = _laid(x).shape
+    if tuple(shape) == (rows, length) or shape == (rows * length,):
         shifted = name.startswith("shift") or _speaks_at(name, x, labels) == "predictors"
         return (predictors(of_labels) if shifted else of_labels).reshape(x.shape)
-    if tuple(x.shape) == (rows, length - 1) or x.shape == (rows * (length - 1),):
+    if tuple(shape) == (rows, length - 1) or shape == (rows * (length - 1),):
         return of_labels[:, 1:].reshape(x.shape)
-    raise LabelsError(
-        f"`{name}` {list(x.shape)} seems to name or weigh labels, and a sparse step must drop the same ones from it as "
-        f"from `labels` [{rows}, {length}]; pass it as [B, S] like `labels` (as [B, S] or [B, S - 1] under a name that "
+    raise _refused(name, list(x.shape), labels)
+
+
+def _refused(name: str, shape: Any, labels: Tensor) -> LabelsError:
+    return LabelsError(
+        f"`{name}` {shape} seems to name or weigh labels, and a sparse step must drop the same ones from it as from "
+        f"`labels` {list(labels.shape)}; pass it as [B, S] like `labels` (as [B, S] or [B, S - 1] under a name that "
         "begins with `shift`, if it is shifted), or train with regate.Config(keep=1.0)"
     )

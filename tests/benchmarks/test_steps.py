@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,10 @@ import torch
 
 from benchmarks import machine, steps, tables
 from benchmarks.arithmetic import Arithmetic, needed, roofline
+from benchmarks.gpu import report, speed
 from benchmarks.models import SIZES, build
 from benchmarks.workloads import WORKLOADS, batch, kept_labels
-from regate.insight.estimate import costs_of, inspect
+from regate.insight.estimate import Sample, costs_of, inspect
 
 WORKLOAD = "96/60/100"
 DENSE = ("dense", "dense, logits at labels", "dense, end to end", "dense, both")
@@ -52,6 +56,52 @@ def test_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     steps.main([*command, "--lora", "--checkpointing", "--alone"])
     with pytest.raises(AssertionError, match="again"):
         steps.main(command)  # other settings
+
+
+def test_models_are_gone_before_the_next_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU one alone may fill the memory; the collector runs when it is told to, as it would between large ones."""
+    build_one, built, alive = steps.model, [], []
+
+    def model(args: Any) -> torch.nn.Module:
+        alive.append(sum(one() is not None for one in built))
+        made = build_one(args)
+        built.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(steps, "model", model)
+    args = speed.settings("tiny", "cpu", arms=["dense", "gated", "exact", "half"], alone=True)
+    gc.disable()
+    try:
+        bench = steps.Bench(args, Sample(8, 6, 20))
+        bench.run()
+    finally:
+        gc.enable()
+    assert (alive, bench.refused) == ([0] * 4, {})
+
+
+@pytest.mark.parametrize("refused", [["dense"], DENSE])
+def test_arms_that_are_refused_take_nothing_from_the_others(refused: Sequence[str], tmp_path: Path) -> None:
+    """A dense step that runs out of memory, or each of them."""
+    timed = [arm for arm in (*DENSE, "AdamW alone", "regate full", "regate sparse") if arm not in refused]
+    measured = {arm: steps.Measured(1.0, 2**20, None, 1, 0.0, [1.0, 2.0]) for arm in timed}
+    possible = {"full": 1.2, "sparse": 1.5, "exact": 1.2, "unpadded": 1.1}
+    arms = steps.ratios(measured, "eager", 10, 20, possible)
+    sparse = arms["regate sparse eager"]
+    assert set(arms) == {f"{arm} eager" for arm in timed}
+    assert sparse["seconds"] == 1.5
+    assert "ratio_to_dense" not in sparse
+    assert "efficiency" not in sparse
+    over_strongest = ["1.00x over dense, logits at labels", "0.73 over the strongest"]
+    assert list(steps.said(sparse)) == (over_strongest if len(refused) == 1 else [])
+    found = {"tokens": [96, 60, 100], "rows": 2, "possible": possible, "arms": arms}
+    result = {"settings": {"model": "tiny"}, "workloads": {WORKLOAD: found}}
+    assert "| - | - (-) | - | - |" in tables.table(result, "eager").replace("**", "")
+    assert WORKLOAD in tables.strongest(result, "eager")
+    assert "| - | - |" in tables.predictions(result, "eager")
+    tables.draw(result, "eager", tmp_path / "steps.png")
+    file = {"checks": {"a": {"status": "passed", "steps": result, "seconds": 1.0}}, "left_out": []}
+    result["settings"] = vars(speed.settings("tiny", "cpu"))
+    assert "steps-gpu-tiny-full-eager" in dict(report.as_files("gpu-steps", file))
 
 
 def test_some_arms_alone(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -280,6 +280,57 @@ def test_what_a_function_is_told_beside_causal_order_is_refused_by_name() -> Non
 
     with pytest.raises(UnsupportedGraphError, match="flash_attn_func is called with `alibi_slopes`"):
         _learn(_causal_lm(Sloped), [_batch("none")], FULL, teacher=None)
+
+
+def _of_a_later_release() -> Any:
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False,
+        qv: Tensor | None = None, q_descale: Tensor | None = None, window_size: tuple[int, int] = (-1, -1),
+        attention_chunk: int = 0, softcap: float = 0.0, num_splits: int = 1, mask_mod: Any = None,
+        return_lse: bool = False,
+    ) -> Tensor:  # fmt: skip
+        assert (qv, q_descale, attention_chunk, mask_mod, return_lse) == (None, None, 0, None, False)
+        return flash.flash_attn_func(q, k, v, softmax_scale=softmax_scale, causal=causal)
+
+    return flash_attn_func
+
+
+later = _of_a_later_release()
+
+
+class _Told(Attention):
+    """Calls a function with more arguments than today's have."""
+
+    options: ClassVar[dict[str, Any]] = {}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, length: int) -> Tensor:
+        return later(q, k, v, causal=True, **self.options)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("qv", torch.ones(3, 20, 4, 8)),
+        ("q_descale", torch.ones(3, 4)),
+        ("attention_chunk", 8),
+        ("mask_mod", max),
+        ("return_lse", True),
+        ("of_tomorrow", 1),
+    ],
+)
+def test_what_a_later_release_can_be_told_is_refused(name: str, argument: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Told, "options", {name: argument})
+    with pytest.raises(UnsupportedGraphError, match=f"flash_attn_func is called with `{name}`"):
+        _learn(_causal_lm(_Told), [_batch("none")], FULL, teacher=None)
+
+
+def test_what_a_later_release_is_told_in_vain_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"qv": None, "attention_chunk": 0, "mask_mod": None, "return_lse": False, "num_splits": 3}
+    monkeypatch.setattr(_Told, "options", told)
+    expected, _ = _learn(_causal_lm(_Told), [_batch("none")], None)
+    got, gate = _learn(_causal_lm(_Told), [_batch("none")], FULL, teacher=None)
+    _assert_same(got, expected)
+    assert not gate.report().notes
 
 
 def test_encoders_keep_their_kernels(calls: list[str]) -> None:

@@ -6,10 +6,11 @@ import copy
 from typing import Any
 
 import pytest
+import torch
 
 import regate
 from regate.api import gate_of
-from regate.errors import ConfigError, UnknownArchitectureError
+from regate.errors import ConfigError, GateNotAppliedError, StoreError, UnknownArchitectureError
 from regate_patch import NotElidedError, UnknownBackendError
 from tests.zoo import CORE
 
@@ -27,6 +28,11 @@ def test_a_model_is_a_module(model: Any) -> None:
         ({"teacher": "4bits"}, ConfigError, "'4bit', 'first', 'precomputed'.*got '4bits'"),
         ({"teacher": 3, "config": regate.Config(keep=1.0)}, ConfigError, "got 3"),
         ({"on_unsupported": "ignore"}, ConfigError, "'raise', 'warn'"),
+        ({"adapter": "llava"}, ConfigError, r"adapter must be a regate\.ModelAdapter.*got 'llava'"),
+        ({"adapter": {}}, ConfigError, r"adapter must be .*got \{\}"),
+        ({"adapter": regate.ModelAdapter}, ConfigError, "adapter must be .*got <class"),
+        ({"store": ""}, StoreError, "the name of a directory.*got ''"),
+        ({"store": True}, StoreError, "got True"),
         ({"backend": "induktor"}, UnknownBackendError, "'induktor'; torch has .*'inductor'"),
     ],
 )
@@ -45,7 +51,10 @@ def test_what_cannot_be_set_on_a_gate() -> None:
     for step in (-1, "3"):
         with pytest.raises(ConfigError, match="from 0, got"):
             gate.step = step  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"must be a regate\.Store, got 'x'; regate\.Store\(path\) opens one"):
+        gate.store = "x"  # type: ignore[assignment]
     assert gate.step == 0
+    assert gate.store.temporary
 
 
 @pytest.mark.parametrize("logits", ["kept", "all"])
@@ -60,3 +69,19 @@ def test_a_decoder_that_is_replaced_later(logits: Any, steps: int) -> None:
         model(**batch)
     regate.apply(model, teacher=None)
     model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize("model", [None, 3, "llava"])
+def test_nothing_to_remove_a_gate_from(model: Any) -> None:
+    with pytest.raises(GateNotAppliedError, match="no gate is applied to this"):
+        regate.remove(model)
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_precompute_takes_batches(single: bool) -> None:
+    gate, batch = regate.apply(CORE["llava"].build()), CORE["llava"].batch()
+    wrong: list[Any] = [batch, None, 3] if single else [["input_ids"], [tuple(batch.values())], torch.zeros(2, 3)]
+    for batches in wrong:
+        with pytest.raises(ConfigError, match=r"gate\.precompute takes what yields batches.*got \w+"):
+            gate.precompute(batches, progress=False)
+    assert gate.store.count("reference") == 0

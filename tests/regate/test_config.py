@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import regate
 
@@ -15,6 +17,7 @@ import regate
         ("warmup", -1), ("ema_decay", 1.0), ("student_weight", float("nan")),
         ("reference_weight", float("inf")), ("explore", -0.1), ("explore", 1.1), ("visual_keep", 0.0),
         ("selection", "best"), ("alignment", "token"), ("schedule", "cycle"), ("final_full_steps", 5),
+        ("disable", "tail"), ("disable", 3), ("disable", (3,)), ("score", lambda m, ref: m), ("score", "m"),
         ("keep", "0.5"), ("warmup", 0.1), ("total_steps", 1e3), ("seed", None), ("explore", True),
     ],
 )  # fmt: skip
@@ -66,3 +69,9 @@ def test_the_papers_settings_by_name() -> None:
 def test_exact_leaves_out_no_label_and_no_visual_token() -> None:
     config = regate.Config.exact(warmup=5)
     assert (config.keep, config.visual_keep, config.warmup) == (1.0, 1.0, 5)
+
+
+def test_scores_that_take_three() -> None:
+    """A builtin does not say what it takes."""
+    for score in (torch.add, lambda *x: x[0], lambda m, ref, prior, scale=2: m * scale, partial(max, 0)):
+        assert regate.Config(score=score).score is score

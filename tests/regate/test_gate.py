@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import weakref
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import regate
-from regate.errors import LabelsError, StoreError
+from regate.errors import LabelsError, StoreError, UnknownArchitectureError
 from regate_patch import NotElidedError
 from tests import oracle
 from tests.zoo import CORE
@@ -263,6 +264,14 @@ def test_as_many_sample_ids_as_samples() -> None:
             model(**call, sample_ids=ids)
 
 
+@pytest.mark.parametrize("ids", [5, "ab", b"ab", {"a": 1, "b": 2}, {1, 2}, torch.tensor(2)])
+def test_sample_ids_that_are_no_list(ids: Any) -> None:
+    model = CORE["llava"].build()
+    regate.apply(model, teacher=None)
+    with pytest.raises(StoreError, match="must be a list, a tensor or an array with one id per sample, got"):
+        model(**CORE["llava"].batch("none", rows=2), sample_ids=ids)
+
+
 def test_one_sample_id_for_two_samples_is_refused() -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=2)
     regate.apply(model, SPARSE, teacher=None)
@@ -310,13 +319,56 @@ def test_a_row_without_labels_and_an_empty_row() -> None:
         (lambda x: x[:, :-1], r"labels \[2, "),
         (lambda x: torch.where(x >= 0, 5000, x), "vocabulary size 100"),
         (lambda x: torch.where(x >= 0, -7, x), "vocabulary size 100"),
+        (lambda x: x[:0], r"the batch is empty: labels \[0, "),
     ],
 )
 def test_bad_labels(labels: Any, says: str) -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch()
     regate.apply(model, SPARSE)
+    batch["labels"] = labels(batch["labels"])
     with pytest.raises(LabelsError, match=says):
-        model(**batch | {"labels": labels(batch["labels"])})
+        model(**{name: x if len(batch["labels"]) else x[:0] for name, x in batch.items()})
+
+
+def _ignores_0(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=0)
+
+
+@pytest.mark.parametrize("config", [FULL, SPARSE, regate.Config.exact()], ids=["full", "sparse", "exact"])
+@pytest.mark.parametrize("told", ["call", "options", "config", "module", "partial", "nowhere"])
+def test_labels_that_another_index_ignores(told: str, config: regate.Config) -> None:
+    """Where it can be told, before the model runs."""
+    torch._dynamo.reset()
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    call: dict[str, Any] = {**batch, "labels": batch["labels"].masked_fill(batch["labels"] == -100, 0)}
+    says = {
+        "call": r"the call's `ignore_index` is 0: .* Set ignored labels to -100",
+        "options": r"the call's `ignore_index` is 0",
+        "config": "the model's config has ignore_index=0, no label is -100",
+        "module": "the model's `criterion` has ignore_index=0",
+        "partial": "the model's loss has ignore_index=0",
+        "nowhere": "the model's loss takes -100 for a token id",
+    }
+    if told == "call":
+        call["ignore_index"] = 0
+    elif told == "options":
+        call["loss_kwargs"] = {"ignore_index": 0}
+    elif told == "config":
+        model.config.text_config.ignore_index = 0
+    elif told == "module":
+        model.criterion = nn.CrossEntropyLoss(ignore_index=0)
+    else:
+        model.loss_function = functools.partial(_ignores_0, ignore_index=0) if told == "partial" else _ignores_0
+    regate.apply(model, config, teacher=None)
+    with pytest.raises(LabelsError, match=says[told]):
+        model(**call)
+
+
+def test_an_index_that_labels_do_not_go_by() -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    model.config.text_config.ignore_index = 0
+    regate.apply(model, SPARSE, teacher=None)
+    model(**batch, ignore_index=-100)
 
 
 def test_a_head_that_was_widened_by_hand() -> None:
@@ -392,6 +444,15 @@ def test_ctrl_c_leaves_the_config_as_it_was() -> None:
 def test_unknown_architecture() -> None:
     with pytest.raises(regate.RegateError, match=r"no adapter serves Linear.*register_adapter"):
         regate.apply(nn.Linear(2, 2))
+
+
+def test_a_mask_of_another_length() -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=2)
+    regate.apply(model, teacher=None)
+    short = batch["attention_mask"][:, :-1]
+    said = rf"attention_mask is \[2, {short.shape[1]}\], but the batch has \[2, {short.shape[1] + 1}\] positions"
+    with pytest.raises(UnknownArchitectureError, match=said):
+        model(**batch | {"attention_mask": short})
 
 
 def test_decoder_that_is_never_called() -> None:

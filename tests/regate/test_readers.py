@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import regate
 from regate.errors import LabelsError, LogitsError
+from regate.training import supervision
 from regate_patch import reference
 from tests import oracle
 from tests.steps import assert_same
@@ -412,3 +413,140 @@ def test_weights_of_a_shape_that_cannot_be_laid_along_labels() -> None:
     regate.apply(model, SPARSE, teacher=None)
     with pytest.raises(LabelsError, match=r"`loss_weights` \[2, \d+\] seems to name or weigh labels"):
         model(**batch, loss_weights=torch.ones(2, batch["labels"].shape[1] + 3))
+
+
+def _divided(model: Any, name: str, divisor: Callable[[Any], Any]) -> None:
+    """A loss of the model's own: each row's sum by what `divisor` makes of an entry of the call, added up."""
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def divides(*args: Any, **kwargs: Any) -> Any:
+        entry = kwargs.pop(name)
+        output = forward(model, *args, **kwargs)
+        labels = _shifted(kwargs["labels"])
+        losses = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="none")
+        output.loss = (losses.view(labels.shape).sum(1) / divisor(entry)).sum()
+        return output
+
+    model.forward = divides
+
+
+def _itself(entry: Any) -> Any:
+    return entry
+
+
+_OF_ROWS: list[tuple[str, Callable[[Tensor], Any], Callable[[Any], Any]]] = [
+    *(
+        (name, lambda labelled: int(labelled.sum()), _itself)
+        for name in ("token_count", "label_num", "valid_tokens", "global_batch_tokens", "denominator", "normalizer")
+    ),
+    ("by_what", lambda labelled: labelled.sum(), _itself),
+    ("by_what", lambda labelled: float(labelled.sum()), _itself),
+    ("by_what", lambda labelled: labelled.sum(1), _itself),
+    ("by_what", lambda labelled: labelled.sum(1, keepdim=True).double(), lambda entry: entry[:, 0]),
+    ("options", lambda labelled: {"mean": True, "by_what": int(labelled.sum())}, lambda entry: entry["by_what"]),
+    ("options", lambda labelled: {"loss_weights": labelled.double()}, lambda entry: entry["loss_weights"].sum()),
+    ("loss_weights", lambda labelled: labelled.double()[..., None], lambda entry: entry.sum()),
+    ("loss_weights", lambda labelled: labelled.double()[:, None], lambda entry: entry.sum()),
+    ("seq_mask", lambda labelled: labelled.long(), lambda entry: entry.sum()),
+    ("answer_positions", lambda labelled: labelled, lambda entry: entry.sum()),
+    ("token_type_mask", lambda labelled: F.pad(labelled, (0, 1))[:, 1:].long(), lambda entry: entry.sum()),
+    ("visual_answer_weights", lambda labelled: labelled * 0.5, lambda entry: entry.sum()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "entry", "divisor"), _OF_ROWS)
+def test_what_a_loss_is_divided_by_is_of_kept_labels(name: str, entry: Any, divisor: Any) -> None:
+    """Be it a number or a mask, whatever its name; else a sparse step's loss is too small."""
+    model, batch = _made("right")
+    _divided(model, name, divisor)
+    plain: Objective = lambda model, output: output.loss  # noqa: E731
+    call = batch | {name: entry(batch["labels"] != -100)}
+    dense = _step(model, call, plain)
+    regate.apply(model, FULL, teacher=None)
+    assert_same(_step(model, call, plain), dense)
+    gate = regate.apply(model, SPARSE, teacher=None)
+    got, last = _step(model, call, plain), gate.last
+    assert last is not None
+    regate.remove(model)
+    masked = batch | {"labels": last.labels_left, name: entry(last.kept)}
+    with reference.masked(oracle.layers_of(gate.adapter.decoder(model)), last.active):
+        assert_same(got, _step(model, masked, plain))
+
+
+def _labels_of_a_batch() -> Tensor:
+    """Two labels of the first row, three of the second."""
+    return torch.tensor([[-100, -100, -100, 5, 6, -100, -100], [-100, -100, 7, 8, 9, -100, -100]])
+
+
+@pytest.mark.parametrize(
+    ("name", "x"),
+    [
+        ("attention_mask", torch.tensor([[1] * 7, [1] * 7])),
+        ("seq_mask", torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]])),  # says more
+        ("seq_mask", torch.tensor([[0, 0, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0]])),  # says less
+        ("positions", torch.tensor([[0, 0, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 0, 0]])),
+        ("token_type_ids", torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0]])),  # a prefix sees itself
+        ("image_mask", torch.tensor([[1, 1, 0, 0, 0, 0, 0], [0] * 7])),
+        ("max_length", 5),
+        ("num_frames", 5),
+        ("logits_to_keep", 5),
+        ("pad_token_id", 5),
+        ("temperature", 5.0),
+        ("whatever", 4),
+        ("num_images", torch.tensor([2, 3])),
+        ("row_ids", torch.tensor([2, 3])),
+        ("whatever", torch.tensor([3, 2])),
+        ("class_weights", torch.ones(2, 3)),
+        ("loss_weights", [1.0, 0.5]),
+        ("loss_weights", [[1.0, 0.5], [1.0, 0.5]]),
+        ("loss_type", "sum"),
+        ("options", {"image_weights": torch.ones(2, 7), "deep": {"temperature": 5}}),
+    ],
+)
+def test_what_is_no_supervision_stays(name: str, x: Any) -> None:
+    assert supervision.beside({name: x}, _labels_of_a_batch()) == {}
+
+
+def test_one_label_is_no_telling_number() -> None:
+    labels = torch.tensor([[-100, -100, 3]])
+    assert supervision.beside({"whatever": 1, "other": torch.tensor([1])}, labels) == {}
+    assert [*supervision.beside({"num_items_in_batch": 1}, labels)] == ["num_items_in_batch"]
+
+
+def test_numbers_in_a_dict_are_scaled_in_a_copy() -> None:
+    labels = _labels_of_a_batch()
+    options = {"by_what": torch.tensor([2, 3]), "deep": {"total": 5, "mode": "sum"}}
+    found = supervision.beside({"options": options}, labels)
+    changed = supervision.masked(found, labels, labels == 8)["options"]
+    assert changed["by_what"].tolist() == [0, 1]
+    assert changed["deep"] == {"total": 1.0, "mode": "sum"}
+    assert options["by_what"].tolist() == [2, 3]
+    assert options["deep"] == {"total": 5, "mode": "sum"}
+
+
+@pytest.mark.parametrize("weights", [torch.ones(2, 9), [torch.ones(22)] * 2, [[1.0] * 22] * 2])
+def test_weights_in_a_form_that_cannot_be_laid_along_labels(weights: Any) -> None:
+    """Of the answers alone, or in lists."""
+    model, batch = _made("right")
+    regate.apply(model, SPARSE, teacher=None)
+    with pytest.raises(LabelsError, match=r"`loss_weights` (\[2, 9\]|\(a list\)) seems to name or weigh labels"):
+        model(**batch, loss_weights=weights)
+
+
+def test_a_loss_for_each_position_is_told_what_to_divide_by() -> None:
+    model, batch = _made("right")
+    each = type(model).forward
+
+    @functools.wraps(each)
+    def by_position(*args: Any, **kwargs: Any) -> Any:
+        output = each(model, *args, **kwargs)
+        losses = F.cross_entropy(output.logits.flatten(0, 1), _shifted(kwargs["labels"]).flatten(), reduction="none")
+        output.loss = losses.view(kwargs["labels"].shape)
+        return output
+
+    model.forward = by_position
+    for config, told in ((FULL, False), (SPARSE, True)):
+        gate = regate.apply(model, config, teacher=None)
+        model(**batch)
+        assert ("must divide by the number of these, gate.last.kept" in str(gate.report())) == told

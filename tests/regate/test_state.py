@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import regate
-from regate.errors import StoreInUseError, StoreMismatchError, UnsupportedShardingError
+from regate.errors import CheckpointError, StoreInUseError, StoreMismatchError, UnsupportedShardingError
 from regate.memory import checkpoint
 from regate.memory.store import Store
 from tests.steps import step
@@ -155,3 +155,66 @@ def test_a_resumed_run_is_looked_at_as_any_other(tmp_path: Path) -> None:
     resumed._is_replica = True
     with pytest.raises(UnsupportedShardingError, match="DataParallel"):
         resumed(**batch)
+
+
+def _without(name: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda state: {key: value for key, value in state.items() if key != name} | {"step": 77}
+
+
+def _of_one(lengths: Any, losses: Any) -> dict[str, Any]:
+    keys = torch.zeros(1, 16, dtype=torch.uint8)
+    return {"difficulty": {"keys": keys, "lengths": torch.tensor(lengths), "losses": torch.tensor(losses)}}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda state: None, "it is a NoneType"),
+        (lambda state: [state], "it is a list"),
+        (lambda state: {"model.weight": torch.zeros(2)}, "it has no 'step'"),
+        (_without("prior"), "it has no 'prior'"),
+        (_without("difficulty"), "it has no 'difficulty'"),
+        (lambda state: state | {"step": -3}, "'step' must be a number of optimizer steps"),
+        (lambda state: state | {"step": "3"}, "'step' must be"),
+        (lambda state: state | {"counters": {}}, "'counters' must be"),
+        (lambda state: state | {"counters": state["counters"] | {"labels_seen": None}}, "'counters' must be"),
+        (lambda state: state | {"prior": {"mean": torch.full((3,), torch.nan)}}, "'prior' must be a finite mean"),
+        (lambda state: state | {"guard": {"mean": 1.0}}, "'guard' must be"),
+        (lambda state: state | _of_one([5], [0.0, 0.0]), "'difficulty' must be keys, lengths and losses that fit"),
+        (lambda state: state | _of_one([-1], [0.0]), "'difficulty' must be"),
+        (lambda state: state | _of_one(1, [0.0]), "'difficulty' must be"),
+        (lambda state: state | _of_one([1], [torch.inf]), "'difficulty' must be"),
+        (lambda state: state | {"owed": {}}, "'owed' must be"),
+    ],
+)
+def test_what_is_no_state_changes_nothing(spoil: Callable[[dict[str, Any]], Any], said: str) -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=2)
+    gate = regate.apply(model, FULL, teacher=None)
+    gate.step = 2
+    model(**batch).loss.backward()
+    state = gate.state_dict()
+    with pytest.raises(CheckpointError, match=f"is no state of a gate.*{said}.*Nothing was changed"):
+        gate.load_state_dict(spoil(state))
+    now = gate.state_dict()
+    assert now["step"] == gate.step == 2
+    assert now["counters"] == state["counters"]
+    assert torch.equal(now["prior"]["mean"], state["prior"]["mean"])
+    assert all(torch.equal(now["difficulty"][name], x) for name, x in state["difficulty"].items())
+    gate.load_state_dict(state)
+
+
+def test_a_checkpoint_that_holds_something_else(tmp_path: Path) -> None:
+    gate = regate.apply(CORE["llava"].build(), FULL, teacher=None)
+    for holds, said in (([1], r"regate\.pt holds a list"), ({"a": 1}, rf"regate\.pt in {tmp_path} is no state")):
+        torch.save(holds, tmp_path / "regate.pt")
+        with pytest.raises(CheckpointError, match=said):
+            gate.load(tmp_path)
+
+
+def test_a_checkpoint_of_before_settings_were_told(tmp_path: Path) -> None:
+    """Its teacher's fingerprint has none."""
+    gate = regate.apply(CORE["llava"].build(), SPARSE)
+    gate.save(tmp_path)
+    state = checkpoint.load(tmp_path)
+    assert state["teacher"].pop("settings") != "{}"
+    gate.load_state_dict(state)

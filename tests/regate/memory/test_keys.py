@@ -213,6 +213,40 @@ def test_as_many_images_as_rows() -> None:
     assert not gate.report().notes
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_sample_is_itself_whatever_its_padding_be_it_masked_or_not(masked: bool) -> None:
+    model = CORE["llava"].build()
+    batch = {name: x[:1] for name, x in CORE["llava"].batch("none", rows=1).items()}
+    length = batch["input_ids"].shape[1]
+    gate = regate.apply(model, FULL, teacher=None)
+    for extra in (0, 2, 5):
+        fills = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+        padded = batch | {name: F.pad(batch[name], (0, extra), value=fill) for name, fill in fills.items()}
+        if not masked:
+            del padded["attention_mask"]
+        model(**padded)
+    assert len(_difficulties(gate)) == 1
+    batch["input_ids"][0, length - 1] = 0  # a token that is learnt, be it that of padding, too
+    batch["labels"][0, length - 1] = 0
+    model(**batch)
+    assert len(_difficulties(gate)) == 2
+
+
+def test_an_end_that_is_the_token_of_padding() -> None:
+    """It counts where it is learnt, or where more follows."""
+    pad, ids = 2, torch.tensor([[1, 5, 6, 2, 2, 2], [1, 5, 6, 2, 2, 2], [1, 5, 6, 2, 7, 2], [1, 5, 6, 2, 2, 2]])
+    labels = torch.tensor([[-100, -100, 6, -100, -100, -100]] * 4)
+    labels[1, 3] = 2
+    valid = torch.ones(4, 6, dtype=torch.bool)
+    valid[3, 4:] = False
+    layout = Layout(ids, labels, valid, torch.zeros_like(valid))
+    alone = keys.text_keys(Layout(*(x[:1, :3] for x in (ids, labels, valid, layout.visual))))
+    plain, learnt, longer, hidden = keys.text_keys(layout, pad=pad)
+    assert plain == hidden == alone[0]
+    assert len({plain, learnt, longer}) == 3
+    assert len(set(keys.text_keys(layout))) == 4
+
+
 def test_equal_text_with_another_image_has_its_own_difficulty() -> None:
     """Where the patches of all images are in one list; see tests/zoo/test_keys.py for all other layouts."""
     model, batch = CORE["qwen2_5_vl"].build(), CORE["qwen2_5_vl"].batch("none", rows=2, seed=1)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 from regate.memory.files import TABLES
-from regate.memory.sharing import Exchange, _Flight, _Message, _Packed
+from regate.memory.sharing import Exchange, _Flight, _Message, _Packed, told_on
 from regate.memory.store import Store
 
 
@@ -34,3 +35,21 @@ def test_ranks_of_one_file_take_over_a_part_each(homes: str, monkeypatch: pytest
     for home, keys in taken.items():
         expected = sorted(key for i, of in enumerate(homes) if of != home for key in made[i])
         assert sorted(keys) == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("nccl", "cuda"),
+        ("cuda:nccl", "cuda"),
+        ("cpu:gloo,cuda:nccl", "cpu"),
+        ("cuda:nccl,cpu:gloo", "cpu"),
+        ("gloo", "cpu"),
+    ],
+)
+def test_ranks_speak_by_tensors_that_a_backend_serves(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: str(BackendConfig(Backend(backend))))
+    assert told_on() == device

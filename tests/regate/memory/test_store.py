@@ -114,6 +114,22 @@ def test_references_belong_to_one_teacher(store: Store) -> None:
     store.bind({"teacher": "huge"})
 
 
+def test_a_store_of_before_settings_were_told(store: Store, tmp_path: Path) -> None:
+    """Those of the first teacher that tells them are its own; a store without them may be copied into one with."""
+    old, now = {"weights": "a"}, {"weights": "a", "settings": '{"rms_norm_eps": 1e-06, "rope_theta": 10000.0}'}
+    other = now | {"settings": '{"rms_norm_eps": 1e-06, "rope_theta": 500.0}'}
+    store.bind(old)
+    store.copy_references(tmp_path / "copy").bind(other)
+    store.bind(now)
+    store.bind(old)
+    with pytest.raises(StoreMismatchError, match=r"\(rope_theta: stored 10000\.0, now 500\.0\)"):
+        store.bind(other)
+    with pytest.raises(StoreMismatchError, match=r"\(tokenizers: stored None, now 'b'\)"):
+        store.bind(now | {"tokenizers": "b"})
+    Store(tmp_path / "first").bind(old)
+    Store(tmp_path / "first").copy_references(store.path)
+
+
 def test_references_are_copied_and_nothing_else(store: Store, tmp_path: Path) -> None:
     store.bind(TEACHER)
     fill(store, 3000)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -120,3 +122,46 @@ with Store(sys.argv[1]) as store:
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """The operating system refuses to let the file grow; when it no longer does, the store goes on."""
     run(_FULL_DISK, tmp_path)
+
+
+@pytest.mark.parametrize("path", ["", 3, True, b"bytes", ["a"], Store])
+def test_what_is_no_path(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=r"the name of a directory.*got "):
+        Store(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+_SPOILT = """
+from regate.errors import StoreCorruptError
+wrong = []
+for number in map(int, sys.argv[2:]):
+    try:
+        with Store(f"{sys.argv[1]}/{number}") as store:
+            list(store.items("reference"))
+    except StoreCorruptError as error:
+        wrong.append("MDB_BAD_TXN" in str(error))
+print(any(wrong))
+"""
+
+
+def test_pages_that_are_garbage(tmp_path: Path) -> None:
+    """LMDB names the page, or only that the transaction cannot go on, as it does of a page inside a table."""
+    with Store(tmp_path / "whole") as store:
+        fill(store, 100)
+    pages = (tmp_path / "whole" / "data.mdb").stat().st_size // 4096
+    for page in range(2, pages):
+        shutil.copytree(tmp_path / "whole", tmp_path / str(page))
+        with (tmp_path / str(page) / "data.mdb").open("r+b") as file:
+            file.seek(page * 4096)
+            file.write(random.Random(page).randbytes(4096))
+    assert run(_SPOILT, tmp_path, *range(2, pages)).strip() == "True"
+
+
+def test_files_that_are_moved_while_they_are_open(tmp_path: Path) -> None:
+    with Store(tmp_path / "here") as store:
+        fill(store, 3)
+        store.path.rename(tmp_path / "there")
+        with pytest.raises(StoreError, match=r"was moved or deleted while it was open.*gate\.store = regate\.Store"):
+            store.stats()
+        assert intact(store, 3)

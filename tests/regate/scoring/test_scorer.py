@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -97,6 +98,15 @@ def test_exploring_draws_by_seed_andstep() -> None:
         regate.remove(model)
     assert len(set(kept[0])) > 2
     assert kept[0] != kept[1]
+
+
+@pytest.mark.parametrize("seed", [time.time_ns(), 2**63, 2**70, -(2**70)])
+def test_any_whole_number_is_a_seed(seed: int) -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1)
+    gate = regate.apply(model, regate.Config(warmup=0, full_steps=0, explore=0.5, seed=seed), teacher=None)
+    step(model, batch)
+    assert gate.last is not None
+    assert 0 < int(gate.last.kept.sum()) < int((batch["labels"] != -100).sum())
 
 
 def test_nonfinite_student_losses_are_not_remembered() -> None:

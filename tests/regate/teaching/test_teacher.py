@@ -10,18 +10,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import regate
 import regate_patch
 from model_adapters import find_adapter
-from regate.errors import NonFiniteLossError, StoreError, StoreMismatchError, UnsupportedShardingError
+from regate.errors import ConfigError, NonFiniteLossError, StoreError, StoreMismatchError, UnsupportedShardingError
 from regate.teaching import choice
 from regate.teaching.teacher import Teacher
 from tests.zoo import CORE
+
+SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -281,7 +285,8 @@ def test_a_copy_does_not_call_the_student() -> None:
         assert torch.equal(a, b)
 
 
-def test_a_rank_without_weights_is_told_what_to_do() -> None:
+def test_a_rank_without_weights_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     model = CORE["llava"].build().to("meta")
     for asked in ("auto", "first", "copy"):  # another rank may have them, and know nothing of this one
         with pytest.raises(UnsupportedShardingError, match="fsdp_cpu_ram_efficient_loading: false"):
@@ -297,3 +302,98 @@ def test_ranks_that_may_have_no_weights_copy_none(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(UnsupportedShardingError, match="others than one another"):
             regate.apply(model, teacher=asked)
     assert regate.apply(model).first
+
+
+@pytest.mark.parametrize("shared", ["the model", "its language model", "under PEFT"])
+def test_a_teacher_that_is_the_student_would_be_frozen(shared: str) -> None:
+    model = CORE["llava"].build()
+    teacher: nn.Module = model.model.language_model if shared == "its language model" else model
+    if shared == "under PEFT":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(ConfigError, match="has modules of the model that is trained"):
+        regate.apply(model, teacher=teacher)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == learning
+
+
+def test_a_given_teacher_is_given_back() -> None:
+    model, teacher = CORE["llava"].build(), CORE["llava"].build()
+    teacher.lm_head.requires_grad_(False)
+    before = [p.requires_grad for p in teacher.parameters()], [m.training for m in teacher.modules()]
+    regate.apply(model, teacher=teacher)
+    assert not any(p.requires_grad for p in teacher.model.language_model.parameters())
+    regate.remove(model)
+    assert ([p.requires_grad for p in teacher.parameters()], [m.training for m in teacher.modules()]) == before
+
+
+def test_a_process_alone_without_weights_is_told_where_they_are() -> None:
+    """As accelerate's offload leaves it, or a model that was built for weights that are loaded later."""
+    model = CORE["llava"].build().to("meta")
+    with pytest.raises(UnsupportedShardingError, match=r"parameters .* on the 'meta' device.*cpu_offload") as told:
+        regate.apply(model)
+    assert "fsdp_cpu_ram_efficient_loading" not in str(told.value)
+
+
+def _old_weight_norm(model: Any) -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(model.model.language_model.layers[0].mlp.up_proj)
+
+
+def _pruned(model: Any) -> None:
+    prune.random_unstructured(model.model.language_model.layers[0].mlp.up_proj, "weight", 0.5)
+
+
+@pytest.mark.parametrize("spoil", [_old_weight_norm, _pruned])
+def test_what_cannot_be_copied_may_teach_itself(spoil: Any) -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    spoil(model)
+    model(**batch).loss.backward()  # from here on its weights are no leaves
+    with pytest.raises(ConfigError, match=r"LlamaModel cannot be copied .*teacher='first'.*teacher=None"):
+        regate.apply(model, SPARSE)
+    gate = regate.apply(model, SPARSE, teacher="first")
+    gate.precompute([batch], progress=False)
+    model(**batch).loss.backward()
+    gate = regate.apply(model, SPARSE, teacher=None)
+    model(**batch).loss.backward()
+    assert gate.last is not None
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_adapters_that_are_merged_under_the_gate(steps: int) -> None:
+    model = peft.get_peft_model(
+        CORE["llava"].build(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    gate = regate.apply(model, SPARSE)
+    for seed in range(steps):
+        model(**CORE["llava"].batch(seed=seed)).loss.backward()
+    merged = model.merge_and_unload().requires_grad_(True)
+    with pytest.raises(StoreMismatchError, match=r"were merged into the model that is gated.*regate\.apply anew"):
+        merged(**CORE["llava"].batch(seed=9))
+    assert gate.store.count("reference") == 2 * steps
+    regate.apply(merged, SPARSE)
+    merged(**CORE["llava"].batch(seed=9)).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("rope_parameters", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+        ("rms_norm_eps", {"rms_norm_eps": 0.3}),
+        ("num_key_value_heads", {"num_key_value_heads": 1}),
+        ("hidden_act", {"hidden_act": "gelu"}),
+        (None, {"attention_dropout": 0.1, "use_cache": False, "initializer_range": 0.1, "max_position_embeddings": 9}),
+        (None, {"pad_token_id": 0, "_attn_implementation": "eager", "rope_new": None, "new_scale": 0.0}),
+    ],
+)
+def test_settings_of_the_architecture_make_another_teacher(name: str | None, changes: Any, tmp_path: Path) -> None:
+    """With the same weights, numbers differ; not so by what is for training, or off."""
+    model = CORE["llava"].build()
+    regate.apply(model, store=str(tmp_path))
+    regate.remove(model)
+    for setting, value in changes.items():
+        setattr(model.config.text_config, setting, value)
+    if name is None:
+        regate.apply(model, store=str(tmp_path))
+    else:
+        with pytest.raises(StoreMismatchError, match=rf"\({name}: stored .*, now "):
+            regate.apply(model, store=str(tmp_path))

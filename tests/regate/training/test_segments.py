@@ -99,6 +99,59 @@ def test_samples_kept_apart_by_a_square_mask_alone(added: bool) -> None:
     assert len(difficulties) == 6
 
 
+def _with_gaps(model: Any, batch: dict[str, Any], *, gap: int = 3) -> dict[str, Any]:
+    """Packed, each sample followed by padding, and by that of its row."""
+    call = {name: x for name, x in batch.items() if name not in ("input_ids", "labels", "attention_mask")}
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, gap))
+    numbers = mask * torch.arange(1, len(mask) + 1)[:, None]
+    for name, fill in (("input_ids", 0), ("labels", -100)):
+        call[name] = torch.nn.functional.pad(batch[name], (0, gap), value=fill).reshape(1, -1)
+    return call | {
+        "attention_mask": numbers.reshape(1, -1),
+        "position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, 0).reshape(1, -1),
+    }
+
+
+@pytest.mark.parametrize("told", ["numbers", "position_ids", "square"])
+def test_samples_with_padding_between_them(told: str) -> None:
+    """They are those of rows of their own, by whatever they are told apart."""
+
+    def laid(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        call = _with_gaps(model, batch)
+        numbers = call["attention_mask"]
+        if told == "numbers":
+            del call["position_ids"]
+        if told == "position_ids":
+            call["attention_mask"] = (numbers > 0).long()
+        if told == "square":
+            del call["position_ids"]
+            call["attention_mask"] = _square(numbers[0]) & (numbers > 0)[:, None]
+        return call
+
+    expected, _ = _learn("llava", None, laid)
+    got, _ = _learn("llava", regate.Config(warmup=1000), laid, teacher=None)
+    _assert_same(got, expected)
+    _, alone = _learn("llava", SPARSE, _own_rows, steps=2, teacher=None)
+    _, difficulties = _learn("llava", SPARSE, laid, steps=2, teacher=None)
+    assert difficulties.keys() == alone.keys()
+
+
+def test_a_label_that_padding_between_samples_predicts() -> None:
+    """It is no sample's, but full steps train on it as the model does."""
+
+    def laid(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        call = _with_gaps(model, batch)
+        begins = torch.nn.functional.pad(call["attention_mask"].diff() > 0, (1, 0))
+        return call | {"labels": call["labels"].masked_fill(begins, 7)}
+
+    expected, _ = _learn("llava", None, laid, steps=1)
+    got, _ = _learn("llava", regate.Config(warmup=1000), laid, steps=1, teacher=None)
+    _assert_same([(*got[0][:2], None)], expected)
+    _, alone = _learn("llava", SPARSE, _own_rows, steps=1, teacher=None)
+    _, difficulties = _learn("llava", SPARSE, laid, steps=1, teacher=None)
+    assert difficulties.keys() == alone.keys()
+
+
 def test_a_label_with_which_a_sample_begins_is_no_ones() -> None:
     """The last position of one sample must not learn to predict the first of the next."""
     torch._dynamo.reset()
@@ -154,7 +207,20 @@ VIDEO = torch.tensor(
         ({"cu_seqlens": torch.tensor([[0, 3, 4, 6]], dtype=torch.int32)}, [3, 4]),
         ({"attention_mask": torch.tensor([[0, 3, 4, 6]], dtype=torch.int32)}, [3, 4]),
         ({"attention_mask": torch.tensor([[0, 1, 2, 3, 4, 6]], dtype=torch.int32)}, [1, 2, 3, 4]),
+        ({"cu_seqlens": [0, 3, 4, 6]}, [3, 4]),
+        ({"cu_seqlens_q": torch.tensor([0, 3, 4, 6, 6, 6])}, [3, 4]),
+        ({"cu_seqlens": torch.tensor([0, 3, 4, 6, -1, -1])}, [3, 4]),
+        ({"cu_seq_lens": torch.tensor([3, 4, 6])}, [3, 4]),
+        ({"seqlens": torch.tensor([3, 1, 2])}, [3, 4]),
+        ({"seq_lens": [[3, 1, 2]]}, [3, 4]),
+        ({"seq_lens": [6], "seq_len": 6, "sequence_lengths": torch.tensor([6])}, []),
         ({"seq_idx": torch.tensor([[0, 0, 0, 1, 2, 2]])}, [3, 4]),
+        ({"seq_idx": torch.tensor([0, 0, 0, 1, 2, 2])}, [3, 4]),
+        ({"sequence_id": [[0, 0, 0, 1, 2, 2]]}, [3, 4]),
+        ({"segment_ids": torch.tensor([[0.0, 0, 0, 1, 2, 2]])}, [3, 4]),
+        ({"document_id": torch.tensor([[5, 5, 5, 1, 2, 2]], dtype=torch.int8)}, [3, 4]),
+        ({"doc_ids": torch.tensor([[0, 0, 0, 1, 2, 2]])}, [3, 4]),
+        ({"document_id": torch.tensor([4]), "doc_id": 5, "doc_ids": ["a", "b"]}, []),
         ({"attention_mask": torch.tensor([[1, 1, 1, 2, 3, 3]])}, [3, 4]),
         ({"attention_mask": torch.ones(1, 6, dtype=torch.int64)}, []),
         ({"attention_mask": _square(torch.tensor([1, 1, 1, 2, 3, 3]))}, [3, 4]),
@@ -206,9 +272,75 @@ def test_an_image_at_a_samples_beginning_is_one_sample() -> None:
     assert not found.any()
 
 
-def test_boundaries_that_are_none() -> None:
-    with pytest.raises(PackedRowsError, match=r"`cu_seqlens` \[2, 2\]"):
-        starts({"cu_seqlens": torch.tensor([[0, 3], [4, 6]])}, _layout(1, 6))
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"attention_mask": torch.tensor([[1, 1, 1, 0, 0, 2, 2]])},
+        {"seq_idx": torch.tensor([[0, 0, 0, -1, -1, 1, 1]])},
+        {"cu_seqlens": torch.tensor([0, 4, 7])},
+        {"cu_seqlens": torch.tensor([0, 3, 5, 7])},
+        {"seq_lens": [5, 2]},
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 0, 0, 1]])},
+        {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1]])},
+        {"position_ids": torch.tensor([[0, 1, 2, 9, 9, 0, 1]]).expand(3, 1, 7)},
+        {"attention_mask": _square(torch.tensor([1, 1, 1, 3, 3, 2, 2]))},
+    ],
+)
+def test_signs_of_a_beginning_behind_padding(call: dict[str, Any]) -> None:
+    valid = torch.tensor([[True, True, True, False, False, True, True]])
+    found = starts({"attention_mask": valid.long(), **call}, _layout(1, 7, valid=valid))
+    assert found is not None
+    assert found.nonzero().tolist() == [[0, 5]]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"seq_idx": torch.tensor([[4, 4, 4, 0, 0, 4, 4]])},
+        {"cu_seqlens": torch.tensor([0, 7])},
+        {"position_ids": torch.tensor([[0, 1, 2, 1, 1, 3, 4]])},
+        {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 6]])},
+    ],
+)
+def test_padding_within_a_sample(call: dict[str, Any]) -> None:
+    """Tokens that a mask hides are no end."""
+    valid = torch.tensor([[True, True, True, False, False, True, True]])
+    found = starts({"attention_mask": valid.long(), **call}, _layout(1, 7, valid=valid))
+    assert found is not None
+    assert not found.any()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"cu_seqlens": torch.tensor([[0, 3], [4, 6]])}, r"`cu_seqlens` \[2, 2\]"),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0, 12.0])}, r"`cu_seqlens` \[3\] torch.float32"),
+        (
+            {"cu_seqlens_q": [0, 6, 15]},
+            r"`cu_seqlens_q` \[0, 6, 15\] does not lie on this batch \[2, 6\], 10 positions",
+        ),
+        ({"cu_seqlens": [0, 6, 3, 12]}, "must ascend from 0 to 12"),
+        ({"cu_seqlens": [0, 4, 10]}, "be counted with padding"),
+        ({"cu_seqlens": [0, 6, 10]}, "be counted with padding"),
+        ({"cu_seqlens": [0, 4, 8, 12]}, "begin anew with each row"),
+        ({"cu_seqlens": [[0, 6], [1]]}, "no tensor can be made of it"),
+        ({"seq_lens": [3, 3, 9]}, r"`seq_lens`, added up, \[0, 3, 6, 15\]"),
+        ({"seq_lens": [[3, 3], [4, 2]]}, r"`seq_lens`, added up, \[2, 3\]"),
+        ({"segment_ids": torch.zeros(2, 5)}, r"`segment_ids` \[2, 5\] seems to tell packed samples apart"),
+        ({"doc_ids": torch.zeros(6)}, r"decoder's positions \[2, 6\]"),
+    ],
+)
+def test_boundaries_that_are_none(call: dict[str, Any], says: str) -> None:
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    valid[0, :2] = False
+    with pytest.raises(PackedRowsError, match=says):
+        starts(call, _layout(2, 6, valid=valid))
+
+
+def test_one_number_for_each_row_begins_nothing() -> None:
+    rows = {"seq_lens": [4, 6], "doc_id": torch.tensor([[1], [2]]), "document_ids": ["a", "b"]}
+    assert starts(rows, _layout(2, 6)) is None
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,0 +1,57 @@
+"""What keeps Dynamo from looking: it is switched off, or a function forbids it. Said by name, with what to do."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Any
+
+import torch
+import torch._dynamo
+
+_CAPTURES = ("default", "fail_on_recompile")  # stances of torch.compiler that run no code as it is
+_FORBIDS = re.compile(r"torch\.compiler\.disable\(\)`d function.*?<function (\S+) at 0x", re.DOTALL)
+
+
+def switched_off_by() -> str | None:
+    """What keeps `torch.compile` from capturing anything, and what to do about it; None if nothing does."""
+    frames: Any = torch._dynamo.eval_frame
+    stance = getattr(getattr(frames, "_stance", None), "stance", "default")
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        cause = "the environment variable TORCHDYNAMO_DISABLE is 1"
+    elif getattr(torch._dynamo.config, "disable", False):
+        cause = "torch._dynamo.config.disable is True (as by the environment variable TORCH_COMPILE_DISABLE)"
+    elif stance not in _CAPTURES:
+        cause = f"the stance is {stance!r} (torch.compiler.set_stance)"
+    else:
+        return None
+    return (
+        f"torch.compile captures nothing, for {cause}; what it captures is what runs on active positions, with "
+        "backend='eager', too. Undo that where the model is trained"
+    )
+
+
+def forbidden_by(error: Exception) -> str:
+    """Which function forbade Dynamo to look into it, whose it is, and what to do; "" if that is not the error.
+
+    Packages of kernels do so by `torch.compiler.disable`. Models often have plain functions for where those are not
+    installed, in the same order of arguments.
+    """
+    if (found := _FORBIDS.search(str(error))) is None:
+        return ""
+    name = found[1]
+    packages = _packages_of(name)
+    whose = f" of {' or '.join(packages)}" if packages else ""
+    without = f"uninstall {' or '.join(packages)}, if the model does without, or " if packages else ""
+    return (
+        f"{name}{whose} forbids torch.compile to look into it: {without}let the model's code call a function of plain "
+        "torch operations in its place, before regate.apply (the last line of user code below is where it is called). "
+    )
+
+
+def _packages_of(name: str) -> list[str]:
+    """The packages that have functions of this name into which Dynamo must not look."""
+    named = [vars(module).get(name) for module in list(sys.modules.values()) if module is not None]
+    marked = [function for function in named if getattr(function, "_torchdynamo_disable", False)]
+    return sorted({function.__module__.partition(".")[0] for function in marked if function.__module__})
