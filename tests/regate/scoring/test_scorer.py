@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -100,7 +99,7 @@ def test_exploring_draws_by_seed_andstep() -> None:
     assert kept[0] != kept[1]
 
 
-@pytest.mark.parametrize("seed", [time.time_ns(), 2**63, 2**70, -(2**70)])
+@pytest.mark.parametrize("seed", [1_796_016_379_050_586_131, 2**63, 2**70, -(2**70)])
 def test_any_whole_number_is_a_seed(seed: int) -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1)
     gate = regate.apply(model, regate.Config(warmup=0, full_steps=0, explore=0.5, seed=seed), teacher=None)
