@@ -97,7 +97,7 @@ class Forward:
         self._device: torch.device = batch["labels"].device
         self._all_whole = full or (whole is not None and bool(whole[samples.candidates.any(1)].all()))
         self._balanced = router.is_balanced(self._target, self._call)
-        self._beside = supervision.beside(self._call, layout.labels) if parts.config.keep < 1 else {}
+        self._beside = self._beside_labels() if parts.config.keep < 1 else {}
         self._scope = contextlib.ExitStack()
         self._active: regate_patch.Active | None = None  # what the decoder ran on
         self._entered = False  # was it to run on less than everything?
@@ -144,6 +144,12 @@ class Forward:
         forward = cls(parts, batch, layout, samples, whole, full=full, due=due)
         parts.counters.gate_seconds += time.perf_counter() - start - (parts.counters.teacher_seconds - taught)
         return forward
+
+    def _beside_labels(self) -> dict[str, Any]:
+        """What the call has beside its labels, but for what the adapter masks by itself."""
+        labels, with_labels = self.layout.labels, self.parts.adapter.with_labels
+        own = {"labels"} if with_labels is labels_alone else {*with_labels(self.parts.model, self._call, labels)}
+        return supervision.beside({k: v for k, v in self._call.items() if k not in own - {"labels"}}, labels)
 
     # -- what is read ---------------------------------------------------------------------------------
 
