@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -59,9 +60,12 @@ class Parts:
     lazy: LazyHead | None = None
     readers: Readers = field(init=False)
     head: nn.Module = field(init=False)
+    _found_at: list[str] | None = field(init=False)  # the names by which one comes from `model` to `decoder`
 
     def __post_init__(self) -> None:
         self.readers = Readers(self.target, self.decoder, self.adapter, self.note)
+        names = (name for name, part in self.model.named_modules() if part is self.decoder)
+        self._found_at = found.split(".") if (found := next(names, None)) else None
 
     @property
     def takes_cache(self) -> bool:
@@ -123,11 +127,15 @@ class Parts:
 
     def _check_decoder(self) -> None:
         """It is still the one that is gated."""
-        now = self.adapter.decoder(self.model)
+        if self._found_at is None:  # a model may keep it where `modules` does not look
+            return
+        now: Any = self.model
+        for name in self._found_at:
+            now = getattr(now, name, None)
         if now is not self.decoder and all(part is not self.decoder for part in self.model.modules()):
             raise regate_patch.NotElidedError(
-                f"the decoder of {type(self.model).__name__} was replaced after regate.apply, by another "
-                f"{type(now).__name__}; call regate.apply(model) again"
+                f"the {type(self.decoder).__name__} of {type(self.model).__name__} was replaced after regate.apply, in "
+                f"which it was {'.'.join(self._found_at)}; call regate.apply(model) again"
             )
 
     def _apart(self, batch: Batch, segments: Segments) -> Batch:

@@ -28,9 +28,8 @@ _COUNTS = re.compile(
     r"^(num|n|total|count|valid|avg|average|mean|global|local)_\w*(items|tokens|labels|targets)"
     r"|(item|token|label|target)s?_(count|counts|num|sum|total)$|denominator|normali[sz]er|divisor"
 )
-_SETTINGS = re.compile(
-    r"max|min|keep|step|epoch|size|scale|seed|layer|beam|temperature|_id$"
-)  # numbers that count none
+# Of what is no label's: numbers that count none, and weights of other things.
+_SETTINGS = re.compile(r"max|min|keep|step|epoch|size|scale|seed|layer|beam|class|temperature|_id$")
 _OF_POSITIONS = re.compile(r"type|position|seq")  # what they are called, and masks of them
 _OF_IMAGES = re.compile(r"image|video|audio|visual|vision|pixel|patch|frame|tile")
 _READ = re.compile(r"_ids?$|types?$|attention|attn|segment|cache|embed|pixel")  # by decoders, whatever it says
@@ -49,7 +48,7 @@ class _Count:
         labelled = labels[:, 1:] != IGNORED
         if _number(self.value):
             return self.value * (int(kept.sum()) / max(int(labelled.sum()), 1))
-        share = torch.where(labelled.any(1), kept.sum(1) / labelled.sum(1).clamp(min=1), 1.0)
+        share = torch.where(labelled.any(1), kept.sum(1).double() / labelled.sum(1).clamp(min=1), 1.0)
         dtype = self.value.dtype if self.value.is_floating_point() else torch.get_default_dtype()
         return self.value * share.view(self.value.shape).to(self.value.device, dtype)
 
@@ -85,7 +84,7 @@ def _beside(call: Mapping[str, Any], labels: Tensor, counts: _Counts) -> dict[st
         elif isinstance(x, Tensor) and _per_label(x, labels):
             if _stands_beside(name, x, labels):
                 found[name] = x
-        elif _WEIGHS.search(name) and not _OF_IMAGES.search(name) and _is_odd(x, labels):
+        elif _WEIGHS.search(name) and not (_OF_IMAGES.search(name) or _SETTINGS.search(name)) and _is_odd(x, labels):
             raise _refused(name, list(x.shape) if isinstance(x, Tensor) else "(a list)", labels)
     return found
 

@@ -27,7 +27,7 @@ def _switch_off(how: str, context: contextlib.ExitStack) -> str:
     return f"'{how}'.*set_stance"
 
 
-OFF = ["environment", "config", "force_eager", "eager_then_compile"]
+OFF = ["environment", "config", "force_eager"]
 
 
 @pytest.mark.parametrize("how", OFF)
