@@ -72,7 +72,7 @@ class Attached:
         self.gate, self._parts, self._on_unsupported = gate, parts, on_unsupported
         self.last: Decision | None = None
         self.watch = Stopwatch()
-        self.steps = Steps(parts.model, parts.target, on_step=self._on_step, on_missed=self._on_missed)
+        self.steps = Steps(parts.model, parts.target, on_step=self._on_step, on_missed=self._on_missed, note=parts.note)
         self._forward: Forward | None = None  # the one that is running
         self._gating = False  # is one running, or about to?
         self._copied = some_values(parts.decoder) if learns_from_copy else None

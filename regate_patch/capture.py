@@ -33,7 +33,7 @@ from regate_patch.errors import (
     UnsupportedGraphError,
 )
 from regate_patch.passes.causal import Proven, masks_made
-from regate_patch.passes.rewrite import Observer, Rewrite, rewrite, switched_off
+from regate_patch.passes.rewrite import Observer, Rewrite, following, rewrite, switched_off
 from regate_patch.sharding import is_sharded, run_linear_by, uncaptured, usual_linear
 from regate_patch.statistics import Statistics
 from regate_patch.unseen import forbidden_by, switched_off_by
@@ -62,14 +62,19 @@ _OFFLOADED = (
 
 
 @contextlib.contextmanager
-def tracing(decoder: nn.Module) -> Iterator[None]:
-    """Settings under which a token axis stays a symbol of its own (equal sizes must not share one); typed errors."""
-    with torch._dynamo.config.patch(**_DYNAMO), shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+def tracing(decoder: nn.Module, *, guard_hooks: bool = False) -> Iterator[None]:
+    """Settings under which a token axis stays a symbol of its own (equal sizes must not share one); typed errors.
+
+    With `guard_hooks`, Dynamo looks at each call whether hooks were put on: layers that are captured each on its own
+    share what was compiled of them, which outlives `GatedForward.compiled`.
+    """
+    guarded: dict[str, Any] = {"skip_nnmodule_hook_guards": False} if guard_hooks else {}
+    with torch._dynamo.config.patch(**_DYNAMO, **guarded), shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         try:
             yield
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, PatchError):
-                raise error.inner_exception from None
+                raise error.inner_exception from error.inner_exception.__cause__
             raise
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
             advice = _OFFLOADED if "save_on_cpu" in str(error) else forbidden_by(error)
@@ -110,6 +115,7 @@ class GatedForward:
         self.statistics = Statistics()
         self.whole: set[Rewrite] = set()  # graphs that were seen to be all of the decoder: only its caller reads them
         self.compiled: Callable[..., Any] | None = None
+        self.unhooked: list[dict[int, Any]] = []  # the decoder's dicts of hooks that were empty when it was captured
         self.linear: Callable[..., Any] = torch.nn.functional.linear  # by which linear operations run, not captured
         functools.update_wrapper(self, self.forward, updated=())
         self.__signature__ = inspect.signature(self.forward)
@@ -127,6 +133,8 @@ class GatedForward:
                 return self(*args, **kwargs)
         _check_length(chosen, args, kwargs)
         chosen.streams.clear()
+        if any(self.unhooked):  # Dynamo guards hooks only where some hung: what it captured lacks the new ones
+            self.compiled = None
         ran_before, graphs_before = len(chosen.ran), len(self.statistics.graphs) + self.statistics.other_graphs
         try:
             output = self._run(*args, **kwargs)
@@ -150,11 +158,12 @@ class GatedForward:
                 dynamic=True,
                 fullgraph=not self.allow_graph_breaks,
             )
-        with tracing(self.decoder), usual_linear() as self.linear:
+        with tracing(self.decoder, guard_hooks=bool(self.allow_graph_breaks)), usual_linear() as self.linear:
             return self.compiled(*args, **kwargs)
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """The private backend."""
+        self.unhooked = [] if self.allow_graph_breaks else without_hooks(self.decoder)
 
         @functools.cache
         def variant(
@@ -187,7 +196,8 @@ class GatedForward:
             return variant(any_length=True, **wanted)  # 0: nobody said how long the sequence is
 
         example = _given(self._chosen(), example_inputs)
-        made = masks_made(gm) if self.allow_graph_breaks and self.padding_elided else {}
+        with following("masks"):
+            made = masks_made(gm) if self.allow_graph_breaks and self.padding_elided else {}
         if best(self._chosen(), example) is None:
             self.statistics.other_graphs += 1
             run = self._inner(fx.GraphModule(gm, gm.graph))  # Dynamo's own is written when it first runs: too late
@@ -328,6 +338,20 @@ def _given(chosen: Active, inputs: Sequence[Any]) -> Masks:
     tensors = ((place, x) for place, x in enumerate(inputs) if isinstance(x, torch.Tensor))
     told = ((place, x, chosen.masks.get(x)) for place, x in tensors)
     return tuple((place, of[0]) for place, x, of in told if of is not None and of[1] == x._version)
+
+
+def without_hooks(module: nn.Module) -> list[dict[int, Any]]:
+    """The dicts in which hooks of its parts would stand, where none does. One that is put on later shows in them.
+
+    To ask `any` of them is the cheapest way to see it: guards of Dynamo's cost a few times as much, at each call.
+    """
+    hooks = (
+        of
+        for part in module.modules()
+        if part is not module  # its own run around the forward that is captured
+        for of in (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks)
+    )
+    return [of for of in hooks if not of]
 
 
 def class_forward(module: nn.Module) -> types.MethodType:

@@ -3,11 +3,14 @@
 An update of the model's parameters is a step, whoever makes it. Optimizers of torch say so by themselves. Others do
 not: parameters may be updated by hand, inside the backward pass (LOMO) or through copies (mixed precision). So some
 values of trainable parameters are kept at each gated forward, and at the next they tell whether an update was made that
-no optimizer said. Beside an optimizer that has said one, a single such change may be a part of its step
-(sharpness-aware minimisation moves parameters there and back): it counts once a second one follows and the optimizer is
-still silent. Values that are those of the step's first forward again, at a later one or when an optimizer steps, have
-been there and back, and what was counted on the way is taken back. What changes while an optimizer steps, between calls
-of its closure, is of that step.
+no optimizer said.
+
+Where an optimizer says its steps, such changes may be parts of one: sharpness-aware minimisation moves parameters there
+and back, variational methods draw weights for each forward. So what was counted for them is taken back when an
+optimizer steps, and from then on as many in a row, one at least, count only once one more follows and the optimizer is
+still silent. Values that are those of the step's first forward again, at a later one, have been there and back, and
+what was counted on the way is taken back, too. What changes while an optimizer steps, between calls of its closure, is
+of that step.
 
 Values that are loaded (`load_state_dict`) are no update, nor is the step by which
 `torch.distributed.checkpoint.state_dict` makes an optimizer's states.
@@ -16,6 +19,7 @@ Values that are loaded (`load_state_dict`) are no update, nor is the step by whi
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +33,22 @@ from regate.training.sharding import local
 
 _PARAMETERS, _VALUES = 8, 2**16  # how many are kept, and how many values of each
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_TAKEN_BACK = 64  # steps at most; where more were counted, parameters were updated by hand before
+_QUIET = 128  # gated forwards before a note that no step was seen: micro-batches may be many
+
+UNSEEN = (
+    "no optimizer step was seen in {n} gated forwards, so all of them were of step {step}. Steps of torch's "
+    "optimizers are seen, and most other changes of parameters; if yours are updated in another way, tell the gate "
+    "after each update: gate.step += 1. If a step has more micro-batches than that, all is well"
+)
+BESIDE = (
+    "{optimizer} steps without a gated forward, as for a loss of its own, beside an optimizer that steps after gated "
+    "ones: the latter's steps alone are counted"
+)
+AGAIN = (
+    "{cause}. {optimizer} stepped twice with no gated forward between; if that is meant, regate.apply(model, "
+    "on_unsupported='warn') goes on"
+)
 
 
 class Steps:
@@ -40,6 +60,7 @@ class Steps:
         on_step: called once per step, however many optimizers make it.
         on_missed: called where a step was made and none of its forwards was gated, with the cause and with whether none
             ever was; `step` is its number.
+        note: tells the user something, once.
 
     Attributes:
         step: the step that forwards now contribute to, from 0.
@@ -52,18 +73,23 @@ class Steps:
         *,
         on_step: Callable[[], None],
         on_missed: Callable[[str, bool], None],
+        note: Callable[[str], None],
     ) -> None:
         self.step = 0
         self._model, self._module, self._on_step, self._on_missed = model, module, on_step, on_missed
+        self._note = note
+        self._unseen: int | None = 0  # gated forwards while no step was seen; None once one was, or that was noted
         self._stepping: set[int] = set()  # optimizers whose `step` is running
         self._stepped: set[int] = set()  # optimizers that stepped since the last gated forward
         self._early: set[int] = set()  # optimizers that stepped before the first of those
+        self._first: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that stepped first after one
         self._optimizer_known = False  # was one seen that holds parameters of the module?
         self._ever_gated = False
         self._ungated = {"without labels": 0, "in eval mode": 0}  # forwards since the last gated one
         self._values: Kept | None = None  # at the last forward; None once an optimizer has changed them
         self._moved_before = False  # they had changed when others were loaded
         self._unsaid = 0  # changes in a row that no optimizer said
+        self._patience = 1  # as many may be parts of a step of an optimizer that is known
         self._home: Kept | None = None  # the values at the first forward since an optimizer said a step
         self._counted = 0  # steps that changes since then were taken for
         self._hooks = [
@@ -81,7 +107,7 @@ class Steps:
 
     def restart(self, step: int) -> None:
         """Go on at `step`, whatever was before."""
-        self.step = step
+        self.step, self._unseen = step, None
         self._stepped.clear()
         self._forget()
         self._leave()
@@ -94,6 +120,7 @@ class Steps:
         elif not self._stepping and (moved := self._moved()) and not self._back():
             if more := self._said_by_values(moved):
                 self._on_step()
+                self._unseen = None
             self.step += more
             self._counted += more
             self._unsaid += 1
@@ -103,6 +130,7 @@ class Steps:
         self._home = self._values if self._home is None else self._home
         self._ever_gated = True
         self._ungated = dict.fromkeys(self._ungated, 0)
+        self._say_if_unseen()
 
     def forward_without_labels(self) -> None:
         """A training forward that cannot be gated."""
@@ -126,13 +154,21 @@ class Steps:
         self._forget()
         self._values = some_values(self._model)
 
+    def _say_if_unseen(self) -> None:
+        if self._unseen == _QUIET:
+            self._note(UNSEEN.format(n=_QUIET, step=self.step))
+            self._unseen = None
+        if self._unseen is not None:
+            self._unseen += 1
+
     def _said_by_values(self, moved: bool) -> int:
         """The steps that a change since the last forward tells of, where no optimizer said one."""
         if not moved:
             return 0
-        if not self._optimizer_known:
-            return 1
-        return {0: 0, 1: 2}.get(self._unsaid, 1)
+        patience = self._patience if self._optimizer_known else 0
+        if self._unsaid < patience:
+            return 0
+        return patience + 1 if self._unsaid == patience else 1  # those before it counted for nothing
 
     def _moved(self) -> bool:
         """Have parameters other values than at the last forward, and no optimizer of theirs said so?"""
@@ -167,13 +203,25 @@ class Steps:
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._unsaid and not self._stepping and self._own(optimizer):
-            self._back()
+            self._take_back()
         self._stepping.add(id(optimizer))
+
+    def _take_back(self) -> None:
+        """What changed was on the way to the step that is made now."""
+        if self._counted <= _TAKEN_BACK:
+            self.step -= self._counted
+            self._patience = max(self._patience, self._unsaid)
+        self._unsaid = self._counted = 0
 
     def _own(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """The model's parameters among its own; none if it is another model's, or of copies, which are seen to move."""
         own = {id(p) for part in every_part(self._model) for p in part._parameters.values()}
         return [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+
+    def _named(self, optimizer: torch.optim.Optimizer) -> str:
+        own = {id(p) for p in self._own(optimizer)}
+        first, *others = [name for name, p in self._model.named_parameters() if id(p) in own] or ["none of the model's"]
+        return f"{type(optimizer).__name__} (of {first} and {len(others)} others)"
 
     def _frozen(self) -> bool:
         return not any(p.requires_grad for p in self._model.parameters())
@@ -188,6 +236,7 @@ class Steps:
             return  # it had nothing to step on
         self._optimizer_known = True
         self._forget()
+        self._unseen = None
         before = self._stepped if self._ever_gated else self._early
         again = id(optimizer) in before  # a second time, and no gated forward between
         if not self._ever_gated:  # the first does not count: states are made by it
@@ -196,11 +245,15 @@ class Steps:
             if own and (again or any(self._ungated.values())):
                 self._on_missed(self._cause(), True)
             return
+        if again and self._first and optimizer not in self._first and not any(self._ungated.values()):
+            self._note(BESIDE.format(optimizer=self._named(optimizer)))
+            return
         if again and own:
             self.step = self.made
             self._stepped.clear()
-            self._on_missed(self._cause(), False)
+            self._on_missed(AGAIN.format(cause=self._cause(), optimizer=self._named(optimizer)), False)
         if not self._stepped:  # the first of the model's optimizers
+            self._first.add(optimizer)
             self._on_step()
         self._stepped.add(id(optimizer))
 

@@ -26,7 +26,8 @@ _MATMUL = (
     torch.matmul, operator.matmul, torch.bmm, torch.baddbmm, torch.einsum, "matmul", "bmm", "__matmul__",
 )  # fmt: skip
 _CUMULATIVE = (
-    torch.cumsum, torch.cumprod, torch.cummax, torch.logcumsumexp, "cumsum", "cumprod", "cummax", "logcumsumexp",
+    torch.cumsum, torch.cumprod, torch.cummax, torch.cummin, torch.logcumsumexp,
+    "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp",
 )  # fmt: skip
 CONVOLUTION = (F.conv1d, torch.conv1d)
 PAD = (F.pad, torch._C._nn.pad, torch.nn.functional.pad)
@@ -129,7 +130,8 @@ def moved_axes(node: fx.Node) -> set[int]:
         amounts = argument(node, 1, "pad")
         pairs = zip(amounts[::2], amounts[1::2], strict=True)
         return {rank - 1 - i for i, pair in enumerate(pairs) if pair != (0, 0)}
-    dims = argument(node, 1, "dim", argument(node, 1, "dims", -1))
+    name = "dimension" if is_call(node, *UNFOLD) else "dim"
+    dims = argument(node, 1, name, argument(node, 1, "dims", -1))
     if is_call(node, torch.roll, "roll"):
         dims = argument(node, 2, "dims")
     if dims is None:

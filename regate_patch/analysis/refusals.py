@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import sympy
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.functions import Min
@@ -37,9 +38,17 @@ _INDEXING_ALONG = (  # f(x, dim, index)
     torch.gather, torch.scatter, torch.index_select, "gather", "scatter", "scatter_", "scatter_add", "scatter_add_",
     "index_select", "index_add", "index_add_", "index_copy", "index_copy_", "index_fill_", "take_along_dim",
 )  # fmt: skip
-_PRODUCTS = (torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm", "__matmul__")
-_WINDOWS = ("pool", "conv2d", "conv3d", "conv_transpose", "interpolate", "batch_norm", "instance_norm", "fft_")
-_NORMALISING = ("softmax", "log_softmax", "softmin", "cosine_similarity")
+_PRODUCTS = (
+    torch.matmul, operator.matmul, torch.bmm, torch.mm, F.linear, torch._C._nn.linear, "matmul", "bmm", "mm",
+    "__matmul__",
+)  # fmt: skip
+_ADDED_PRODUCTS = (torch.addmm, torch.baddbmm, "addmm", "baddbmm")  # f(added, a, b)
+_WINDOWS = (
+    "pool", "conv2d", "conv3d", "conv_transpose", "interpolate", "batch_norm", "instance_norm", "renorm", "fft_",
+)  # fmt: skip
+_NORMALISING = {  # f(x, dim), by the name of f: the place of `dim`, and what it is if it is not given
+    "softmax": (1, -1), "log_softmax": (1, -1), "softmin": (1, -1), "normalize": (2, 1),
+}  # fmt: skip
 _LIKE = (
     torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
     "new_zeros", "new_ones", "new_empty", "new_full",
@@ -97,7 +106,11 @@ class _Checker:
 
     def check_sizes(self, node: fx.Node) -> None:
         for size in shape(node):
-            if self.tokens.length not in size.free_symbols or self.tokens.pads(size):
+            if self.tokens.length not in size.free_symbols:
+                continue
+            if self.tokens.pads(size):
+                if self.tokens.splits(size):
+                    refuse(node, f"an axis of {size} is of blocks of tokens, chosen by number")
                 continue
             grown = (size - self.tokens.length).is_number  # by the margin of a convolution
             whole = size.is_Symbol or size.is_Mul or size.is_Pow or grown or self.is_at_most_length(size)
@@ -105,14 +118,18 @@ class _Checker:
                 refuse(node, f"an axis of {size} is not made of whole tokens")
 
     def check_reduction(self, node: fx.Node) -> None:
-        if not value(node).is_floating_point() or any(s.free_symbols & self.lists_tokens for s in shape(node)):
+        """To whole numbers, too, as `argmax` does; what `nonzero` finds is none of these, and has a size of its own."""
+        if any(s.free_symbols & self.lists_tokens for s in shape(node)):
+            return
+        if not value(node).is_floating_point() and free_unbacked_symbols(value(node)):
             return
         if _reads_form_only(node) or (node.users and all(map(_reads_form_only, node.users))):
             return
         if self.lists_found(node):
             return
-        if any(is_tensor(s) and value(s).is_floating_point() and self.tokens.on(s) for s in node.all_input_nodes):
-            refuse(node, "it reduces over tokens")
+        sources = filter(is_tensor, _call_of(node).all_input_nodes)
+        if any(value(s).is_floating_point() and self.tokens.on(s) for s in sources):
+            refuse(_call_of(node), "it reduces over tokens")
 
     def lists_found(self, node: fx.Node) -> bool:
         """Is it `x[index]` of as many tokens as the span itself finds, such as those that go to one expert?
@@ -124,19 +141,32 @@ class _Checker:
 
     def check_sum(self, node: fx.Node) -> None:
         """Only attention hides the filling of short rows: no other product may sum over positions."""
-        operands: list[Any] = []
-        if is_call(node, *_PRODUCTS):
-            operands = [node.args[0]]
+        summed: list[list[fx.Node]] = []  # for each sum, the operands that have the axis
+        if is_call(node, *_PRODUCTS, *_ADDED_PRODUCTS):
+            x: Any = node.args[1 if is_call(node, *_ADDED_PRODUCTS) else 0]
+            summed = [[x]] if is_tensor(x) and shape(x)[-1] == self.tokens.length else []
         elif is_call(node, torch.einsum) and isinstance(node.args[0], str):
-            operands = self.summed_over_tokens(node.args[0], list(nodes_in(node.args[1:])))
-        for x in operands:
-            if is_tensor(x) and shape(x)[-1] == self.tokens.length and not self.is_attention_weight(x):
+            summed = self.summed_over_tokens(node.args[0], list(nodes_in(node.args[1:])))
+        for operands in summed:
+            if not any(map(self.is_attention_weight, operands)):
                 refuse(node, "it sums over tokens, other than by attention")
 
-    def summed_over_tokens(self, equation: str, operands: list[fx.Node]) -> list[fx.Node]:
-        """The operands of an einsum that end in a token axis which its result does not have."""
-        inputs, _, result = equation.replace(" ", "").partition("->")
-        return [x for x, letters in zip(operands, inputs.split(","), strict=False) if letters[-1:] not in result]
+    def summed_over_tokens(self, equation: str, operands: list[fx.Node]) -> list[list[fx.Node]]:
+        """For each token axis that the result of an einsum does not have, the operands that have it.
+
+        A list of all rows' tokens, as routers make it, has none by its size; in a batch of one row it is known by its
+        place: the first.
+        """
+        inputs, arrow, result = equation.replace(" ", "").partition("->")
+        found: dict[str, list[fx.Node]] = {}
+        for x, letters in zip(operands, inputs.split(","), strict=False):
+            for axis in self.tokens.on(x):
+                first = len(letters.partition("...")[0])
+                letter = letters[axis] if axis < first else letters[axis - len(shape(x)) :][:1]
+                in_list = axis == 0 and self.tokens.batch not in shape(x)[1:]
+                if not in_list and (letter not in result if arrow else inputs.count(letter) > 1):
+                    found.setdefault(letter, []).append(x)
+        return list(found.values())
 
     def is_attention_weight(self, node: Any, limit: int = 12) -> bool:
         """Was it made from an attention's softmax, through values that keep the axis of keys?"""
@@ -151,13 +181,20 @@ class _Checker:
     def check_window(self, node: fx.Node) -> None:
         """Operations that mix neighbours, or normalise over tokens, and keep the shape."""
         name = str(getattr(node.target, "__name__", node.target))
-        source = node.args[0] if node.args else None
-        if not is_tensor(source) or not self.tokens.carried_by(source):
+        source = next(filter(self.tokens.carried_by, node.all_input_nodes), None)
+        if source is None:
             return
         if any(word in name for word in _WINDOWS):
             refuse(node, "it mixes tokens")
+        if name == "group_norm" and any(axis > 0 for axis in self.tokens.on(source)):
+            refuse(node, "it is normalised over tokens")
+        if name in ("layer_norm", "rms_norm") and any(
+            not is_tensor(n) and self.tokens.mentioned_by(n) for n in nodes_in(argument(node, 1, "normalized_shape"))
+        ):
+            refuse(node, "it is normalised over tokens")
         if name in _NORMALISING and node not in self.mixers:
-            dim = argument(node, 1, "dim", -1)
+            place, default = _NORMALISING[name]
+            dim = argument(node, place, "dim", default)
             if isinstance(dim, int) and shape(source)[dim] == self.tokens.length:
                 refuse(node, "it is normalised over tokens, and is no attention")
 
@@ -243,6 +280,12 @@ class _Checker:
             seen.add(node)
             pending.extend(node.all_input_nodes)
         return None
+
+
+def _call_of(node: fx.Node) -> fx.Node:
+    """The call of which a value is one of several results, as of `max(1)`; else the node itself."""
+    source = node.args[0] if is_call(node, operator.getitem) else None
+    return source if isinstance(source, fx.Node) and not is_tensor(source) else node
 
 
 def _reads_form_only(node: fx.Node) -> bool:

@@ -58,6 +58,13 @@ class Tokens:
         """Is the size that of a padded axis, or of a part of one?"""
         return self.length in size.free_symbols and size.has(Mod, PythonMod, FloorDiv, sympy.Mod, sympy.floor)
 
+    def splits(self, size: sympy.Expr) -> bool:
+        """Is it of an axis that was cut into blocks as it was? Padded ones hold a `Mod`, or round up: -(-S // 4)."""
+        if size.has(Mod, PythonMod, sympy.Mod):
+            return False
+        parted = [division.args[0] for division in size.atoms(FloorDiv)]
+        return any(not of.is_Add and (of / self.length).is_positive for of in parted)
+
 
 def _same(size: Any, known: sympy.Expr) -> bool:
     e = expr(size)

@@ -10,9 +10,11 @@ promises one of two things:
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
-from collections.abc import Callable, Collection, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -24,12 +26,13 @@ from torch import fx
 from regate_patch import ops
 from regate_patch.analysis import flops
 from regate_patch.analysis.blocks import Span, find_span
-from regate_patch.analysis.graph import erase_dead, expr, is_call, is_scalar, value
+from regate_patch.analysis.graph import erase_dead, expr, is_call, is_scalar, value, where
 from regate_patch.analysis.mixers import find_mixers, is_attention, sequence_candidates
+from regate_patch.analysis.operands import put_in_place
 from regate_patch.analysis.refusals import check
 from regate_patch.analysis.tail import find_tail
 from regate_patch.analysis.tokens import Tokens, find_tokens
-from regate_patch.errors import UnknownPassError
+from regate_patch.errors import RegateError, UnknownPassError, UnsupportedGraphError
 from regate_patch.passes.causal import Proven, repeat_shared_heads, use_causal_kernels
 from regate_patch.passes.checkpointing import inline, outline
 from regate_patch.passes.end_to_end import EndToEnd, NotEndToEndError, Within, can_be_laid
@@ -86,7 +89,7 @@ class State:
 
 
 def _flatten(state: State) -> None:
-    state.gm = drop_assertions(inline(state.gm))
+    state.gm = put_in_place(drop_assertions(inline(state.gm)))
     state.found = bool(sequence_candidates(state.gm))
 
 
@@ -181,7 +184,12 @@ class Pass:
 
 
 PASSES = (
-    Pass("flatten", _flatten, "needed", "bodies of checkpoints become part of the graph; assertions on sizes go"),
+    Pass(
+        "flatten",
+        _flatten,
+        "needed",
+        "bodies of checkpoints become part of the graph, calls take one form; assertions on sizes go",
+    ),
     Pass("mutations", _name_mutations, "needed", "writes in place become values with a name"),
     Pass("find", _find, "needed", "token axes by the symbol S, places where tokens mix, the span of all blocks"),
     Pass("check", _check, "needed", "operations that would be something else on part of the positions are refused"),
@@ -300,7 +308,8 @@ def rewrite(
         observe: called with "captured" and then each pass's name, and the graph after it (for tests and debugging).
 
     Raises:
-        UnsupportedGraphError: see `regate_patch.analysis.blocks`, `refusals` and `regate_patch.passes.insert`.
+        UnsupportedGraphError: see `regate_patch.analysis.blocks`, `refusals` and `regate_patch.passes.insert`; or a
+            pass failed in another way, which is the error's cause.
     """
     samples = samples and not visible and "end_to_end" not in disable
 
@@ -313,12 +322,33 @@ def rewrite(
         return _walk(begun(samples=False), {*disable, "end_to_end"}, observe)
 
 
+@contextlib.contextmanager
+def following(step: str) -> Iterator[None]:
+    """What fails inside and is no error of ours is a graph that this step cannot follow.
+
+    Typed, it is told at once, wherever errors of others would be passed over, and the decoder can run dense.
+    """
+    try:
+        yield
+    except RegateError:
+        raise
+    except Exception as error:
+        looked_at = [frame.f_locals.get("node") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        nodes = [node for node in looked_at if isinstance(node, fx.Node)]
+        raise UnsupportedGraphError(
+            f"the engine could not follow this decoder: its step {step!r} ended in {type(error).__name__}: {error}. "
+            "Please report this fault of the engine; until it is mended, on_unsupported='warn' runs the decoder dense"
+            + (f". It looked at {where(nodes[-1])}" if nodes else "")
+        ) from error
+
+
 def _walk(state: State, disable: Collection[str], observe: Observer | None) -> Rewrite | None:
     see = observe or (lambda name, graph: None)
     see("captured", state.gm)
     for each in PASSES:
         if each.name not in disable:
-            each.run(state)
+            with following(each.name):
+                each.run(state)
             if not state.found:
                 return None
             see(each.name, state.gm)

@@ -72,6 +72,33 @@ def test_users_own_compile_does_not_lose_it() -> None:
     assert handle.statistics.calls == 2
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_hooks_are_captured_whenever_they_are_put_on(cut: bool) -> None:
+    """Dynamo itself looks only after those that hung when it captured."""
+    decoder, x = Decoder("broken" if cut else "pre_norm").double(), torch.randn(2, 8, 16, dtype=torch.double)
+    handle = regate_patch.patch(decoder, backend="eager", allow_graph_breaks=cut)
+    chosen = INDEX[..., None].expand(-1, -1, 16)
+
+    def agree() -> None:
+        with regate_patch.active(INDEX):
+            computed = decoder(x).gather(1, chosen)
+        torch.testing.assert_close(computed, decoder(x.gather(1, chosen)), atol=1e-12, rtol=0)
+
+    agree()
+    first = decoder.layers[0].out.register_forward_hook(lambda module, args, made: made * 1.5)
+    agree()
+    second = decoder.layers[1].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    agree()
+    for hook in (first, second):
+        hook.remove()
+        agree()
+    decoder.layers[0].out.register_forward_hook(lambda module, args, made: made * 0.5)
+    agree()
+    captured = len(handle.statistics.graphs)
+    agree()
+    assert len(handle.statistics.graphs) == captured
+
+
 def test_rows_of_different_counts() -> None:
     decoder, x = Decoder().double(), torch.randn(2, 8, 16, dtype=torch.double)
     regate_patch.patch(decoder, backend="eager")

@@ -30,7 +30,11 @@ alone and each decoder layer on that row's active positions only. This page is g
   of `regate.apply` with its text-only teacher elided positions. The difference is the largest of any tensor, relative
   to that tensor's largest entry. Where it is above 1e-9 the model itself computes something in float32.
 - **exact, in order**: the same; layers that are not attention (convolutions, linear attention, state spaces) are
-  defined as run over the active positions in their order, and are exact against that definition.
+  defined as run over the active positions in their order, and are exact against that definition. They are so by torch's
+  own operations: where a package of kernels is installed that forbids `torch.compile` to look into them, which
+  transformers then calls (flash-linear-attention, `fla`, for Qwen3-Next and Qwen3.5), they are refused. Uninstall it,
+  or put transformers' plain function back before `regate.apply`, as in `modeling_qwen3_5`, the file of Qwen3.5:
+  `modeling_qwen3_5.torch_chunk_gated_delta_rule = modeling_qwen3_5.torch_chunk_gated_delta_rule.__wrapped__`.
 - **refused**: `regate.apply`, or the first sparse step, raises a typed error with this message. Nothing runs dense
   silently.
 

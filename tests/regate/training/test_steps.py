@@ -143,6 +143,42 @@ def test_micro_batches_of_an_update_by_hand() -> None:
     assert steps == [0, 0, 1, 1, 2, 2]
 
 
+def _notes(gate: regate.Gate) -> list[str]:
+    return [line for line in str(gate.report()).splitlines() if line.startswith("note")]
+
+
+def test_that_no_step_was_seen_is_noted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regate.training.steps._QUIET", 3)
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    for _ in range(3):
+        model(**BATCH)
+    assert not _notes(gate)
+    for _ in range(3):
+        model(**BATCH)
+    (note,) = _notes(gate)
+    assert "no optimizer step was seen in 3 gated forwards" in note
+    assert "gate.step += 1" in note
+
+
+@pytest.mark.parametrize("way", [_by_hand, lambda model: torch.optim.SGD(model.parameters(), lr=1e-3).step, None])
+def test_a_step_that_was_seen_or_told_needs_no_note(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regate.training.steps._QUIET", 3)
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    update = way and way(model)
+    for i in range(6):
+        loss = model(**BATCH).loss
+        if i == 1:
+            loss.backward()
+            if update is None:
+                gate.step += 1
+            else:
+                update()
+    assert gate.step == 1
+    assert not _notes(gate)
+
+
 def test_updates_before_the_first_forward_do_not_count() -> None:
     """Optimizers make their state by a step of learning rate zero."""
     model = CORE["llava"].build()
@@ -225,6 +261,85 @@ def test_parameters_moved_there_and_back_from_the_first_step_on(ahead: int, micr
         optimizer.zero_grad()
     model(**BATCH)
     assert [*steps, gate.step] == [step for step in range(3) for _ in range(micro_batches)] + [3]
+
+
+def _drawn(model: nn.Module, update: Callable[[], None]) -> None:
+    """Gradients at weights drawn around the parameters, which are put back: variational methods, as IVON."""
+    saved = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=1e-4)
+    update()
+    with torch.no_grad():
+        for p, x in zip(model.parameters(), saved, strict=True):
+            p.copy_(x)
+
+
+def _noisy(model: nn.Module, update: Callable[[], None]) -> None:
+    """Noise that is added and taken off, but for the last digit."""
+    noise = [1e-3 * torch.randn_like(p) for p in model.parameters()]
+    with torch.no_grad():
+        for p, x in zip(model.parameters(), noise, strict=True):
+            p.add_(x)
+    update()
+    with torch.no_grad():
+        for p, x in zip(model.parameters(), noise, strict=True):
+            p.sub_(x)
+
+
+@pytest.mark.parametrize("way", [_drawn, _noisy])
+@pytest.mark.parametrize("later", [False, True], ids=["from the first step on", "later"])
+def test_weights_drawn_for_each_forward_are_part_of_the_optimizers_step(way: Any, later: bool) -> None:
+    """What was counted for them is taken back, and from then on nothing is."""
+    model: Any = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    seen: list[int] = []
+
+    def forward() -> None:
+        model(**BATCH).loss.backward()
+        seen.append(gate.step)
+
+    for step in range(5):
+        seen.clear()
+        for _ in range(4):
+            forward() if later and step < 2 else way(model, forward)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert gate.step == step
+        assert step == 2 * later or seen == [step] * 4
+
+
+def test_an_optimizer_beside_updates_by_hand_counts_alone() -> None:
+    """By hand after every forward, by the optimizer after every third."""
+    model = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer = torch.optim.SGD(model.model.language_model.parameters(), lr=1e-3)
+    for step in range(4):
+        seen = []
+        for _ in range(3):
+            model(**BATCH).loss.backward()
+            seen.append(gate.step)
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if "language_model" not in name and p.grad is not None:
+                        p.sub_(p.grad, alpha=1e-3)
+        optimizer.step()
+        model.zero_grad()
+        assert gate.step == step
+        assert step == 0 or seen == [step] * 3
+
+
+def test_a_long_training_by_hand_is_not_taken_back() -> None:
+    model = CORE["llava"].build()
+    gate = regate.apply(model, regate.Config(warmup=200), teacher=None)
+    update = _by_hand(model)
+    for _ in range(70):
+        model(**BATCH).loss.backward()
+        update()
+    model(**BATCH).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    assert gate.state_dict()["step"] == 71
 
 
 def test_a_closure_that_is_called_often_is_one_step() -> None:
@@ -382,3 +497,61 @@ def test_evaluation_between_steps_is_no_miss() -> None:
         optimizer.zero_grad()
     assert gate.report()["steps_missed"] == 0
     assert gate.report()["steps_sparse"] == 2
+
+
+# -- other losses beside the gated one ------------------------------------------------------------------
+
+
+def _train_projector(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """By a loss of its own."""
+    optimizer.zero_grad()
+    features: Tensor = model.model.multi_modal_projector(torch.randn(2, 4, 16))
+    features.pow(2).mean().backward()
+    optimizer.step()
+
+
+def test_an_optimizer_of_another_loss_beside_is_not_counted() -> None:
+    model: Any = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    beside = torch.optim.SGD(model.model.multi_modal_projector.parameters(), lr=1e-3)
+    for step in range(4):
+        optimizer.zero_grad()
+        model(**BATCH).loss.backward()
+        assert gate.step == step
+        optimizer.step()
+        for _ in range(3):
+            _train_projector(model, beside)
+    assert gate.report()["steps_missed"] == 0
+    (note,) = _notes(gate)
+    assert "SGD (of model.multi_modal_projector.linear_1.weight and 3 others) steps without a gated" in note
+
+
+@pytest.mark.parametrize("on_unsupported", ["raise", "warn"])
+def test_one_optimizer_of_both_losses_is_named(on_unsupported: Any) -> None:
+    model: Any = CORE["llava"].build()
+    gate = regate.apply(model, regate.Config(warmup=0), teacher=None, on_unsupported=on_unsupported)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model(**BATCH).loss.backward()
+    optimizer.step()
+    if on_unsupported == "warn":
+        _train_projector(model, optimizer)
+        assert gate.report()["steps_missed"] == 1
+        return
+    with pytest.raises(NotGatedError, match=r"SGD \(of model\.\S+ and \d+ others\).*on_unsupported='warn'\) goes on"):
+        _train_projector(model, optimizer)
+
+
+def test_labels_that_stop_coming_are_missed_though_another_optimizer_stepped_before() -> None:
+    """A second stage of training, with an optimizer of its own."""
+    model: Any = CORE["llava"].build()
+    regate.apply(model, regate.Config(warmup=0), teacher=None)
+    first, second = (torch.optim.SGD(model.parameters(), lr=1e-3) for _ in range(2))
+    model(**BATCH).loss.backward()
+    first.step()
+    unlabelled = {k: v for k, v in BATCH.items() if k != "labels"}
+    model(**unlabelled).logits.mean().backward()
+    second.step()
+    model(**unlabelled).logits.mean().backward()
+    with pytest.raises(NotGatedError, match="got no `labels`"):
+        second.step()

@@ -44,6 +44,21 @@ ODD: dict[str, Callable[[Tensor], Tensor]] = {
     "scatter by number": lambda x: x.scatter(1, torch.arange(x.shape[1])[None, :, None].expand_as(x), x),
     "mean over tokens": lambda x: x - x.mean(1, keepdim=True),
     "every other token": lambda x: x[:, ::2].repeat_interleave(2, 1),
+    "the highest over tokens": lambda x: x - x.max(1, keepdim=True).values,
+    "the middle over tokens": lambda x: x - x.median(1, keepdim=True).values,
+    "variance and mean over tokens": lambda x: x - torch.var_mean(x, 1, keepdim=True)[1],
+    "least and most over tokens": lambda x: x - torch.aminmax(x, dim=1, keepdim=True).max,
+    "one by rank over tokens": lambda x: x - torch.kthvalue(x, 2, 1, keepdim=True)[0],
+    "where the highest is": lambda x: x + x.argmax(1, keepdim=True),
+    "groups over tokens": lambda x: F.group_norm(x.mT, 4).mT,
+    "norm over tokens and channels": lambda x: F.layer_norm(x, x.shape[1:]),
+    "length over tokens": lambda x: F.normalize(x),
+    "length over the others": lambda x: torch.renorm(x, 2, 1, 0.1),
+    "einsum over the second's tokens": lambda x: torch.einsum("bsd,bte->bsd", x, x),
+    "einsum with dots over tokens": lambda x: torch.einsum("...sd,...te->...sd", x, x),
+    "product that is added to": lambda x: torch.baddbmm(x, (x @ x.mT).relu(), x),
+    "blocks of tokens": lambda x: x + x.unflatten(1, (-1, 2)).mean(2, keepdim=True).expand(-1, -1, 2, -1).flatten(1, 2),
+    "axis by NumPy's name": lambda x: x * torch.softmax(x, axis=1),
     "positions by number": lambda x: x[torch.arange(x.shape[0])[:, None], torch.arange(x.shape[1])[None]],
 }
 
@@ -55,6 +70,65 @@ def test_tokens_that_mix_outside_attention(odd: Callable[[Tensor], Tensor]) -> N
     with pytest.raises(UnsupportedGraphError) as error:
         _call(decoder)
     assert "test_refusals.py" in str(error.value)  # the model's source line
+
+
+BY_KEYWORD: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: x * F.softmax(input=x, dim=1),
+    "roll": lambda x: torch.roll(input=x, shifts=1, dims=1),
+    "flip": lambda x: torch.flip(dims=(1,), input=x),
+    "sort": lambda x: torch.sort(input=x, dim=1).values,
+    "diff": lambda x: x + F.pad(torch.diff(input=x, dim=1), (0, 0, 1, 0)),
+    "topk": lambda x: x + torch.topk(input=x, k=1, dim=1).values,
+    "convolution": lambda x: F.conv1d(weight=torch.ones(8, 8, 3), input=x.mT, padding=1).mT,
+    "pool": lambda x: F.avg_pool1d(input=x.mT, kernel_size=3, stride=1, padding=1).mT,
+    "batch": lambda x: F.batch_norm(input=x.mT, running_mean=None, running_var=None, training=True).mT,
+    "instance": lambda x: F.instance_norm(input=x.mT).mT,
+    "fourier": lambda x: x + torch.fft.fft(input=x, dim=1).real,
+    "product": lambda x: torch.matmul(other=x, input=(x @ x.mT).relu()),
+    "product with three": lambda x: torch.baddbmm(input=x, batch1=(x @ x.mT).relu(), batch2=x),
+}
+
+
+@pytest.mark.parametrize("odd", BY_KEYWORD.values(), ids=BY_KEYWORD.keys())
+def test_they_are_seen_however_they_are_called(odd: Callable[[Tensor], Tensor]) -> None:
+    regate_patch.patch(decoder := _With(odd), backend="eager")
+    with pytest.raises(
+        UnsupportedGraphError, match=r"cannot be computed on part of the positions(.|\n)*test_refusals.py"
+    ):
+        _call(decoder)
+
+
+def test_attention_by_einsum_is_none_of_them() -> None:
+    def attend(x: Tensor) -> Tensor:
+        scores = torch.einsum("bqd,bkd->bqk", x, x)
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return torch.einsum("bkd,bqk->bqd", x, scores.masked_fill(hidden, float("-inf")).softmax(-1))
+
+    x, index = torch.randn(2, 6, 8), torch.tensor([[0, 2, 3], [1, 3, 5]])
+    chosen = index[..., None].expand(-1, -1, 8)
+    decoder = _With(attend)
+    expected = decoder(x.gather(1, chosen))
+    regate_patch.patch(decoder, backend="eager")
+    with regate_patch.active(index):
+        torch.testing.assert_close(decoder(x).gather(1, chosen), expected)
+
+
+def test_a_fault_of_the_engine_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(span: object, tokens: object) -> None:
+        node = next(n for n in span.nodes if "qkv" in str(n.meta.get("stack_trace")))  # type: ignore[attr-defined]
+        node.args[99]
+
+    monkeypatch.setattr("regate_patch.passes.rewrite.check", check)
+    decoder, x = _With(lambda x: x), torch.randn(2, 6, 8)
+    expected = decoder(x)
+    handle = regate_patch.patch(decoder, backend="eager")
+    with pytest.raises(UnsupportedGraphError, match=r"'check' ended in IndexError(.|\n)*test_refusals.py") as error:
+        _call(decoder)
+    assert isinstance(error.value.__cause__, IndexError)
+    handle = regate_patch.patch(decoder, backend="eager", on_unsupported="warn")
+    with regate_patch.active(torch.tensor([[0, 2], [1, 3]])):
+        torch.testing.assert_close(decoder(x), expected)
+    assert "IndexError" in str(handle.statistics.failed)
 
 
 def test_keys_beside_those_of_positions() -> None:
