@@ -22,6 +22,7 @@ class Arm:
             with the largest "gradient" of the batch's loss, from a pass of its own that is counted as no cost.
         teacher: None is a copy of the student's language model; a "small" or "large" one has another size.
         samples: the share of the training samples that is used, the more often each.
+        wrong: the share of them whose texts are another's.
         longer: how many times as many steps it takes.
     """
 
@@ -32,6 +33,7 @@ class Arm:
     visual_by: Literal["likeness", "random", "gradient"] = "likeness"
     teacher: Literal["small", "large"] | None = None
     samples: float = 1.0
+    wrong: float = 0.0
     longer: int = 1
 
     def settings(self, run: Settings, seed: int) -> regate.Config:
@@ -92,6 +94,19 @@ ARMS = {
         "recommended, a fifth of the samples five times as often, as many labels at random",
         _EVEN | {"selection": "random"},
         samples=0.2,
+    ),
+    # Data as it is gathered: of every fifth sample, text and image do not belong together.
+    "wrong-dense": Arm("all tokens, a fifth of the samples with another's text", None, wrong=0.2),
+    "wrong-regate": Arm("recommended, a fifth of the samples with another's text", _EVEN, wrong=0.2),
+    "wrong-budget": Arm(
+        "recommended, a fifth of the samples with another's text, the most worth keeping of the whole batch",
+        _EVEN | {"budget": "batch"},
+        wrong=0.2,
+    ),
+    "wrong-random": Arm(
+        "recommended, a fifth of the samples with another's text, as many labels at random",
+        _EVEN | {"selection": "random"},
+        wrong=0.2,
     ),
     # Until dense training, too, has learnt what it will.
     "long-dense": Arm("all tokens, twice as many steps", None, longer=2),

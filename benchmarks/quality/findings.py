@@ -49,6 +49,10 @@ PAIRS = (
     ("few-dense", "dense", "for a fifth of the samples five times as often"),
     ("few-regate", "few-dense", "over five times as many epochs"),
     ("few-regate", "few-random", "over five times as many epochs, at equal budget"),
+    ("wrong-dense", "dense", "for a fifth of the texts being another sample's"),
+    ("wrong-regate", "wrong-dense", "over data of which a fifth is wrong"),
+    ("wrong-random", "wrong-dense", "over data of which a fifth is wrong"),
+    ("wrong-budget", "wrong-regate", "over data of which a fifth is wrong, for a budget of the batch"),
     ("short-visual25-visible", "short", "for a quarter of the visual tokens"),
     ("short-visual25-visible", "cycled-visual25-visible", "for full steps more often"),
 )

@@ -40,7 +40,7 @@ class Run:
         self.seconds = self.teacher_seconds = 0.0
         self.gate: regate.Gate | None = None
         self._gradients = Gradients() if self.arm.visual_by == "gradient" else None
-        self.train = task.train.first(round(self.arm.samples * len(task.train)))
+        self.train = task.train.first(round(self.arm.samples * len(task.train))).mixed_up(self.arm.wrong, seed)
         if self.arm.config is not None:
             size = self.arm.teacher
             teaching = "auto" if size is None else teacher(task, seed, starts, size)

@@ -235,6 +235,16 @@ def test_controls_take_the_own_input_away(task: Task) -> None:
     assert set(arguments(batch)) == set(batch) - {"grounded", "facts"}
 
 
+def test_texts_of_a_share_are_anothers(task: Task) -> None:
+    mixed = task.train.mixed_up(0.5, seed=3)
+    pairs = list(zip(task.train.samples, mixed.samples, strict=True))
+    assert sum(own.record["messages"] is not other.record["messages"] for own, other in pairs) == 4
+    assert all(own.record["images"] is other.record["images"] and own.facts == other.facts for own, other in pairs)
+    words = [(sample.grounded, str(sample.record["messages"])) for sample in mixed.samples]
+    assert sorted(words) == sorted((own.grounded, str(own.record["messages"])) for own, _ in pairs)
+    assert task.train.mixed_up(0, seed=3) is task.train
+
+
 def test_reweighted_gives_grounded_words_their_share() -> None:
     logits = torch.randn(2, 6, 5, dtype=torch.float64).float()
     labels = torch.randint(5, (2, 6))
@@ -285,6 +295,6 @@ def test_every_arm_gives_a_record(name: str, task: Task, tmp_path: Path, monkeyp
 def test_arms_without_a_score_have_no_teacher() -> None:
     gated = {name: arm.settings(Settings(), 0) for name, arm in arms.ARMS.items() if arm.config is not None}
     assert [name for name, config in gated.items() if not config.uses_references] == [
-        "exact", "random", "student", "few-random", "cycled-random", "paper-random",
+        "exact", "random", "student", "few-random", "wrong-random", "cycled-random", "paper-random",
         "paper-student",
     ]  # fmt: skip

@@ -81,6 +81,17 @@ class Samples(Dataset[Batch]):
         some._encoded = self._encoded
         return some
 
+    def mixed_up(self, share: float, seed: int) -> Samples:
+        """The same, but a share of them, drawn by `seed`, with the text of another one of these."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        some = order[: round(share * len(self))].tolist()
+        samples = list(self.samples)
+        for i, j in zip(some, some[1:] + some[:1], strict=True):
+            own, other = self.samples[i], self.samples[j]
+            record = {"messages": other.record["messages"], "images": own.record["images"]}
+            samples[i] = Sample(record, other.grounded, own.facts)
+        return Samples(samples, self.processor, self.encode, device=self.device) if some else self
+
     def batches(self, size: int, *, seed: int | None = None) -> Batches:
         """In batches; shuffled by `seed` if there is one."""
         join = partial(collate, pad_id=self.processor.tokenizer.pad_token_id)
