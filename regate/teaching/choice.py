@@ -7,10 +7,10 @@ from typing import Literal, get_args
 from torch import nn
 
 import regate_patch
-from model_adapters import ModelAdapter, find_adapter
+from model_adapters import AdapterError, ModelAdapter, find_adapter
 from model_adapters.conventional import language_model, text_config, unwrap
 from regate.config import Config
-from regate.errors import ConfigError
+from regate.errors import ConfigError, UnknownArchitectureError
 from regate.teaching.teacher import Source, Teacher
 from regate.teaching.translated import CrossTokenizerTeacher, Translated
 from regate.teaching.weights import is_tight, lacks_weights, uses_peft
@@ -33,6 +33,7 @@ def teacher_of(
 
     Raises:
         ConfigError: it is none of those that can be asked for.
+        UnknownArchitectureError: no adapter serves the model that was given.
     """
     if not (choice is None or isinstance(choice, (nn.Module, CrossTokenizerTeacher)) or choice in get_args(Named)):
         raise ConfigError(f"teacher must be one of {get_args(Named)}, a model, or None, got {choice!r}")
@@ -46,7 +47,7 @@ def teacher_of(
         return Translated(choice, ends_of(model), backend=backend, waits=waits, on_unsupported=on_unsupported)
     source: Source = "copy"
     if isinstance(given, nn.Module):
-        model, adapter, source = given, find_adapter(given), "given"
+        model, adapter, source = given, _serving(given), "given"
     elif given == "4bit" and not uses_peft(model, adapter):
         source = "4bit"
     elif (
@@ -56,6 +57,13 @@ def teacher_of(
     ):
         source = "live"
     return Teacher(model, adapter, backend=backend, source=source, waits=waits, on_unsupported=on_unsupported)
+
+
+def _serving(given: nn.Module) -> ModelAdapter:
+    try:
+        return find_adapter(given)
+    except AdapterError as error:
+        raise UnknownArchitectureError(f"this is no teacher: {error}") from error
 
 
 def _refuse_shared(teacher: nn.Module, model: nn.Module) -> None:

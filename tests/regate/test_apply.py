@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import regate
 from regate.api import gate_of
@@ -27,6 +28,7 @@ def test_a_model_is_a_module(model: Any) -> None:
         ({"config": {"keep": 0.5}}, ConfigError, r"regate\.Config\(keep=\.\.\., \.\.\.\), got dict"),
         ({"teacher": "4bits"}, ConfigError, "'4bit', 'first', 'precomputed'.*got '4bits'"),
         ({"teacher": 3, "config": regate.Config(keep=1.0)}, ConfigError, "got 3"),
+        ({"teacher": nn.Linear(2, 2)}, UnknownArchitectureError, "this is no teacher: no adapter serves Linear"),
         ({"on_unsupported": "ignore"}, ConfigError, "'raise', 'warn'"),
         ({"adapter": "llava"}, ConfigError, r"adapter must be a regate\.ModelAdapter.*got 'llava'"),
         ({"adapter": {}}, ConfigError, r"adapter must be .*got \{\}"),
