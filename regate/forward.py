@@ -44,7 +44,7 @@ from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples
 from regate.training import supervision
 from regate.training.batches import ignored_as_here
-from regate.training.hooks import followable_dora, without_cache
+from regate.training.hooks import followable_peft, without_cache
 from regate.undisturbed import without_dropout
 from regate_patch import is_sharded, to_device
 
@@ -264,7 +264,7 @@ class Forward:
         self._tail, self._entered = tail and not self._balanced, True
         with contextlib.ExitStack() as scope:
             scope.enter_context(self.parts.adapter.followable(self.parts.model, self._decoder))
-            scope.enter_context(followable_dora())
+            scope.enter_context(followable_peft())
             scope.enter_context(without_cache(self._decoder, called_so=bool(self._without_cache())))
             if self._balanced:
                 scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))

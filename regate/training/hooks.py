@@ -115,18 +115,23 @@ def owners(module: nn.Module) -> list[object]:
 
 
 @contextlib.contextmanager
-def followable_dora() -> Iterator[None]:
-    """Inside, DoRA's layers read plain weights as they are; PEFT looks at their class in a way that nobody captures."""
+def followable_peft() -> Iterator[None]:
+    """Inside, what PEFT's layers do in ways that nobody captures is done in others, with the same results.
+
+    DoRA's read plain weights as they are, where PEFT looks at their class. Adapters of parameters (LoRA of experts, by
+    `target_parameters`) call the module with its adapted ones, where PEFT gives it another class for the call.
+    """
     dora: Any = sys.modules.get("peft.tuners.lora.dora")
-    if dora is None:
+    of_parameters: Any = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", None)
+    with contextlib.ExitStack() as scope:
+        for owner, name, function in (
+            (dora, "dequantize_module_weight", _plain_weight),
+            (of_parameters, "forward", _call_with_adapted),
+        ):
+            if owner is not None:
+                scope.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, function)
         yield
-        return
-    original = dora.dequantize_module_weight
-    dora.dequantize_module_weight = _plain_weight
-    try:
-        yield
-    finally:
-        dora.dequantize_module_weight = original
 
 
 @contextlib.contextmanager
@@ -163,6 +168,19 @@ def _call_without_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[
     if by_place:
         return (*args[:place], False, *args[place + 1 :]), kwargs
     return args, kwargs | {"use_cache": False}
+
+
+def _call_with_adapted(adapter: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `ParamWrapper.forward` returns; one that wraps another adapts one more parameter of the same module."""
+    kind, module, adapted = type(adapter), adapter, {}
+    while isinstance(module, kind):
+        weight = module.get_param()
+        for name in module.active_adapters:
+            if name in module.lora_A and not (module.disable_adapters or module.merged):
+                weight = weight + module.get_delta_weight(name)
+        adapted[module.parameter_name] = weight
+        module = module.base_layer
+    return torch.func.functional_call(module, adapted, args, kwargs)
 
 
 def _plain_weight(module: nn.Module) -> Any:

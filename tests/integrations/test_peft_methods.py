@@ -57,20 +57,34 @@ def _assert_same(got: Any, expected: Any) -> None:
         torch.testing.assert_close(got[1][name], gradient, atol=1e-7, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if "dropout" not in m])
-def test_full_and_sparse_steps(method: str) -> None:
-    model = _adapted(method)
-    expected = _step(model, BATCH)
+def _assert_exact(model: Any, batch: dict[str, Any]) -> None:
+    expected = _step(model, batch)
     gate = regate.apply(model, regate.Config(warmup=1, cycle=100, full_steps=0))
-    _assert_same(_step(model, BATCH), expected)
+    _assert_same(_step(model, batch), expected)
     gate.step = 1
-    got = _step(model, BATCH)
+    got = _step(model, batch)
     last = gate.last
     assert last is not None
     assert not last.full
     regate.remove(model)
     with reference.masked(oracle.layers_of(conventional.decoder(model)), last.active):
-        _assert_same(got, _step(model, BATCH | {"labels": last.labels_left}))
+        _assert_same(got, _step(model, batch | {"labels": last.labels_left}))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if "dropout" not in m])
+def test_full_and_sparse_steps(method: str) -> None:
+    _assert_exact(_adapted(method), BATCH)
+
+
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["down_proj"]])
+def test_experts_whose_weights_are_parameters(parameters: list[str]) -> None:
+    """As transformers writes them, for which PEFT has `target_parameters`; beside LoRA of layers."""
+    torch._dynamo.reset()
+    case = CORE["qwen3_vl_moe"]
+    named = [f"mlp.experts.{name}" for name in parameters]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=named, init_lora_weights=False)
+    model = peft.get_peft_model(case.double(), config).double().train()
+    _assert_exact(model, oracle.double(case.batch("right")))
 
 
 def test_dropout_of_adapters_does_not_hinder_the_proof() -> None:
