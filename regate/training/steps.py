@@ -6,11 +6,11 @@ values of trainable parameters are kept at each gated forward, and at the next t
 no optimizer said.
 
 Where an optimizer says its steps, such changes may be parts of one: sharpness-aware minimisation moves parameters there
-and back, variational methods draw weights for each forward. So what was counted for them is taken back when an
-optimizer steps, and from then on as many in a row, one at least, count only once one more follows and the optimizer is
-still silent. Values that are those of the step's first forward again, at a later one, have been there and back, and
-what was counted on the way is taken back, too. What changes while an optimizer steps, between calls of its closure, is
-of that step.
+and back, variational methods draw weights for each forward. So what was counted for them is taken back when it steps
+again, and from then on as many in a row, one at least, count only once one more follows and it is still silent. Values
+that are those of the step's first forward again, at a later one or when an optimizer steps, have been there and back,
+and what was counted on the way is taken back, too. What changes while an optimizer steps, between calls of its closure,
+is of that step.
 
 Values that are loaded (`load_state_dict`) are no update, nor is the step by which
 `torch.distributed.checkpoint.state_dict` makes an optimizer's states.
@@ -202,13 +202,13 @@ class Steps:
         self._home, self._counted = None, 0
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._unsaid and not self._stepping and self._own(optimizer):
+        if self._unsaid and not self._stepping and self._own(optimizer) and not self._back():
             self._take_back()
         self._stepping.add(id(optimizer))
 
     def _take_back(self) -> None:
-        """What changed was on the way to the step that is made now."""
-        if self._counted <= _TAKEN_BACK:
+        """What changed since an optimizer stepped was on the way to the step that is made now."""
+        if self._optimizer_known and self._counted <= _TAKEN_BACK:
             self.step -= self._counted
             self._patience = max(self._patience, self._unsaid)
         self._unsaid = self._counted = 0
