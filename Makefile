@@ -19,10 +19,10 @@ test-versions:
 	$(MAKE) test VENV=.venv-oldest TORCH=torch==2.11.0 VERSIONS=tests/versions-oldest.txt
 	$(MAKE) test VENV=.venv-newest TORCH=torch==2.14.1 VERSIONS=tests/versions-newest.txt
 
-# Trainers, several processes, kinds of batches, every example, random cases of what always holds: fifteen minutes on
-# two cores.
+# Trainers, several processes, kinds of batches, every example, random cases of what always holds, and the cases of which
+# `make test` takes a few: half an hour on two cores.
 matrix: $(VENV)/ready
-	$(BIN)/python -m pytest tests/integrations tests/examples tests/test_relations.py -m matrix --dist loadfile
+	$(BIN)/python -m pytest tests -m matrix --dist loadfile
 
 # Every model type of transformers, slow: half an hour on two cores.
 zoo: $(VENV)/ready

@@ -45,6 +45,7 @@ def test_several_turns(some: list[captions.Caption]) -> None:
     assert int((labels != -100).sum()) == 2 * (len(some[0].words) + 1)
 
 
+@pytest.mark.matrix
 def test_demo_on_its_own_data(tmp_path: Path) -> None:
     options = (
         "--steps 6 --text-steps 2 --vision-steps 2 --batch-size 4 --warmup 1 --cycle 4 --full-steps 1 --eval-every 3"

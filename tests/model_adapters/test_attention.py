@@ -52,6 +52,7 @@ def _chosen(model: Any) -> Any:
     return model.config.get_text_config()._attn_implementation
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "padding"),
     [

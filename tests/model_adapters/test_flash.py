@@ -182,6 +182,7 @@ def test_full_steps_are_internvls_own_on_packed_rows(told: str, checkpointing: b
     assert graph.apart  # no [K, K] mask
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("teacher", "seed", "elided"), [("copy", 0, "hidden"), ("first", 1, "visible")])
 @pytest.mark.parametrize("told", TOLD)
 def test_internvls_packed_samples_are_those_of_rows_of_their_own(
@@ -250,6 +251,7 @@ DECODERS = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("attention", "padding", "checkpointing"), DECODERS)
 def test_functions_that_a_decoder_calls(attention: Any, padding: str, checkpointing: bool, calls: list[str]) -> None:
     """Full steps against the untouched model and its kernels, sparse ones against the same in plain products."""

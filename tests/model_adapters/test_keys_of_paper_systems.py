@@ -89,6 +89,7 @@ SYSTEMS: dict[str, tuple[Callable[[], nn.Module], Callable[[Sequence[Sample]], d
 }  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_sample_has_one_difficulty_in_any_batch(name: str) -> None:
     make, batch, samples = SYSTEMS[name]

@@ -210,6 +210,7 @@ def test_layout(system: System) -> None:
         assert seen[0].labels[row][valid].tolist() == labels
 
 
+@pytest.mark.few(3)
 def test_full_step_is_the_unpatched_model(system: System) -> None:
     model = _make(system)
     expected = _step(model, system.batch())
@@ -217,6 +218,7 @@ def test_full_step_is_the_unpatched_model(system: System) -> None:
     _assert_same(_step(model, system.batch()), expected, system.tolerance)
 
 
+@pytest.mark.few(4)
 def test_sparse_step_is_the_oracles(system: System) -> None:
     model, batch = _make(system), system.batch()
     gate = regate.apply(model, SPARSE)
@@ -237,6 +239,7 @@ def test_sparse_step_is_the_oracles(system: System) -> None:
         _assert_same(got, _step(model, batch), system.tolerance)
 
 
+@pytest.mark.few(3)
 def test_teacher_sees_pads_where_the_image_stood(system: System) -> None:
     model, seen = _make(system), []
     gate = regate.apply(model, SPARSE)

@@ -31,6 +31,7 @@ def _made(name: str) -> tuple[Any, Any, dict[str, Any]]:
 
 # A module around the decoder collects (GIT); a part of the decoder collects for itself (Chameleon's image tokens);
 # hidden states are stacks of several streams (Gemma 3n); the usual.
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", map(case, ["git", "chameleon", "gemma3n", "llava"]))
 @pytest.mark.parametrize("before", [False, True], ids=["first asked by a gated step", "asked before"])
 def test_full_steps_give_every_hidden_state_of_the_model(name: str, before: bool) -> None:

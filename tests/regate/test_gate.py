@@ -49,6 +49,7 @@ def test_full_step_is_the_unpatched_model(name: str, padding: Any) -> None:
         torch.testing.assert_close(gated[n], grad, **tolerance, msg=lambda m, n=n: f"{n}: {m}")
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", CORE)
 def test_sparse_step(name: str, checkpointing: bool) -> None:

@@ -76,6 +76,7 @@ def _hook_on_head(model: Any) -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: model.seen.append(output))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("padding", ["right", "left", "none"])
 @pytest.mark.parametrize(
     ("objective", "prepare", "call", "config", "says"),
@@ -109,6 +110,7 @@ def test_full_steps_are_the_unpatched_model(
     assert gate.report()["labels_seen"] > 0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
     ("where", "says"), [("model", "LlavaModel"), ("model.language_model", "LlamaModel"), ("lm_head", "Linear")]
@@ -281,6 +283,7 @@ class _Named(NamedTuple):
     scores: Tensor
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("made", "read"),
     [
@@ -378,6 +381,7 @@ def _weighted(model: Any, name: str = "loss_weights", *, at_predictors: bool = F
     model.forward = weighs
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(
     ("name", "at_predictors"),
@@ -455,6 +459,7 @@ _OF_ROWS: list[tuple[str, Callable[[Tensor], Any], Callable[[Any], Any]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("name", "entry", "divisor"), _OF_ROWS)
 def test_what_a_loss_is_divided_by_is_of_kept_labels(name: str, entry: Any, divisor: Any) -> None:
     """Be it a number or a mask, whatever its name; else a sparse step's loss is too small."""

@@ -166,6 +166,7 @@ def _of_one(lengths: Any, losses: Any) -> dict[str, Any]:
     return {"difficulty": {"keys": keys, "lengths": torch.tensor(lengths), "losses": torch.tensor(losses)}}
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

@@ -30,6 +30,7 @@ def _reads(step: Callable[[], Any]) -> list[str]:
     return sorted(e.name for e, seen in zip(events, inside, strict=True) if e.name in READS and not seen)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("logits", ["kept", "all"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_a_gated_step_reads_no_more_than_a_dense_one(name: str, logits: Any) -> None:

@@ -36,6 +36,7 @@ def _random(rows: int = 3, length: int = 12) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, length, 16, dtype=torch.double), active
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("style", STYLES)
 def test_exact(style: Style, rows: int) -> None:

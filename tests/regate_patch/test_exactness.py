@@ -25,6 +25,7 @@ def _model(name: str) -> torch.nn.Module:
     return CORE[name].double()
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", CORE)
 def test_random_positions(name: str, padding: Padding) -> None:
@@ -33,6 +34,7 @@ def test_random_positions(name: str, padding: Padding) -> None:
     oracle.assert_same(oracle.engine(model, batch, active), oracle.masked(model, batch, active))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", CORE)
 def test_random_positions_with_checkpointing(name: str) -> None:
     model, batch = _model(name), oracle.double(CORE[name].batch("right", seed=1))
@@ -42,6 +44,7 @@ def test_random_positions_with_checkpointing(name: str) -> None:
     oracle.assert_same(oracle.engine(model, batch, active), expected)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", CORE)
 def test_all_positions_is_dense(name: str) -> None:
     model, batch = _model(name), oracle.double(CORE[name].batch("none"))

@@ -8,6 +8,7 @@ from tests import oracle
 from tests.zoo import CORE
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_inductor(name: str) -> None:
     model, batch = CORE[name].build(), CORE[name].batch("right")
@@ -16,6 +17,7 @@ def test_inductor(name: str) -> None:
     oracle.assert_same(got, oracle.masked(model, batch, active), tolerance=2e-4)
 
 
+@pytest.mark.matrix
 def test_inductor_with_checkpointing() -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
     active = oracle.random_active(batch)

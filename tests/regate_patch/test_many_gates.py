@@ -30,6 +30,7 @@ def test_each_gate_is_captured_anew_and_none_is_too_many(monkeypatch: pytest.Mon
     _gate_many(6, "pre_norm")
 
 
+@pytest.mark.matrix
 def test_decoders_that_are_cut_at_layers_share_their_code() -> None:
     """Two entries a gate: the 32nd would be one too many for a limit of 64."""
     _gate_many(33, "broken")

@@ -28,6 +28,7 @@ def _model(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return model
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("disable", [(), ("end_to_end",)], ids=["laid", "filled"])
 @pytest.mark.parametrize("padding", ["left", "right", "none"])
 @pytest.mark.parametrize("name", CORE)
@@ -43,6 +44,7 @@ def test_random_positions(
     assert not torch.allclose(expected.output, hidden.output)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", CORE)
 def test_with_checkpointing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = _model(name, monkeypatch), oracle.double(CORE[name].batch("right", seed=1))
@@ -52,6 +54,7 @@ def test_with_checkpointing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle.assert_same(oracle.engine(model, batch, active, visible=visible, padding_elided=True), expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "padding_elided", [pytest.param(False, id="filled", marks=INDUCTOR_ON_CPU), pytest.param(True, id="laid")]
 )
@@ -159,6 +162,7 @@ def test_decoders_of_other_designs(style: Style) -> None:
         torch.testing.assert_close(decoder(x)[active], expected[active], atol=1e-12, rtol=0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("padding_elided", [False, True], ids=["filled", "laid"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_graph_per_layer(checkpointing: bool, padding_elided: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ def _layers(decoder: nn.Module) -> list[nn.Module]:
     return [*getattr(decoder, "gated_cross_attn_layers", []), *oracle.layers_of(decoder)]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [_case(name) for name in of_any_release() if name not in REFUSED])
 def test_what_is_left_out_is_seen_as_it_stands(name: str) -> None:
     torch._dynamo.reset()

@@ -58,6 +58,7 @@ def test_a_type_is_left_out_by_the_release_it_came_with() -> None:
     assert {name for name, _ in releases.BROKEN | releases.REFUSED} <= MEMBERS.keys()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", CASES)
 def test_exact_or_refused(name: str) -> None:
     findings = examine(name, MEMBERS[name])

@@ -23,6 +23,7 @@ SIZES: dict[str, Any] = {
 LLAMA = LlamaConfig(**SIZES)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("alignment", ["predictor", "both"])
 @pytest.mark.parametrize("w", list(WORKLOADS.values())[::3], ids=label)
 def test_arithmetic(w: Sample, alignment: Any) -> None:
@@ -80,6 +81,7 @@ def test_what_needs_no_teacher_pays_for_none() -> None:
     assert regate.estimate(LLAMA, [(96, 60, 400)]).teacher > 0
 
 
+@pytest.mark.matrix
 def test_interleaved_costs_as_much_and_peaks_lower() -> None:
     settings: dict[str, Any] = {"warmup": 0, "cycle": 128, "full_steps": 16, "alignment": "predictor"}
     sample = (96, 60, 400)

@@ -47,6 +47,7 @@ def _steps(
     return gate, found
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "idefics3", "mistral3"])
 @pytest.mark.parametrize(("padding", "keep"), [("left", 1.0), ("right", 0.5)])
 def test_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, name: str, padding: Any, keep: float) -> None:

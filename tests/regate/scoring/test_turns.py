@@ -213,6 +213,7 @@ ORACLES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "changes"), ORACLES)
 def test_a_step_with_full_rows_is_the_oracles(
     name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch

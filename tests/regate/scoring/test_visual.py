@@ -43,6 +43,7 @@ def test_count(keep: float) -> None:
     assert not (stay & ~visual).any()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("elided", ["hidden", "visible"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
 def test_loss_and_gradients_are_the_oracles(name: str, elided: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,7 @@ def _wrapper(name: str) -> tuple[nn.Module, dict[str, Any]]:
     return system.make().double().train(), system.batch()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_around_a_language_model(name: str) -> None:
     """Their batches are none of its calls: references and trained weights of a run with a copy."""

@@ -28,6 +28,7 @@ from tests.zoo import CORE
 SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_elided_placeholders_give_the_padded_numbers(name: str, padding: Any) -> None:

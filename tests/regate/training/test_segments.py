@@ -52,6 +52,7 @@ def _assert_same(got: Any, expected: Any) -> None:
             torch.testing.assert_close(grads[n], gradient, atol=1e-8, rtol=0, msg=lambda m, n=n: f"{n}: {m}")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("config", [SPARSE, VISIBLE], ids=["hidden", "visible"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
 def test_packed_samples_are_those_of_rows_of_their_own(name: str, config: regate.Config) -> None:

@@ -108,6 +108,7 @@ def _two(model: nn.Module) -> Callable[[], None]:
 WAYS = [_by_data, _by_hand, _new_tensors, _new_parameters, _in_backward, _one_each, _two]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside another model's optimizer"])
 @pytest.mark.parametrize("way", WAYS)
 def test_an_update_is_a_step(way: Callable[[nn.Module], Callable[[], None]], others: bool) -> None:

@@ -21,6 +21,7 @@ def test_the_list() -> None:
     assert names.index("check") < names.index("insert") < names.index("layers") < names.index("outline")
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("off", sorted({*OPTIONAL} - {"heads", "layers"}))  # which have tests of their own
 @pytest.mark.parametrize("name", CORE)
 def test_without_one_of_them(name: str, off: str) -> None:

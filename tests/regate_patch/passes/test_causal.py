@@ -26,6 +26,7 @@ SMALL: dict[str, Any] = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_exact(name: str, padding: Any) -> None:
@@ -52,6 +53,7 @@ def _causal(model: nn.Module, **inputs: torch.Tensor) -> list[tuple[int, int]]:
     return [(graph.attention, graph.causal) for graph in handle.statistics.graphs]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, GemmaConfig])
 @pytest.mark.parametrize("masked", [True, False])
 def test_causal_decoders(config: Any, masked: bool) -> None:

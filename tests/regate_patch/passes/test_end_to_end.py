@@ -52,6 +52,7 @@ def test_attention_under_autocast() -> None:
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "qwen3_vl_moe"])
 def test_exact(name: str, rows: int) -> None:
@@ -97,6 +98,7 @@ def test_inductor() -> None:
     assert (len(handle.statistics.graphs), handle.statistics.recompiles) == (1, 0)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=INDUCTOR_ON_CPU)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
@@ -120,6 +122,7 @@ def test_a_graph_per_layer(name: str, checkpointing: bool, backend: str) -> None
     assert graphs
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("config", [LlamaConfig, MistralConfig])
 @pytest.mark.parametrize("leap", [False, True])
 @pytest.mark.parametrize("apart", [False, True], ids=["whole", "a graph per layer"])

@@ -151,6 +151,7 @@ def _attentions(gm: fx.GraphModule) -> int:
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", [Decoder, Checkpointed, Sharing])
 @pytest.mark.parametrize("layers", [4, 7])
 def test_compilations_do_not_grow_with_depth(kind: Callable[..., Decoder], layers: int) -> None:

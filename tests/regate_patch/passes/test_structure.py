@@ -62,6 +62,7 @@ def test_plain_decoder(layers: int) -> None:
     assert (graph.gathers, graph.scatters) == (1 + 2, 1 + 1)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layers", [2, 5])
 def test_llava(layers: int, checkpointing: bool) -> None:
