@@ -53,7 +53,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=40)
     parser.add_argument("--cycle", type=int, default=32)
     parser.add_argument("--full-steps", type=int, default=4)
-    parser.add_argument("--eval-every", type=int, default=50)
+    parser.add_argument("--eval-every", type=int, default=80)
     parser.add_argument("--eval-samples", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=10, help="interleaved repeats of the step timing")
     parser.add_argument("--backend", help="eager or inductor; default: inductor on CUDA, eager elsewhere")
@@ -85,7 +85,7 @@ def train_arm(name: str, task: Task, args: argparse.Namespace, seed: int) -> Arm
             gate.precompute(loader(task, task.train.samples, args.batch_size))
             spent = time.perf_counter() - start
     batches = endless(loader(task, task.train.samples, args.batch_size, seed=seed + 1), task.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
     answer_tokens, positions = 0, 0
     bar = tqdm(range(args.steps), desc=f"{name:6}", unit="step")
@@ -151,7 +151,7 @@ def time_steps(task: Task, args: argparse.Namespace) -> dict[str, float]:
             always = {"warmup": 0, "cycle": 1, "full_steps": int(kind == "full")}
             gate = regate.apply(model, config(args, **always), backend=args.backend)
             gate.precompute([batch], progress=False)
-        runs[kind] = (model, torch.optim.AdamW(model.parameters(), lr=args.lr), gate)
+        runs[kind] = (model, torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True), gate)
     seconds: dict[str, list[float]] = {kind: [] for kind in runs}
     for repeat in tqdm(range(args.repeats + 2), desc="step timing", unit="round"):
         for kind, (model, optimizer, _) in runs.items():
