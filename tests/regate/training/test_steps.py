@@ -1,4 +1,4 @@
-"""An update is an update, whoever makes it; and an update without gating is an error as soon as it can be known."""
+"""An update is an update, whoever makes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import regate
-from regate.errors import NotGatedError
 from regate.training.steps import some_values
 from tests.zoo import CORE
 
@@ -302,6 +301,7 @@ def test_weights_drawn_for_each_forward_are_part_of_the_optimizers_step(way: Any
         seen.append(gate.step)
 
     first = 0 if later else 3  # nobody has said then that there is an optimizer
+    unsettled = {2} if later else {0, 1}  # the first with drawn weights, once there is an optimizer
     for step in range(5):
         seen.clear()
         for _ in range(4):
@@ -309,7 +309,7 @@ def test_weights_drawn_for_each_forward_are_part_of_the_optimizers_step(way: Any
         optimizer.step()
         optimizer.zero_grad()
         assert gate.step == first + step
-        assert step == 1 + later or (step, later) == (0, False) or seen == [first + step] * 4
+        assert step in unsettled or seen == [first + step] * 4
 
 
 def test_an_optimizer_beside_updates_by_hand_counts_alone() -> None:
@@ -426,43 +426,6 @@ def test_making_an_optimizers_states_is_no_step() -> None:
     assert gate.report()["steps_missed"] == 0
 
 
-# -- without gating -------------------------------------------------------------------------------------
-
-
-def test_labels_that_never_come_are_missed_at_the_first_update() -> None:
-    """Not at the first sparse step, a hundred updates later."""
-    model = CORE["llava"].build()
-    regate.apply(model, teacher=None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    logits = model(**{k: v for k, v in BATCH.items() if k != "labels"}).logits
-    logits.mean().backward()
-    with pytest.raises(NotGatedError, match=r"no forward has been gated so far.*got no `labels`"):
-        optimizer.step()
-
-
-def test_training_in_eval_mode_is_called_so() -> None:
-    model = CORE["llava"].build().eval()
-    regate.apply(model, teacher=None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    model(**BATCH).loss.backward()
-    with pytest.raises(NotGatedError, match=r"ran in eval mode.*model\.train\(\)"):
-        optimizer.step()
-
-
-@pytest.mark.parametrize("mode", ["labels", "eval"])
-def test_updates_by_hand_that_miss_the_gate(mode: str) -> None:
-    """Known at the next forward."""
-    model = CORE["llava"].build()
-    regate.apply(model, teacher=None)
-    update = _by_data(model)
-    model.train(mode == "labels")
-    batch = {k: v for k, v in BATCH.items() if k != "labels"} if mode == "labels" else BATCH
-    model(**batch).logits.mean().backward()
-    update()
-    with pytest.raises(NotGatedError, match="no forward has been gated so far"):
-        model(**batch)
-
-
 def test_what_is_no_update() -> None:
     """Another dtype, other parameters that learn; and a state asked for right after an update has it."""
     model = CORE["llava"].build()
@@ -476,86 +439,3 @@ def test_what_is_no_update() -> None:
     assert gate.state_dict()["step"] == 0
     _by_hand(model)()
     assert gate.state_dict()["step"] == 1
-
-
-def test_a_model_that_is_never_called() -> None:
-    model = CORE["llava"].build()
-    regate.apply(model, teacher=None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    model.forward(**BATCH).loss.backward()
-    optimizer.step()
-    with pytest.raises(NotGatedError, match="no training forward of LlavaForConditionalGeneration was called"):
-        optimizer.step()
-
-
-def test_evaluation_between_steps_is_no_miss() -> None:
-    model = CORE["llava"].build()
-    gate = regate.apply(model, TWO, teacher=None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for _ in range(4):
-        model.eval()
-        model(**BATCH)  # with gradients, as some evaluate
-        model.train()
-        model(**BATCH).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert gate.report()["steps_missed"] == 0
-    assert gate.report()["steps_sparse"] == 2
-
-
-# -- other losses beside the gated one ------------------------------------------------------------------
-
-
-def _train_projector(model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """By a loss of its own."""
-    optimizer.zero_grad()
-    features: Tensor = model.model.multi_modal_projector(torch.randn(2, 4, 16))
-    features.pow(2).mean().backward()
-    optimizer.step()
-
-
-def test_an_optimizer_of_another_loss_beside_is_not_counted() -> None:
-    model: Any = CORE["llava"].build()
-    gate = regate.apply(model, TWO, teacher=None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    beside = torch.optim.SGD(model.model.multi_modal_projector.parameters(), lr=1e-3)
-    for step in range(4):
-        optimizer.zero_grad()
-        model(**BATCH).loss.backward()
-        assert gate.step == step
-        optimizer.step()
-        for _ in range(3):
-            _train_projector(model, beside)
-    assert gate.report()["steps_missed"] == 0
-    (note,) = _notes(gate)
-    assert "SGD (of model.multi_modal_projector.linear_1.weight and 3 others) steps without a gated" in note
-
-
-@pytest.mark.parametrize("on_unsupported", ["raise", "warn"])
-def test_one_optimizer_of_both_losses_is_named(on_unsupported: Any) -> None:
-    model: Any = CORE["llava"].build()
-    gate = regate.apply(model, regate.Config(warmup=0), teacher=None, on_unsupported=on_unsupported)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    model(**BATCH).loss.backward()
-    optimizer.step()
-    if on_unsupported == "warn":
-        _train_projector(model, optimizer)
-        assert gate.report()["steps_missed"] == 1
-        return
-    with pytest.raises(NotGatedError, match=r"SGD \(of model\.\S+ and \d+ others\).*on_unsupported='warn'\) goes on"):
-        _train_projector(model, optimizer)
-
-
-def test_labels_that_stop_coming_are_missed_though_another_optimizer_stepped_before() -> None:
-    """A second stage of training, with an optimizer of its own."""
-    model: Any = CORE["llava"].build()
-    regate.apply(model, regate.Config(warmup=0), teacher=None)
-    first, second = (torch.optim.SGD(model.parameters(), lr=1e-3) for _ in range(2))
-    model(**BATCH).loss.backward()
-    first.step()
-    unlabelled = {k: v for k, v in BATCH.items() if k != "labels"}
-    model(**unlabelled).logits.mean().backward()
-    second.step()
-    model(**unlabelled).logits.mean().backward()
-    with pytest.raises(NotGatedError, match="got no `labels`"):
-        second.step()
