@@ -24,7 +24,7 @@ test-versions:
 matrix: $(VENV)/ready
 	$(BIN)/python -m pytest tests -m matrix --dist loadfile
 
-# Every model type of transformers, slow: half an hour on two cores.
+# Every model type of transformers, slow: twenty minutes on two cores.
 zoo: $(VENV)/ready
 	$(BIN)/python -m pytest tests/zoo -m 'zoo or not zoo'
 

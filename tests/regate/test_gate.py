@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import io
 import weakref
@@ -16,29 +15,22 @@ import torch
 from torch import Tensor, nn
 
 import regate
-from regate.errors import LabelsError, StoreError, UnknownArchitectureError
-from regate_patch import NotElidedError
+from regate.errors import StoreError
 from tests import oracle
+from tests.steps import step
 from tests.zoo import CORE
 
 FULL = regate.Config(warmup=1000)
 SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
 
 
-def _step(model: nn.Module, batch: dict[str, Tensor], **extra: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad(set_to_none=True)
-    loss = model(**batch, **extra).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3"])
 def test_full_step_is_the_unpatched_model(name: str, padding: Any) -> None:
     model, batch = CORE[name].build().double(), oracle.double(CORE[name].batch(padding))
-    loss, grads = _step(model, batch)
+    loss, grads = step(model, batch)
     gate = regate.apply(model, replace(FULL, logits="all"), teacher=None)  # see test_head.py for the short head
-    gated_loss, gated = _step(model, batch)
+    gated_loss, gated = step(model, batch)
     assert gate.last is not None
     assert int(gate.last.active.sum()) < batch["attention_mask"].numel()
     # Gemma's norms compute in float32 whatever they are given.
@@ -57,7 +49,7 @@ def test_sparse_step(name: str, checkpointing: bool) -> None:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     gate = regate.apply(model, SPARSE, teacher=None if checkpointing else "auto")
-    loss, grads = _step(model, batch)
+    loss, grads = step(model, batch)
     last, labels = gate.last, batch["labels"]
     assert last is not None
     assert torch.isfinite(loss)
@@ -85,13 +77,13 @@ def test_sparse_loss_is_the_oracles(alone: bool) -> None:
     model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right"))
     config = replace(SPARSE, budget="batch", keep=0.25, score=_all_of_the_last) if alone else SPARSE
     gate = regate.apply(model, replace(config, logits="all"))
-    loss, grads = _step(model, batch)
+    loss, grads = step(model, batch)
     assert gate.last is not None
     assert int(gate.last.kept.sum(1).min()) == (0 if alone else 5)
     regate.remove(model)
     batch["labels"] = torch.where(gate.last.kept, batch["labels"], -100)
     with reference.masked(model.model.language_model.layers, gate.last.active):
-        expected, expected_grads = _step(model, batch)
+        expected, expected_grads = step(model, batch)
     torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
     for n, grad in expected_grads.items():
         torch.testing.assert_close(grads[n], grad, atol=1e-10, rtol=0)
@@ -102,9 +94,9 @@ def test_micro_batches_share_the_decision() -> None:
     gate = regate.apply(model, regate.Config(warmup=1, cycle=2, full_steps=1, schedule="cycled"), teacher=None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     decisions = []
-    for step in range(4):
+    for made in range(4):
         for micro in range(3):
-            model(**CORE["llava"].batch(seed=3 * step + micro)).loss.backward()
+            model(**CORE["llava"].batch(seed=3 * made + micro)).loss.backward()
             assert gate.last is not None
             decisions.append(gate.last.full)
         optimizer.step()
@@ -120,10 +112,10 @@ def test_optimizers_of_master_copies_and_of_others_are_told_apart() -> None:
     gate = regate.apply(model, FULL, teacher=None)
     masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
     copies = torch.optim.SGD(masters, lr=0.1)
-    for step in range(4):
-        assert gate.step == max(step - 1, 0)
+    for made in range(4):
+        assert gate.step == max(made - 1, 0)
         model(**batch).loss.backward()
-        assert gate.step == step
+        assert gate.step == made
         for master, p in zip(masters, model.parameters(), strict=True):
             master.grad = p.grad
         copies.step()
@@ -131,9 +123,9 @@ def test_optimizers_of_master_copies_and_of_others_are_told_apart() -> None:
             for master, p in zip(masters, model.parameters(), strict=True):
                 p.copy_(master)
     ours, other = torch.optim.SGD(model.parameters(), lr=0.0), copies
-    for step in range(4, 6):
+    for made in range(4, 6):
         model(**batch).loss.backward()
-        assert gate.step == step
+        assert gate.step == made
         ours.step()
         other.step()
         other.step()
@@ -148,7 +140,7 @@ def test_trainers_own_label_count_is_rescaled() -> None:
     for extra in ({}, {"num_items_in_batch": torch.tensor(float(total))}):
         model = CORE["llava"].build()
         gate = regate.apply(model, SPARSE)
-        losses.append(_step(model, batch, **extra)[0])
+        losses.append(step(model, batch | extra)[0])
         assert gate.last is not None
         assert int(gate.last.kept.sum()) < total
     torch.testing.assert_close(losses[0], losses[1])
@@ -156,7 +148,7 @@ def test_trainers_own_label_count_is_rescaled() -> None:
 
 def test_remove_restores_to_the_bit() -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    keys, (loss, grads) = list(model.state_dict()), _step(model, batch)
+    keys, (loss, grads) = list(model.state_dict()), step(model, batch)
     hooks = ("_forward_hooks", "_forward_pre_hooks")  # transformers has some of its own
 
     def state() -> dict[str, tuple[list[str], list[list[int]]]]:
@@ -165,11 +157,11 @@ def test_remove_restores_to_the_bit() -> None:
     before = state()
     regate.apply(model, SPARSE)
     regate.apply(model, SPARSE)
-    _step(model, batch)
+    step(model, batch)
     assert list(model.state_dict()) == keys
     regate.remove(model)
     assert state() == before
-    again, again_grads = _step(model, batch)
+    again, again_grads = step(model, batch)
     assert torch.equal(again, loss)
     assert all(torch.equal(again_grads[n], g) for n, g in grads.items())
     with pytest.raises(regate.RegateError, match="no gate"):
@@ -197,7 +189,7 @@ def test_saving_and_copying(tmp_path: Path) -> None:
     torch.save(model, stream)
     stream.seek(0)
     for other in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
-        torch.testing.assert_close(_step(other, batch)[0], _step(loaded, batch)[0])  # ungated
+        torch.testing.assert_close(step(other, batch)[0], step(loaded, batch)[0])  # ungated
 
 
 def test_users_own_compile_and_replaced_forward() -> None:
@@ -215,11 +207,11 @@ def test_users_own_compile_and_replaced_forward() -> None:
 def test_forwards_that_are_replaced_with_other_arguments() -> None:
     """Before and after `apply`: by one that says nothing of its arguments, or has them in another order."""
     model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    loss, _ = _step(model, batch)
+    loss, _ = step(model, batch)
     forward = model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     gate = regate.apply(model, FULL, teacher=None)
-    torch.testing.assert_close(_step(model, batch)[0], loss)
+    torch.testing.assert_close(step(model, batch)[0], loss)
     of_class = ("input_ids", "pixel_values", "attention_mask")
     positional = model(*(batch[name] for name in of_class), labels=batch["labels"])
     torch.testing.assert_close(positional.loss, loss)
@@ -236,8 +228,8 @@ def test_forwards_that_are_replaced_with_other_arguments() -> None:
 def test_difficulties_tell_images_apart() -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1)
     gate = regate.apply(model, FULL)
-    _step(model, batch)
-    _step(model, batch | {"pixel_values": batch["pixel_values"] + 1})
+    step(model, batch)
+    step(model, batch | {"pixel_values": batch["pixel_values"] + 1})
     gate.flush()
     assert gate.store.stats()["difficulty"] == 2
     gate.choose(batch)
@@ -289,186 +281,3 @@ def test_a_gated_model_is_garbage_collected() -> None:
     del model
     gc.collect()
     assert gone() is None
-
-
-# -- bad input ------------------------------------------------------------------------------------------
-
-
-def test_no_labels_at_all_runs_ungated() -> None:
-    model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    gate = regate.apply(model, SPARSE)
-    model(**{k: v for k, v in batch.items() if k != "labels"})
-    model(**batch | {"labels": torch.full_like(batch["labels"], -100)})
-    assert gate.report()["forwards_ungated"] == 1
-    assert gate.report()["labels_seen"] == 0
-
-
-def test_a_row_without_labels_and_an_empty_row() -> None:
-    model, batch = CORE["llava"].build(), CORE["llava"].batch("right", rows=3)
-    batch["labels"][0] = -100
-    gate = regate.apply(model, SPARSE)
-    loss, grads = _step(model, batch)
-    assert torch.isfinite(loss)
-    assert gate.last is not None
-    assert not gate.last.active[0].any()
-    assert all(torch.isfinite(g).all() for g in grads.values())
-
-
-@pytest.mark.parametrize(
-    ("labels", "says"),
-    [
-        (lambda x: x[:, :-1], r"labels \[2, "),
-        (lambda x: torch.where(x >= 0, 5000, x), "vocabulary size 100"),
-        (lambda x: torch.where(x >= 0, -7, x), "vocabulary size 100"),
-        (lambda x: x[:0], r"the batch is empty: labels \[0, "),
-    ],
-)
-def test_bad_labels(labels: Any, says: str) -> None:
-    model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    regate.apply(model, SPARSE)
-    batch["labels"] = labels(batch["labels"])
-    with pytest.raises(LabelsError, match=says):
-        model(**{name: x if len(batch["labels"]) else x[:0] for name, x in batch.items()})
-
-
-def _ignores_0(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=0)
-
-
-@pytest.mark.parametrize("config", [FULL, SPARSE, regate.Config.exact()], ids=["full", "sparse", "exact"])
-@pytest.mark.parametrize("told", ["call", "options", "config", "module", "partial", "nowhere"])
-def test_labels_that_another_index_ignores(told: str, config: regate.Config) -> None:
-    """Where it can be told, before the model runs."""
-    torch._dynamo.reset()
-    model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    call: dict[str, Any] = {**batch, "labels": batch["labels"].masked_fill(batch["labels"] == -100, 0)}
-    says = {
-        "call": r"the call's `ignore_index` is 0: .* Set ignored labels to -100",
-        "options": r"the call's `ignore_index` is 0",
-        "config": "the model's config has ignore_index=0, no label is -100",
-        "module": "the model's `criterion` has ignore_index=0",
-        "partial": "the model's loss has ignore_index=0",
-        "nowhere": "the model's loss takes -100 for a token id",
-    }
-    if told == "call":
-        call["ignore_index"] = 0
-    elif told == "options":
-        call["loss_kwargs"] = {"ignore_index": 0}
-    elif told == "config":
-        model.config.text_config.ignore_index = 0
-    elif told == "module":
-        model.criterion = nn.CrossEntropyLoss(ignore_index=0)
-    else:
-        model.loss_function = functools.partial(_ignores_0, ignore_index=0) if told == "partial" else _ignores_0
-    regate.apply(model, config, teacher=None)
-    with pytest.raises(LabelsError, match=says[told]):
-        model(**call)
-
-
-def test_an_index_that_labels_do_not_go_by() -> None:
-    model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    model.config.text_config.ignore_index = 0
-    regate.apply(model, SPARSE, teacher=None)
-    model(**batch, ignore_index=-100)
-
-
-def test_a_head_that_was_widened_by_hand() -> None:
-    """Its config does not know."""
-    model, batch = CORE["llava"].build(), CORE["llava"].batch("none")
-    model.lm_head = nn.Linear(32, 108, bias=False)
-    model.loss_function = lambda logits, labels, **others: nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    )
-    batch["labels"][0, -3] = 107
-    loss, _ = _step(model, batch)
-    regate.apply(model, FULL, teacher=None)
-    torch.testing.assert_close(_step(model, batch)[0], loss)
-
-
-def test_a_hook_that_changes_the_batch_comes_first() -> None:
-    """Also one that was registered after the gate: labels of a curriculum, say. Its first forward is not gated."""
-    model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    fewer = batch["labels"].clone()
-    fewer[:, :14] = -100
-
-    def change(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, kwargs | {"labels": fewer}
-
-    dense, _ = _step(model, batch | {"labels": fewer})
-    gate = regate.apply(model, FULL, teacher=None)
-    _step(model, batch)
-    hook = model.register_forward_pre_hook(change, with_kwargs=True)
-    for _ in range(2):
-        torch.testing.assert_close(_step(model, batch)[0], dense)
-    assert gate.last is not None
-    assert gate.last.labels_seen == int((fewer != -100).sum())
-    assert gate.report()["forwards_ungated"] == 1
-    assert "(tests.regate.test_gate) hangs on LlavaForConditionalGeneration" in str(gate.report())
-    hook.remove()
-    regate.remove(model)
-    assert not any("regate" in type(h).__module__ for h in model._forward_pre_hooks.values())
-
-
-def test_a_failed_forward_leaves_no_trace() -> None:
-    model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    gate = regate.apply(model, SPARSE)
-    with pytest.raises(ValueError, match="tokens"):
-        model(**batch | {"pixel_values": batch["pixel_values"][:1]})
-    from regate_patch import current
-
-    assert current() is None
-    loss, _ = _step(model, batch)
-    assert torch.isfinite(loss)
-    assert gate.report()["attention_blocks"] == 2
-
-
-def test_ctrl_c_leaves_the_config_as_it_was() -> None:
-    """What is saved then generates as before."""
-    model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    regate.apply(model, SPARSE, teacher=None)
-    before, found = model.config.to_dict(), []
-
-    def stop(*args: object) -> None:
-        found.append(model.config.to_dict())
-        raise KeyboardInterrupt
-
-    for inside in (model.model.vision_tower, model.lm_head):
-        hook = inside.register_forward_hook(stop)
-        with pytest.raises(KeyboardInterrupt):
-            model(**batch)
-        hook.remove()
-        assert model.config.to_dict() == before
-    assert found == [before, before]
-    assert before["text_config"]["use_cache"]
-
-
-def test_unknown_architecture() -> None:
-    with pytest.raises(regate.RegateError, match=r"no adapter serves Linear.*register_adapter"):
-        regate.apply(nn.Linear(2, 2))
-
-
-def test_a_mask_of_another_length() -> None:
-    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=2)
-    regate.apply(model, teacher=None)
-    short = batch["attention_mask"][:, :-1]
-    said = rf"attention_mask is \[2, {short.shape[1]}\], but the batch has \[2, {short.shape[1] + 1}\] positions"
-    with pytest.raises(UnknownArchitectureError, match=said):
-        model(**batch | {"attention_mask": short})
-
-
-def test_decoder_that_is_never_called() -> None:
-    model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    other = CORE["llava"].build().model.language_model
-    adapter = regate.ModelAdapter(serves=("llava",), decoder=lambda m: other)
-    regate.apply(model, SPARSE, adapter=adapter, teacher=None)
-    with pytest.raises(regate.RegateError, match="without calling its decoder"):
-        model(**batch)
-
-
-def test_a_forward_that_passes_by_what_the_gate_left_is_noticed() -> None:
-    model, batch = CORE["llava"].build(), CORE["llava"].batch()
-    regate.apply(model, SPARSE, teacher=None)
-    decoder = model.model.language_model
-    decoder.forward = type(decoder).forward.__get__(decoder)  # by something that wraps it anew
-    with pytest.raises(NotElidedError, match="call the one before"):
-        model(**batch)
