@@ -8,33 +8,24 @@ from __future__ import annotations
 
 import sympy
 import torch
-import torch.nn.functional as F
 from torch import fx
 
-from regate_patch.analysis.graph import argument, expr, is_call, is_tensor, nodes_in, shape, value
+from regate_patch.analysis import products
+from regate_patch.analysis.graph import argument, expr, is_call, is_tensor, shape, value
 from regate_patch.analysis.mixers import SDPA
 from regate_patch.analysis.tokens import Tokens
 
-_LINEAR = (F.linear, torch._C._nn.linear)
 _LENGTHS = (1024, 2048, 4096)
-_PRODUCTS = (torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
 
 
 def _count(node: fx.Node, masked: bool) -> sympy.Expr:
     if not is_tensor(node):
         return sympy.Integer(0)
-    if is_call(node, *_LINEAR):
-        return 2 * sympy.prod(shape(node)) * shape(node.args[0])[-1]
     if is_call(node, *SDPA):
         q, k = shape(argument(node, 0, "query")), shape(argument(node, 1, "key"))
         half = not masked and argument(node, 5, "is_causal", False) is True
         return (2 if half else 4) * sympy.prod(q) * k[-2]
-    if is_call(node, *_PRODUCTS) or "grouped_mm" in str(node.target):
-        left = next(n for n in nodes_in(node.args) if is_tensor(n))
-        return 2 * sympy.prod(shape(node)) * shape(left)[-1]
-    if is_call(node, torch.addmm, "addmm"):
-        return 2 * sympy.prod(shape(node)) * shape(node.args[1])[-1]
-    return sympy.Integer(0)
+    return products.flops(node)
 
 
 def polynomial(nodes: list[fx.Node], tokens: Tokens, *, masked: bool = False) -> tuple[int, int]:

@@ -9,7 +9,6 @@ Terms
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -17,14 +16,13 @@ import torch.nn.functional as F
 from torch import fx
 
 from regate_patch.analysis.graph import argument, is_call, is_tensor, shape, value
+from regate_patch.analysis.products import ADDED_PRODUCTS, EINSUM, PRODUCTS
 from regate_patch.analysis.tokens import Tokens
 
 SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _SOFTMAX = (F.softmax, torch.softmax, "softmax", torch.special.softmax)
-_MATMUL = (
-    torch.matmul, operator.matmul, torch.bmm, torch.baddbmm, torch.einsum, "matmul", "bmm", "__matmul__",
-)  # fmt: skip
+_MATMUL = (*PRODUCTS, *ADDED_PRODUCTS, *EINSUM)
 _CUMULATIVE = (
     torch.cumsum, torch.cumprod, torch.cummax, torch.cummin, torch.logcumsumexp,
     "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp",

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import sympy
 import torch
-import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.functions import Min
@@ -30,6 +29,7 @@ from regate_patch.analysis.mixers import (
     is_recurrence,
     reorders,
 )
+from regate_patch.analysis.products import ADDED_PRODUCTS, EINSUM, LINEAR, PRODUCTS, summed
 from regate_patch.analysis.tokens import Tokens
 from regate_patch.errors import UnsupportedGraphError
 
@@ -38,11 +38,6 @@ _INDEXING_ALONG = (  # f(x, dim, index)
     torch.gather, torch.scatter, torch.index_select, "gather", "scatter", "scatter_", "scatter_add", "scatter_add_",
     "index_select", "index_add", "index_add_", "index_copy", "index_copy_", "index_fill_", "take_along_dim",
 )  # fmt: skip
-_PRODUCTS = (
-    torch.matmul, operator.matmul, torch.bmm, torch.mm, F.linear, torch._C._nn.linear, "matmul", "bmm", "mm",
-    "__matmul__",
-)  # fmt: skip
-_ADDED_PRODUCTS = (torch.addmm, torch.baddbmm, "addmm", "baddbmm")  # f(added, a, b)
 _WINDOWS = (
     "pool", "conv2d", "conv3d", "conv_transpose", "interpolate", "batch_norm", "instance_norm", "renorm", "fft_",
 )  # fmt: skip
@@ -141,32 +136,24 @@ class _Checker:
 
     def check_sum(self, node: fx.Node) -> None:
         """Only attention hides the filling of short rows: no other product may sum over positions."""
-        summed: list[list[fx.Node]] = []  # for each sum, the operands that have the axis
-        if is_call(node, *_PRODUCTS, *_ADDED_PRODUCTS):
-            x: Any = node.args[1 if is_call(node, *_ADDED_PRODUCTS) else 0]
-            summed = [[x]] if is_tensor(x) and shape(x)[-1] == self.tokens.length else []
-        elif is_call(node, torch.einsum) and isinstance(node.args[0], str):
-            summed = self.summed_over_tokens(node.args[0], list(nodes_in(node.args[1:])))
-        for operands in summed:
+        over_tokens: list[list[fx.Node]] = []  # for each sum, the operands that have the axis
+        if is_call(node, *LINEAR, *PRODUCTS, *ADDED_PRODUCTS):
+            x: Any = node.args[1 if is_call(node, *ADDED_PRODUCTS) else 0]
+            over_tokens = [[x]] if is_tensor(x) and shape(x)[-1] == self.tokens.length else []
+        elif is_call(node, *EINSUM):
+            over_tokens = [[x for x, axis in of if self.is_tokens(x, axis)] for of in summed(node).values()]
+        for operands in filter(None, over_tokens):
             if not any(map(self.is_attention_weight, operands)):
                 refuse(node, "it sums over tokens, other than by attention")
 
-    def summed_over_tokens(self, equation: str, operands: list[fx.Node]) -> list[list[fx.Node]]:
-        """For each token axis that the result of an einsum does not have, the operands that have it.
+    def is_tokens(self, x: fx.Node, axis: int) -> bool:
+        """Is it an axis of one row's tokens?
 
         A list of all rows' tokens, as routers make it, has none by its size; in a batch of one row it is known by its
         place: the first.
         """
-        inputs, arrow, result = equation.replace(" ", "").partition("->")
-        found: dict[str, list[fx.Node]] = {}
-        for x, letters in zip(operands, inputs.split(","), strict=False):
-            for axis in self.tokens.on(x):
-                first = len(letters.partition("...")[0])
-                letter = letters[axis] if axis < first else letters[axis - len(shape(x)) :][:1]
-                in_list = axis == 0 and self.tokens.batch not in shape(x)[1:]
-                if not in_list and (letter not in result if arrow else inputs.count(letter) > 1):
-                    found.setdefault(letter, []).append(x)
-        return list(found.values())
+        in_list = axis == 0 and self.tokens.batch not in shape(x)[1:]
+        return axis in self.tokens.on(x) and not in_list
 
     def is_attention_weight(self, node: Any, limit: int = 12) -> bool:
         """Was it made from an attention's softmax, through values that keep the axis of keys?"""

@@ -56,6 +56,7 @@ ODD: dict[str, Callable[[Tensor], Tensor]] = {
     "length over the others": lambda x: torch.renorm(x, 2, 1, 0.1),
     "einsum over the second's tokens": lambda x: torch.einsum("bsd,bte->bsd", x, x),
     "einsum with dots over tokens": lambda x: torch.einsum("...sd,...te->...sd", x, x),
+    "einsum over what dots stand for": lambda x: torch.einsum("b...d,bse->bse", x, x),
     "product that is added to": lambda x: torch.baddbmm(x, (x @ x.mT).relu(), x),
     "blocks of tokens": lambda x: x + x.unflatten(1, (-1, 2)).mean(2, keepdim=True).expand(-1, -1, 2, -1).flatten(1, 2),
     "axis by NumPy's name": lambda x: x * torch.softmax(x, axis=1),
