@@ -12,9 +12,8 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from math import inf
+import weakref
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,8 @@ import torch.fx.experimental._config as shape_config
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from regate_patch.compiling import Backend, compiled, known, with_own_code
+from regate_patch.captured import Captured, Options, Run
+from regate_patch.compiling import Backend, known, with_own_code
 from regate_patch.context import Active, active, current
 from regate_patch.errors import (
     ActiveIndexError,
@@ -32,15 +32,13 @@ from regate_patch.errors import (
     PatchError,
     UnsupportedGraphError,
 )
-from regate_patch.passes.causal import Proven, masks_made
-from regate_patch.passes.rewrite import Observer, Rewrite, following, rewrite, switched_off
-from regate_patch.sharding import is_sharded, run_linear_by, uncaptured, usual_linear
+from regate_patch.passes.rewrite import Observer, Rewrite, switched_off
+from regate_patch.sharding import is_sharded, uncaptured, usual_linear
 from regate_patch.statistics import Statistics
 from regate_patch.unseen import forbidden_by, switched_off_by
 
 log = logging.getLogger("regate_patch")
 OnUnsupported = Literal["raise", "warn"]
-Masks = tuple[tuple[int, Proven], ...]
 
 _DYNAMO: dict[str, Any] = {
     "specialize_float": True,  # eps and scales are numbers, not inputs
@@ -114,7 +112,7 @@ class GatedForward:
         self.forward, self._own = decoder.forward, decoder.__dict__.get("forward")
         self.statistics = Statistics()
         self.whole: set[Rewrite] = set()  # graphs that were seen to be all of the decoder: only its caller reads them
-        self.compiled: Callable[..., Any] | None = None
+        self.compiled: Run | None = None
         self.unhooked: list[dict[int, Any]] = []  # the decoder's dicts of hooks that were empty when it was captured
         self.linear: Callable[..., Any] = torch.nn.functional.linear  # by which linear operations run, not captured
         functools.update_wrapper(self, self.forward, updated=())
@@ -134,7 +132,7 @@ class GatedForward:
         _check_length(chosen, args, kwargs)
         chosen.streams.clear()
         if any(self.unhooked):  # Dynamo guards hooks only where some hung: what it captured lacks the new ones
-            self.compiled = None
+            self._forget()
         ran_before, graphs_before = len(chosen.ran), len(self.statistics.graphs) + self.statistics.other_graphs
         try:
             output = self._run(*args, **kwargs)
@@ -152,135 +150,43 @@ class GatedForward:
             if self.allow_graph_breaks is None:
                 self.allow_graph_breaks = is_sharded(self.decoder)
             uncaptured(self.decoder)
+            capture = weakref.WeakMethod(self._capture)  # Dynamo keeps every backend that it was ever given
             self.compiled = torch.compile(
                 with_own_code(self.forward),
-                backend=self._compile,
+                backend=lambda gm, inputs: capture()(gm, inputs),  # type: ignore[misc]
                 dynamic=True,
                 fullgraph=not self.allow_graph_breaks,
             )
         with tracing(self.decoder, guard_hooks=bool(self.allow_graph_breaks)), usual_linear() as self.linear:
             return self.compiled(*args, **kwargs)
 
-    def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def _capture(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Run:
         """The private backend."""
-        self.unhooked = [] if self.allow_graph_breaks else without_hooks(self.decoder)
-
-        @functools.cache
-        def variant(
-            any_length: bool, samples: bool, rows: bool, visible: bool, masks: Masks
-        ) -> tuple[Rewrite, Callable[..., Any]] | None:
-            rewritten = rewrite(
-                gm,
-                whole=not self.allow_graph_breaks,
-                padding_elided=self.padding_elided,
-                any_length=any_length,
-                samples=samples,
-                visible=visible,
-                masks=dict(masks),
-                disable=self.disable | ({"end_to_end"} if rows else set()) | self._of_no_use(),
-                observe=self.observe,
-            )
-            if rewritten is None:
-                return None
-            self.statistics.graphs.append(rewritten)
-            return rewritten, self._inner(rewritten.module, rewritten.layers)
-
-        def best(chosen: Active, masks: Masks) -> tuple[Rewrite, Callable[..., Any]] | None:
-            visible = chosen.visible is not None
-            samples = chosen.samples is not None and not visible
-            rows = chosen.empty  # no product takes no rows at all
-            wanted = {"samples": samples, "rows": rows, "visible": visible, "masks": masks}
-            usual = variant(any_length=False, **wanted)
-            if usual is None or usual[0].longest == inf or 0 < chosen.length <= usual[0].longest:
-                return usual
-            return variant(any_length=True, **wanted)  # 0: nobody said how long the sequence is
-
-        example = _given(self._chosen(), example_inputs)
-        with following("masks"):
-            made = masks_made(gm) if self.allow_graph_breaks and self.padding_elided else {}
-        if best(self._chosen(), example) is None:
-            self.statistics.other_graphs += 1
-            run = self._inner(fx.GraphModule(gm, gm.graph))  # Dynamo's own is written when it first runs: too late
-            return (lambda *inputs: _tell(self._chosen(), made, run(*inputs))) if made else run
-
-        if self.visible:
-            variant(any_length=False, samples=False, rows=False, visible=True, masks=example)
-
-        def run_on_active_positions(*inputs: Any) -> Any:
-            chosen = self._chosen()
-            found = best(chosen, _given(chosen, inputs))
-            assert found is not None
-            rewritten, run = found
-            chosen.ran.append(rewritten)
-            if rewritten.visible and self.allow_graph_breaks:
-                inputs = self._standing_still(chosen, rewritten, inputs)
-            return _tell(chosen, made, run(*self._indices(chosen, rewritten), *inputs))
-
-        return run_on_active_positions
-
-    @staticmethod
-    def _chosen() -> Active:
-        chosen = current()
-        if not isinstance(chosen, Active):
-            raise NotElidedError("a rewritten graph ran outside `active(...)`")
-        return chosen
-
-    def _of_no_use(self) -> set[str]:
-        """Passes that save nothing where nothing is compiled."""
-        return {"layers"} if self._backend() == "eager" else set()
-
-    def _inner(self, gm: fx.GraphModule, parts: Collection[str] = ()) -> Callable[..., Any]:
-        """The graph as it runs."""
-        backend = self._backend()
-        if backend == "eager":
-            run_linear_by(gm, self.linear)
-            return gm.forward
-        return compiled(gm, parts, backend)
-
-    def _indices(self, chosen: Active, rewritten: Rewrite) -> tuple[torch.Tensor | int, ...]:
-        if rewritten.tail and rewritten not in self.whole:
-            chosen = replace(chosen, read=None)  # it may be one of several graphs, and the next reads everything
-        if rewritten.end_to_end:
-            rows, places, starts, longest, read, slots = chosen.end_to_end(apart=rewritten.apart)
-            first: tuple[torch.Tensor | int, ...] = (rows, places, starts, longest)
-            if rewritten.visible:
-                assert chosen.visible is not None
-                first = (rows, places, slots, chosen.longest, chosen.of_rows, chosen.visible)
-            return (*first, read) if rewritten.tail else first
-        if rewritten.visible:
-            assert chosen.visible is not None
-            filled = (chosen.index, chosen.valid, chosen.visible)
-            return (*filled, *chosen.indices[2:]) if rewritten.tail else filled
-        if not rewritten.tail:
-            return chosen.index, chosen.valid
-        return chosen.indices
-
-    def _standing_still(self, chosen: Active, rewritten: Rewrite, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A graph's inputs, the stream as the call's first graph had it where nothing is computed.
-
-        Code between graphs runs at all positions, such as that which adds visual features behind a layer.
-        """
-        at, visible = rewritten.stream, chosen.visible
-        stream: torch.Tensor | None = None if at is None else inputs[at]
-        chosen.streams.append(stream)
-        if len(chosen.streams) == 1:
-            return inputs
-        first = chosen.streams[0]
-        assert visible is not None
-        if at is None or stream is None or first is None or stream.shape[:2] != visible.shape:
-            raise UnsupportedGraphError(
-                f"{type(self.decoder).__name__} runs in several graphs, of which not each is given the stream of the "
-                "one before: what is left out cannot stay visible here (a gate's elided='visible'): let it be hidden"
-            )
-        computed = torch.zeros_like(visible).scatter(1, chosen.index, chosen.valid)
-        still = torch.where(computed[..., None], stream, first.to(stream.dtype))
-        return (*inputs[:at], still, *inputs[at + 1 :])
+        several = bool(self.allow_graph_breaks)
+        self.unhooked = [] if several else without_hooks(self.decoder)
+        options = Options(
+            decoder=type(self.decoder).__name__,
+            backend=self._backend(),
+            several=several,
+            padding_elided=self.padding_elided,
+            visible=self.visible,
+            disable=self.disable,
+            observe=self.observe,
+            linear=self.linear,
+        )
+        return Captured(gm, options, self.statistics, self.whole).ready_for(example_inputs)
 
     def _backend(self) -> Backend:
         """What "auto" means where the decoder is by now."""
         if self.backend != "auto":
             return self.backend
         return "inductor" if next(self.decoder.parameters()).is_cuda else "eager"
+
+    def _forget(self) -> None:
+        """Capture anew at the next call."""
+        self.compiled = None
+        self.whole.clear()
+        self.statistics.forget()
 
     def _check_ran(self, ran: list[Rewrite], graphs_before: int, output: Any) -> None:
         statistics, name = self.statistics, type(self.decoder).__name__
@@ -322,22 +228,6 @@ class GatedForward:
 
     def __reduce__(self) -> Any:
         return class_forward, (self.decoder,)
-
-
-def _tell(chosen: Active, made: Mapping[int, Proven], outputs: Any) -> Any:
-    """A graph's outputs; of the masks among them, later graphs of the call learn what they say."""
-    for place, proven in made.items():
-        chosen.masks[outputs[place]] = (proven, outputs[place]._version)
-    return outputs
-
-
-def _given(chosen: Active, inputs: Sequence[Any]) -> Masks:
-    """Those of a graph's inputs that are masks of which an earlier graph of the call has told, as they were then."""
-    if not chosen.masks:
-        return ()
-    tensors = ((place, x) for place, x in enumerate(inputs) if isinstance(x, torch.Tensor))
-    told = ((place, x, chosen.masks.get(x)) for place, x in tensors)
-    return tuple((place, of[0]) for place, x, of in told if of is not None and of[1] == x._version)
 
 
 def without_hooks(module: nn.Module) -> list[dict[int, Any]]:
@@ -391,6 +281,20 @@ class Handle:
     @property
     def statistics(self) -> Statistics:
         return self._gated.statistics
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, what is captured is for the moment: it runs eagerly, is not counted, and is forgotten."""
+        moment: dict[str, Any] = {
+            "compiled": None, "unhooked": [], "whole": set(), "statistics": Statistics(), "backend": "eager",
+            "visible": False,
+        }  # fmt: skip
+        standing = {name: getattr(self._gated, name) for name in moment}
+        vars(self._gated).update(moment)
+        try:
+            yield
+        finally:
+            vars(self._gated).update(standing)
 
     def remove(self) -> None:
         """Undo `patch`. A second call does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from regate_patch.capture import GatedForward, tracing
+from regate_patch.compiling import with_own_code
 from regate_patch.errors import NoBlocksError
 from regate_patch.passes.rewrite import rewrite, switched_off
 from regate_patch.statistics import Statistics
@@ -29,18 +31,21 @@ def inspect(decoder: nn.Module, *args: Any, visible: bool = False, **kwargs: Any
         NoBlocksError, UnsupportedGraphError: as a patched decoder would inside `active(...)`.
     """
     statistics = Statistics()
+    looking = weakref.ref(statistics)  # Dynamo keeps every backend that it was ever given
 
     def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        if (rewritten := rewrite(gm, padding_elided=True, visible=visible, disable=switched_off())) is None:
-            statistics.other_graphs += 1
+        rewritten, found = rewrite(gm, padding_elided=True, visible=visible, disable=switched_off()), looking()
+        assert found is not None
+        if rewritten is None:
+            found.other_graphs += 1
         else:
-            statistics.graphs.append(rewritten)
+            found.graphs.append(rewritten)
         return gm.forward
 
     standing: Any = decoder.forward
     forward = standing.forward if isinstance(standing, GatedForward) else standing
     with tracing(decoder):
-        torch.compile(forward, backend=look, dynamic=True, fullgraph=True)(*args, **kwargs)
+        torch.compile(with_own_code(forward), backend=look, dynamic=True, fullgraph=True)(*args, **kwargs)
     statistics.last = tuple(statistics.graphs)
     if not statistics.attention + statistics.mlp:
         cause = switched_off_by()

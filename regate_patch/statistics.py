@@ -16,7 +16,7 @@ class Statistics:
     Attributes:
         graphs: one `Rewrite` per captured graph that holds attention, and another where sequences came for which its
             windows are too narrow to be left out (`Rewrite.longest`), or where it is known only now and then how many
-            positions samples have.
+            positions samples have. Of the latest capture, where hooks that came made another.
         other_graphs: captured graphs without attention, which run as they are.
         recompiles: graphs of both kinds captured after the first call had ended.
         calls: calls under `active(...)`.
@@ -33,6 +33,11 @@ class Statistics:
     put_elsewhere: int = 0
     last: tuple[Rewrite, ...] = ()
     failed: str | None = None
+
+    def forget(self) -> None:
+        """The decoder is captured anew: its graphs so far are no longer what runs."""
+        self.graphs.clear()
+        self.other_graphs = 0
 
     @property
     def attention(self) -> int:

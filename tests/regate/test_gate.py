@@ -274,10 +274,17 @@ def test_one_sample_id_for_two_samples_is_refused() -> None:
         model(**batch, sample_ids=["a", "b"])
 
 
-def test_a_gated_model_is_garbage_collected() -> None:
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_gated_model_is_garbage_collected(removed: bool) -> None:
+    """And its teacher's copy, also when Dynamo has captured them, which keeps what it was given."""
     model = CORE["llava"].build()
-    gone = weakref.ref(model)
-    regate.apply(model, FULL)
-    del model
+    gate = regate.apply(model, SPARSE)
+    model(**CORE["llava"].batch("right")).loss.backward()
+    assert gate._teacher is not None
+    decoders = model.model.language_model, gate._teacher.decoder
+    gone = [weakref.ref(x) for x in (model, gate, *decoders, *(d.layers[0].mlp.up_proj.weight for d in decoders))]
+    if removed:
+        regate.remove(model)
+    del model, gate, decoders
     gc.collect()
-    assert gone() is None
+    assert not any(x() for x in gone)
