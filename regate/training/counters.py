@@ -82,7 +82,7 @@ class Counters:
     def load(self, state: Mapping[str, Number]) -> None:
         self._latest = -1
         for field in fields(self):
-            setattr(self, field.name, state.get(field.name, getattr(self, field.name)))
+            setattr(self, field.name, state.get(field.name, field.default))
 
 
 class Stopwatch:

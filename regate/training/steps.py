@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ from model_adapters.walk import every_part
 from regate.training.hooks import Hook, call_weakly
 from regate.training.sharding import local
 
+Optimizers = weakref.WeakSet[torch.optim.Optimizer]
 _PARAMETERS, _VALUES = 8, 2**16  # how many are kept, and how many values of each
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _TAKEN_BACK = 64  # steps at most; where more were counted, parameters were updated by hand before
+_STEP = torch.optim.Optimizer.__module__, "wrapper"  # whose frame runs `step` and its hooks
 _QUIET = 128  # gated forwards before a note that no step was seen: micro-batches may be many
 
 UNSEEN = (
@@ -79,10 +82,10 @@ class Steps:
         self._model, self._module, self._on_step, self._on_missed = model, module, on_step, on_missed
         self._note = note
         self._unseen: int | None = 0  # gated forwards while no step was seen; None once one was, or that was noted
-        self._stepping: set[int] = set()  # optimizers whose `step` is running
-        self._stepped: set[int] = set()  # optimizers that stepped since the last gated forward
-        self._early: set[int] = set()  # optimizers that stepped before the first of those
-        self._first: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that stepped first after one
+        self._stepping = Optimizers()  # those whose `step` is running, or ended in an error
+        self._stepped = Optimizers()  # those that stepped since the last gated forward
+        self._early = Optimizers()  # those that stepped before the first of those
+        self._first = Optimizers()  # those that stepped first after one
         self._optimizer_known = False  # was one seen that holds parameters of the module?
         self._ever_gated = False
         self._ungated = {"without labels": 0, "in eval mode": 0}  # forwards since the last gated one
@@ -96,6 +99,8 @@ class Steps:
             register_optimizer_step_pre_hook(call_weakly(self._before_optimizer)),
             register_optimizer_step_post_hook(call_weakly(self._after_optimizer)),
         ]
+        for of_all in self._hooks:
+            weakref.finalize(self, of_all.remove)
         for loaded in {model, module}:
             self._hooks.append(loaded.register_load_state_dict_pre_hook(Hook(self._before_loading)))
             self._hooks.append(loaded.register_load_state_dict_post_hook(Hook(self._after_loading)))
@@ -114,15 +119,17 @@ class Steps:
 
     def gated_forward(self) -> None:
         """A forward with labels: the first after an optimizer step begins the next one."""
+        if self._stepping and not _within_a_step():
+            self._stepping.clear()
         if self._stepped:
             self.step += 1
             self._leave()
         elif not self._stepping and (moved := self._moved()) and not self._back():
-            if more := self._said_by_values(moved):
+            for _ in range(self._said_by_values(moved)):
                 self._on_step()
                 self._unseen = None
-            self.step += more
-            self._counted += more
+                self.step += 1
+                self._counted += 1
             self._unsaid += 1
         self._stepped.clear()
         self._forget()
@@ -204,7 +211,7 @@ class Steps:
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._unsaid and not self._stepping and self._own(optimizer) and not self._back():
             self._take_back()
-        self._stepping.add(id(optimizer))
+        self._stepping.add(optimizer)
 
     def _take_back(self) -> None:
         """What changed since an optimizer stepped was on the way to the step that is made now."""
@@ -227,7 +234,7 @@ class Steps:
         return not any(p.requires_grad for p in self._model.parameters())
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._stepping.discard(id(optimizer))
+        self._stepping.discard(optimizer)
         own = self._own(optimizer)
         # Of a model that is frozen, what learns is around it and unknown: whoever steps, it is a step.
         if not (own or self._frozen()) or _makes_states():
@@ -238,9 +245,9 @@ class Steps:
         self._forget()
         self._unseen = None
         before = self._stepped if self._ever_gated else self._early
-        again = id(optimizer) in before  # a second time, and no gated forward between
+        again = optimizer in before  # a second time, and no gated forward between
         if not self._ever_gated:  # the first does not count: states are made by it
-            self._early.add(id(optimizer))
+            self._early.add(optimizer)
             self.step += again
             if own and (again or any(self._ungated.values())):
                 self._on_missed(self._cause(), True)
@@ -255,7 +262,7 @@ class Steps:
         if not self._stepped:  # the first of the model's optimizers
             self._first.add(optimizer)
             self._on_step()
-        self._stepped.add(id(optimizer))
+        self._stepped.add(optimizer)
 
     def _cause(self) -> str:
         name = type(self._module).__name__
@@ -273,6 +280,14 @@ class Steps:
             f"no training forward of {name} was called. What computes the loss must call the model itself, not its "
             "`forward` or its parts"
         )
+
+
+def _within_a_step() -> bool:
+    """Is an optimizer's `step` running, whose closure calls the model?"""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) != _STEP:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _makes_states() -> bool:

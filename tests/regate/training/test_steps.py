@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -330,6 +331,48 @@ def test_an_optimizer_beside_updates_by_hand_counts_alone() -> None:
         model.zero_grad()
         assert gate.step == 2 + step  # nobody had said in the first that there is an optimizer
         assert step < 2 or seen == [2 + step] * 3
+
+
+def test_updates_by_hand_after_a_step_that_failed() -> None:
+    """An optimizer whose `step` raised is no longer stepping."""
+    model: Any = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    model(**BATCH).loss.backward()
+    with pytest.raises(ZeroDivisionError):
+        torch.optim.SGD(model.parameters(), lr=1e-3).step(lambda: 1 / 0)
+    update = _by_hand(model)
+    for _ in range(3):
+        model(**BATCH).loss.backward()
+        update()
+    model(**BATCH)
+    assert gate.step == 3
+
+
+def test_each_step_is_told_once_also_those_that_are_found_late() -> None:
+    """Ranks exchange, and a guard closes, by the number of steps."""
+    model: Any = CORE["llava"].build()
+    gate = regate.apply(model, TWO, teacher=None)
+    told: list[int] = []
+    steps = gate._attached.steps
+    steps._on_step = lambda: told.append(steps.step)
+    optimizer, update = torch.optim.SGD(model.parameters(), lr=1e-3), _by_hand(model)
+    for each in (optimizer.step, update, update, update):
+        model(**BATCH).loss.backward()
+        each()
+        optimizer.zero_grad()
+    model(**BATCH)
+    assert told == [0, 1, 2, 3]
+
+
+def test_gates_that_are_gone_leave_no_hook() -> None:
+    hooks = torch.optim.Optimizer.__init__.__globals__["_global_optimizer_pre_hooks"]
+    gc.collect()
+    before = len(hooks)
+    gate = regate.apply(CORE["llava"].build(), TWO, teacher=None)
+    assert len(hooks) == before + 1
+    del gate
+    gc.collect()
+    assert len(hooks) == before
 
 
 def test_a_long_training_by_hand_is_not_taken_back() -> None:
