@@ -172,7 +172,7 @@ class Exchange:
         """
         lock = _claimed(store) if self._learns else None
         self._release()
-        self.store, self._lock = store, lock
+        self.store, self._lock, self._one_file = store, lock, False
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Backend, BackendConfig
 
+from regate.memory import sharing
 from regate.memory.files import TABLES
 from regate.memory.sharing import Exchange, _Flight, _Message, _Packed, told_on
 from regate.memory.store import Store
@@ -35,6 +36,16 @@ def test_ranks_of_one_file_take_over_a_part_each(homes: str, monkeypatch: pytest
     for home, keys in taken.items():
         expected = sorted(key for i, of in enumerate(homes) if of != home for key in made[i])
         assert sorted(keys) == expected
+
+
+def test_another_store_may_be_a_file_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "ranks", lambda: 2)
+    with Store() as shared, Store() as own:
+        exchange: Any = Exchange(shared)
+        exchange._one_file = True
+        assert not exchange.needed
+        exchange.use(own)
+        assert exchange.needed
 
 
 @pytest.mark.parametrize(
