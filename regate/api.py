@@ -7,11 +7,11 @@ from typing import Any, get_args
 from torch import nn
 
 import regate_patch
-from model_adapters import AdapterError, ModelAdapter, find_adapter
+from model_adapters import ModelAdapter, find_adapter
 from model_adapters.conventional import unwrap
 from regate.attached import gate_on
 from regate.config import Config
-from regate.errors import ConfigError, GateNotAppliedError, UnknownArchitectureError
+from regate.errors import ConfigError, GateNotAppliedError, UnknownArchitectureError, served
 from regate.gate import Gate
 from regate.memory.store import Store
 from regate.teaching.choice import TeacherChoice
@@ -61,13 +61,11 @@ def apply(
         UnknownBackendError: torch knows no backend of that name.
     """
     _refuse_by_kind(model, config, adapter, on_unsupported)
-    try:
+    with served():
         adapter = find_adapter(model) if adapter is None else adapter
         target = adapter.causal_lm(model)
         adapter.decoder(model)
         adapter.head(model)
-    except AdapterError as error:
-        raise UnknownArchitectureError(str(error)) from error
     _refuse_by_method(model)
     if (existing := gate_on(target)) is not None:
         existing.remove()  # first of all, for its teacher may fill the memory that the next one needs

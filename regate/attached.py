@@ -83,6 +83,10 @@ class Attached:
             parts.decoder.register_forward_hook(Hook(self._after_decoder), with_kwargs=True),
         ]
 
+    def forget_copy(self) -> None:
+        """The teacher no longer is one: nothing need be what was copied."""
+        self._copied = None
+
     def remove(self) -> None:
         """Take them off."""
         self._drop()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+from model_adapters import AdapterError
 from regate_patch.errors import RegateError
 
 
@@ -11,6 +15,15 @@ class ConfigError(RegateError, ValueError):
 
 class UnknownArchitectureError(RegateError):
     """No adapter serves the model, or the adapter cannot read its batch."""
+
+
+@contextlib.contextmanager
+def served(what: str = "") -> Iterator[None]:
+    """Inside, what adapters say of a model that they do not know is an `UnknownArchitectureError`."""
+    try:
+        yield
+    except AdapterError as error:
+        raise UnknownArchitectureError(f"{what}{error}") from error
 
 
 class LabelsError(RegateError, ValueError):

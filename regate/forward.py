@@ -103,6 +103,7 @@ class Forward:
         self._entered = False  # was it to run on less than everything?
         self._made: Tensor | None = None  # the hidden states that it made
         self._decoded: Any = None  # what the model goes on with instead of its output
+        self._lazy: LazyHead | None = None  # by which its head's logits are made
         self._asked, self._inside = parts.readers.hanging(self._call)
         if self._asked or self._inside:
             install_recording(self._target, self._decoder)
@@ -158,9 +159,7 @@ class Forward:
         parts, labels, valid = self.parts, self.layout.labels, self.layout.valid
         few = few_of(labels)
         some = replace(self.layout, labels=torch.where(few, labels, IGNORED))
-        sharded, projection = is_sharded(self._target), getattr(self._head, "projection", self._head)
-        if parts.lazy is None or parts.lazy.head is not projection:
-            parts.lazy = None if sharded else LazyHead(projection)
+        sharded = is_sharded(self._target)
         own_head = bool(self._call.get("fused_lm_head"))  # which leaves out what has no label by itself
         plain = parts.adapter.with_labels is labels_alone and not own_head
         shortens = plain and not supervision.has_tensors(self._beside)
@@ -186,7 +185,7 @@ class Forward:
                     live=valid & predictors(few).flip(1).cummax(1).values.flip(1),
                     valid=valid,
                     elide=elide,
-                    lazy=parts.lazy,
+                    lazy=None if sharded else parts.lazy_head(),
                     short=shortens and parts.config.logits == "kept",
                     at_least=Read.ALL if parts.config.logits == "all" else Read.VALID if self._balanced else Read.KEPT,
                     backward=not sharded,
@@ -217,12 +216,8 @@ class Forward:
         if not aside:
             yield
             return
-        standing = self._decoder.forward
-        regate_patch.patch(self._decoder, backend="eager", padding_elided=True, disable=self.parts.config.disable)
-        try:
+        with self.parts.handle.aside():
             yield
-        finally:
-            self._decoder.forward = standing
 
     def _saving_at(self, kept: Tensor) -> Saving:
         """What this forward leaves out where these labels are kept, bool [B, S]."""
@@ -251,8 +246,9 @@ class Forward:
         call |= self._without_cache()
         if self._reading is not None:
             call["labels"] = to_device(self._reading.labels, self._device)
-            if self.saving.lazy and parts.lazy is not None:
-                self._scope.enter_context(self._lazily(parts.lazy))
+            if self.saving.lazy:
+                self._lazy = parts.lazy_head()
+                self._scope.enter_context(self._lazy.standing_in())
         if not (decision.full and self.saving.read == Read.ALL):
             self._scope.enter_context(self._engine(tail=self.saving.read == Read.KEPT))
         parts.counters.gate_seconds += time.perf_counter() - start
@@ -270,12 +266,6 @@ class Forward:
                 scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))
             scope.enter_context(regate_patch.active(self.positions))
             yield
-
-    def _lazily(self, lazy: LazyHead) -> contextlib.AbstractContextManager[None]:
-        projection = getattr(self._head, "projection", self._head)
-        if lazy.head is not projection:  # the head was replaced, as by `resize_token_embeddings`
-            lazy = self.parts.lazy = LazyHead(projection)
-        return lazy.standing_in()
 
     def _without_cache(self) -> dict[str, Any]:
         """In the call, where it may say so: what is read of the config may be passed on as it was."""
@@ -364,7 +354,7 @@ class Forward:
         projected = decision.labels.shape[1] if reading is None else reading.index.shape[1]
         shape, samples = decision.labels.shape, self._samples.segments.lengths
         parts.counters.count_flops(statistics, self._head, shape, samples, active, projected=projected)
-        known = None if reading is None or parts.lazy is None else parts.lazy.losses
+        known = None if self._lazy is None else self._lazy.losses
         losses = kept_losses(
             output, self._places, known=known, hidden_states=hidden_states(self._decoded), head=self._head
         )

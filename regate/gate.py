@@ -6,6 +6,7 @@ forward in `forward.py`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -80,27 +81,31 @@ class Gate:
         self._backend, self._automatic = backend, teacher == "auto"
         self._notes: list[str] = []
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
-        self._teacher = teacher_of(model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported)
-        self.counters, self.exchange = Counters(), Exchange(store)
-        self.scorer = Scorer(
-            config,
-            exchange=self.exchange,
-            counters=self.counters,
-            teacher=self._teacher,
-            lazily=teacher != "precomputed" and (self._teacher is None or self._teacher.lasts),
-        )
-        self.exchange.beside = self.scorer.guard if config.guard is not None else None
-        self.store = store  # refuses losses of another teacher; only then is the model touched
-        handle = regate_patch.patch(
-            decoder,
-            backend=backend,
-            on_unsupported=on_unsupported,
-            padding_elided=True,
-            visible=config.elided == "visible" and config.keep * config.visual_keep < 1,
-            disable=config.disable,
-        )
+        taught_by = teacher_of(model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported)
+        with contextlib.ExitStack() as undone:  # if this is refused, by the store or the engine
+            if taught_by is not None:
+                undone.callback(taught_by.close)
+            self.counters, self.exchange = Counters(), Exchange(store)
+            self.scorer = Scorer(
+                config,
+                exchange=self.exchange,
+                counters=self.counters,
+                teacher=taught_by,
+                lazily=teacher != "precomputed" and (taught_by is None or taught_by.lasts),
+            )
+            self.exchange.beside = self.scorer.guard if config.guard is not None else None
+            self.store = store  # refuses losses of another teacher; only then is the model touched
+            handle = regate_patch.patch(
+                decoder,
+                backend=backend,
+                on_unsupported=on_unsupported,
+                padding_elided=True,
+                visible=config.elided == "visible" and config.keep * config.visual_keep < 1,
+                disable=config.disable,
+            )
+            undone.pop_all()
         self.turns = Turns(config, self.exchange)
-        self.first = self._teacher is not None and (teacher == "first" or (self._automatic and not self.scorer.lazily))
+        self.first = taught_by is not None and (teacher == "first" or (self._automatic and not self.scorer.lazily))
         if self.first and self._automatic:
             self.note(NO_COPY)
         self._parts = Parts(
@@ -118,9 +123,13 @@ class Gate:
             note=call_weakly(self.note),
         )
         gather_by_layer(decoder)
-        copies = self._teacher is not None and self._teacher.source in ("copy", "4bit")
+        copies = taught_by is not None and taught_by.source in ("copy", "4bit")
         self._attached = Attached(self, self._parts, learns_from_copy=copies, on_unsupported=on_unsupported)
         self._state = RunState(self._attached.steps, self.scorer, self.turns)
+
+    @property
+    def _teacher(self) -> Teacher | None:
+        return self.scorer.teacher
 
     @property
     def last(self) -> Decision | None:
@@ -227,8 +236,9 @@ class Gate:
         if self._teacher is None or self._teacher.source != "copy" or not self._automatic or self._attached.steps.made:
             return
         self._teacher.close()
-        self._teacher = Teacher(self.model, self.adapter, backend=self._backend, source="live")
-        self.scorer.teacher, self.scorer.lazily, self.first = self._teacher, False, True
+        self.scorer.teacher = Teacher(self.model, self.adapter, backend=self._backend, source="live")
+        self.scorer.lazily, self.first = False, True
+        self._attached.forget_copy()
 
     def choose(self, batch: Batch, *, full: bool = False) -> Tensor:
         """The labels [B, S] bool that a sparse (or full) step would keep of this batch now; trains nothing."""
@@ -322,6 +332,7 @@ class Gate:
         forget_layers(self._parts.decoder)
         if self._teacher is not None:
             self._teacher.close()
+            self.scorer.teacher = None  # it may fill the memory that another one needs
         try:
             self.flush()
         finally:

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 import regate_patch
-from model_adapters import AdapterError, Batch, Layout, ModelAdapter
+from model_adapters import Batch, Layout, ModelAdapter
 from model_adapters.attention import stand_in
 from model_adapters.conventional import pad_id, text_config
 from model_adapters.flash import called_by
 from model_adapters.signatures import signature
 from regate.config import Config
-from regate.errors import StoreError, UnknownArchitectureError
+from regate.errors import StoreError, served
 from regate.memory import keys
 from regate.output.logits import LazyHead
 from regate.pace.pace import Pace
@@ -39,7 +39,6 @@ class Parts:
         target, decoder: the module whose call receives labels, and the one that is captured; the gate hooks onto them.
         outer: the running call of `model`, where `target` is inside it.
         pace: lets ranks with images and ranks without run the same modules.
-        lazy: makes the head's logits lazy.
         readers: of the decoder's output.
         head: hidden states to logits, as of the batch read last; it may be replaced (`resize_token_embeddings`).
         note: tells the user something, once.
@@ -57,9 +56,9 @@ class Parts:
     turns: Turns
     counters: Counters
     note: Callable[[str], None]
-    lazy: LazyHead | None = None
     readers: Readers = field(init=False)
     head: nn.Module = field(init=False)
+    _lazy: LazyHead | None = field(init=False, default=None)
     _found_at: list[str] | None = field(init=False)  # the names by which one comes from `model` to `decoder`
 
     def __post_init__(self) -> None:
@@ -77,10 +76,21 @@ class Parts:
     @property
     def vocabulary(self) -> int:
         """V, as the config says, or the head, where it was widened by hand."""
-        head = getattr(self.head, "projection", self.head)
-        told = getattr(text_config(self.target), "vocab_size", None), getattr(head, "out_features", None)
+        projection = self.projection
+        told = getattr(text_config(self.target), "vocab_size", None), getattr(projection, "out_features", None)
         sizes = [size for size in told if isinstance(size, int)]
-        return max(sizes or (shape[0] for p in head.parameters() if len(shape := whole_shape(p)) == 2))
+        return max(sizes or (shape[0] for p in projection.parameters() if len(shape := whole_shape(p)) == 2))
+
+    @property
+    def projection(self) -> nn.Module:
+        """The linear layer of the head."""
+        return getattr(self.head, "projection", self.head)
+
+    def lazy_head(self) -> LazyHead:
+        """Makes its logits lazy. It may have been replaced, as by `resize_token_embeddings`."""
+        if self._lazy is None or self._lazy.head is not self.projection:
+            self._lazy = LazyHead(self.projection)
+        return self._lazy
 
     def is_full(self, step: int) -> bool:
         """Does optimizer step `step` keep every label, by the schedule, or since the guard is open?"""
@@ -106,11 +116,8 @@ class Parts:
             else contextlib.nullcontext()
         )
         self.head = self.adapter.head(self.model)
-        try:
-            with looked_up:  # ids are read off embeddings, for which ranks look up unlike many
-                layout = self.adapter.layout(self.model, batch)
-        except AdapterError as error:
-            raise UnknownArchitectureError(str(error)) from error
+        with served(), looked_up:  # ids are read off embeddings, for which ranks look up unlike many
+            layout = self.adapter.layout(self.model, batch)
         if stand_in(self.decoder) is not None and not called_by(self.decoder):
             check_boundaries(batch)
         layout, segments, on_padding = batches.on_host(batch, layout, vocabulary=self.vocabulary, model=self.target)

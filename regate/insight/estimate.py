@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 import regate_patch
-from model_adapters import AdapterError, Batch, find_adapter
+from model_adapters import Batch, find_adapter
 from model_adapters.conventional import text_config
 from regate.config import Config
-from regate.errors import ConfigError, UnknownArchitectureError
+from regate.errors import ConfigError, UnknownArchitectureError, served
 from regate.labels import IGNORED
 from regate.output.logits import CHUNK
 from regate.training.batches import on_host
@@ -244,12 +244,10 @@ def costs_of(model: nn.Module, found: regate_patch.Statistics) -> Costs:
 
 def inspect(model: nn.Module, *, visible: bool = False) -> regate_patch.Statistics:
     """What the engine finds in a model's decoder; the model may have no weights (be on the "meta" device)."""
-    try:
+    with served():
         adapter = find_adapter(model)
         decoder = adapter.decoder(model)
         weight = _projection(model)
-    except AdapterError as error:
-        raise UnknownArchitectureError(str(error)) from error
     inputs = torch.zeros(2, 64, text_config(model).hidden_size, device=weight.device, dtype=weight.dtype)
     mask = torch.ones(2, 64, device=weight.device, dtype=torch.int64)
     with adapter.followable(model, decoder):
@@ -278,12 +276,16 @@ def count_tokens(model: nn.Module, batches: Iterable[Batch]) -> list[Sample]:
     """Token counts of every sample of a data loader, for `estimate`; also of several in a row.
 
     Raises:
+        UnknownArchitectureError: no adapter serves the model, or the adapter cannot read a batch.
         LabelsError, PackedRowsError: see `on_host`.
     """
-    adapter, vocabulary = find_adapter(model), len(_projection(model))
+    with served():
+        adapter, vocabulary = find_adapter(model), len(_projection(model))
     found: list[Any] = []
     for batch in batches:
-        layout, segments, _ = on_host(batch, adapter.layout(model, batch), vocabulary=vocabulary)
+        with served():
+            layout = adapter.layout(model, batch)
+        layout, segments, _ = on_host(batch, layout, vocabulary=vocabulary)
         layout = segments.unpack_layout(layout)
         answer = layout.labels != IGNORED
         prompt = layout.valid & ~layout.visual & ~answer

@@ -7,10 +7,10 @@ from typing import Literal, get_args
 from torch import nn
 
 import regate_patch
-from model_adapters import AdapterError, ModelAdapter, find_adapter
+from model_adapters import ModelAdapter, find_adapter
 from model_adapters.conventional import language_model, text_config, unwrap
 from regate.config import Config
-from regate.errors import ConfigError, UnknownArchitectureError
+from regate.errors import ConfigError, served
 from regate.teaching.teacher import Source, Teacher
 from regate.teaching.translated import CrossTokenizerTeacher, Translated
 from regate.teaching.weights import is_tight, lacks_weights, uses_peft
@@ -43,11 +43,13 @@ def teacher_of(
     if isinstance(given, nn.Module):
         _refuse_shared(given, model)
     waits = lacks_weights(given if isinstance(given, nn.Module) else model)
-    if isinstance(choice, CrossTokenizerTeacher) and not choice.agree:
-        return Translated(choice, ends_of(model), backend=backend, waits=waits, on_unsupported=on_unsupported)
     source: Source = "copy"
     if isinstance(given, nn.Module):
-        model, adapter, source = given, _serving(given), "given"
+        with served("this is no teacher: "):
+            own = find_adapter(given)
+        if isinstance(choice, CrossTokenizerTeacher) and not choice.agree:
+            return Translated(choice, own, ends_of(model), backend=backend, waits=waits, on_unsupported=on_unsupported)
+        model, adapter, source = given, own, "given"
     elif given == "4bit" and not uses_peft(model, adapter):
         source = "4bit"
     elif (
@@ -57,13 +59,6 @@ def teacher_of(
     ):
         source = "live"
     return Teacher(model, adapter, backend=backend, source=source, waits=waits, on_unsupported=on_unsupported)
-
-
-def _serving(given: nn.Module) -> ModelAdapter:
-    try:
-        return find_adapter(given)
-    except AdapterError as error:
-        raise UnknownArchitectureError(f"this is no teacher: {error}") from error
 
 
 def _refuse_shared(teacher: nn.Module, model: nn.Module) -> None:

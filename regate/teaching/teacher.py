@@ -125,12 +125,12 @@ class Teacher:
         if source == "live":
             self.check()
         else:
-            self._given = _modes(parts) if source == "given" else []
-            for part in parts:
-                part.requires_grad_(False).eval()
             self.handle = regate_patch.patch(
                 self.decoder, backend=backend, on_unsupported=on_unsupported, padding_elided=True
             )
+            self._given = _modes(parts) if source == "given" else []
+            for part in parts:
+                part.requires_grad_(False).eval()
 
     @property
     def together(self) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import regate_patch
-from model_adapters import Batch, Layout, find_adapter
+from model_adapters import Batch, Layout, ModelAdapter
 from model_adapters.conventional import text_config
 from regate.errors import ConfigError
 from regate.labels import IGNORED, predicted
@@ -71,6 +71,7 @@ class Translated(Teacher):
 
     Args:
         given: the teacher and both tokenizers.
+        adapter: the teacher's.
         ends: ids of the student that end a text or a turn; the teacher reads its own end there.
         backend, on_unsupported: of the engine.
         waits: see `Teacher`.
@@ -79,13 +80,14 @@ class Translated(Teacher):
     def __init__(
         self,
         given: CrossTokenizerTeacher,
+        adapter: ModelAdapter,
         ends: Collection[int],
         *,
         backend: regate_patch.Backend,
         waits: bool = False,
         on_unsupported: regate_patch.OnUnsupported,
     ) -> None:
-        model, adapter = given.model, find_adapter(given.model)
+        model = given.model
         super().__init__(model, adapter, backend=backend, source="given", waits=waits, on_unsupported=on_unsupported)
         self.tokenizer, self.student_tokenizer = given.tokenizer, given.student_tokenizer
         self.ends = {*ends, self.student_tokenizer.eos_token_id} - {None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ from torch import nn
 
 import regate
 from regate.api import gate_of
-from regate.errors import ConfigError, GateNotAppliedError, StoreError, UnknownArchitectureError
+from regate.errors import (
+    ConfigError,
+    GateNotAppliedError,
+    StoreError,
+    StoreMismatchError,
+    UnknownArchitectureError,
+)
 from regate_patch import NotElidedError, UnknownBackendError
 from tests.zoo import CORE
 
@@ -44,6 +51,28 @@ def test_a_choice_is_one_of_those_there_are(asked: dict[str, Any], error: type[E
         regate.apply(model, **asked)
     assert gate_of(model) is None
     assert "forward" not in vars(model.model.language_model)
+
+
+@pytest.mark.parametrize("refused", ["backend", "store"])
+def test_a_teacher_that_was_given_to_what_is_refused_is_as_it_was(refused: str) -> None:
+    model, teacher = CORE["llava"].build(), CORE["llava"].build().train()
+    with regate.Store() as store:
+        store.bind({"weights": "of another", "architecture": "another"})
+        asked = {"backend": "induktor"} if refused == "backend" else {"store": store}
+        with pytest.raises(UnknownBackendError if refused == "backend" else StoreMismatchError):
+            regate.apply(model, teacher=teacher, **asked)
+    assert all(p.requires_grad for p in teacher.parameters())
+    assert all(part.training for part in teacher.modules())
+    assert all("forward" not in vars(of.model.language_model) for of in (model, teacher))
+
+
+def test_another_tokenizers_teacher_that_nobody_knows() -> None:
+    other = SimpleNamespace(is_fast=True, all_special_ids=[], decode=str, get_vocab=lambda: {"a": 1})
+    teacher = regate.CrossTokenizerTeacher(nn.Linear(2, 2), other, other)
+    with pytest.raises(UnknownArchitectureError, match="this is no teacher: no adapter serves Linear"):
+        regate.apply(CORE["llava"].build(), teacher=teacher)
+    with pytest.raises(UnknownArchitectureError, match="no adapter serves Linear"):
+        regate.count_tokens(nn.Linear(2, 2), [])
 
 
 def test_what_cannot_be_set_on_a_gate() -> None:

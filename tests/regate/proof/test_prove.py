@@ -221,6 +221,46 @@ def test_a_forward_of_ones_own_is_what_is_proven() -> None:
     assert decoder.forward is standing
 
 
+def test_what_stands_in_front_of_the_gates_forward_stays() -> None:
+    """With dropout, too, for which the proof captures the decoder aside."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    decoder = model.model.language_model
+    decoder.layers[0].self_attn.attention_dropout = 0.1
+    gate = regate.apply(model, SPARSE, teacher=None)
+    gated, calls = decoder.forward, []
+
+    def in_front(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return gated(*args, **kwargs)
+
+    decoder.forward = in_front
+    for _ in range(2):
+        model(**batch).loss.backward()
+    assert decoder.forward is in_front
+    assert gate.report()["positions_computed"] < gate.report()["positions_seen"]
+    assert gate.report()["recompiles"] == 0
+
+
+def test_losses_are_those_of_the_forward_where_logits_were_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what the proof left behind, though it be as many."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1)
+
+    def by_a_kernel_of_ones_own(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        if type(logits) is not Tensor:
+            raise TypeError("takes plain tensors alone")
+        return loss
+
+    model.loss_function = by_a_kernel_of_ones_own
+    gate = regate.apply(model, SPARSE, teacher=None)
+    learnt: list[Tensor] = []
+    monkeypatch.setattr(gate.scorer, "observe", lambda samples, kept, losses, **others: learnt.append(losses))
+    loss = model(**batch).loss
+    torch.testing.assert_close(learnt[0].mean(), loss.detach())
+    assert gate._parts.readers.proven is not None
+    assert not gate._parts.readers.proven.lazy
+
+
 def test_an_engine_that_computes_something_else_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "prove", lambda subject: replace(NOTHING, other=True))
     model = CORE["llava"].build()

@@ -111,7 +111,7 @@ def test_the_same_tokens_have_the_same_losses() -> None:
 
 
 def _read(given: Any, layout: regate.Layout) -> list[torch.Tensor]:
-    return Translated(given, {2}, backend="eager", on_unsupported="raise").losses({}, layout)
+    return Translated(given, find_adapter(given.model), {2}, backend="eager", on_unsupported="raise").losses({}, layout)
 
 
 def _translated(given: Any, model: Any, batch: Any) -> list[torch.Tensor]:
