@@ -15,9 +15,9 @@ import regate_patch
 from model_adapters.signatures import by_name
 from regate.errors import NotGatedError, UnknownArchitectureError
 from regate.forward import Forward
-from regate.memory import checkpoint
 from regate.parts import Parts
 from regate.proof.reads import changes_call
+from regate.ranks import rank
 from regate.scoring.decision import Decision
 from regate.training.counters import Stopwatch
 from regate.training.hooks import Hook, is_inside, is_recomputed, owners
@@ -200,7 +200,7 @@ class Attached:
         self._copied = None
         parts.scorer.exchange.claim()
         fresh = parts.counters.labels_seen == 0  # else a state was loaded, and its memory with it
-        if fresh and not store.temporary and checkpoint.rank() == 0 and (n := store.count("difficulty")):
+        if fresh and not store.temporary and rank() == 0 and (n := store.count("difficulty")):
             parts.note(OF_ANOTHER_RUN.format(path=store.path, n=n))
 
     def _go_last(self, late: str) -> None:

@@ -28,7 +28,6 @@ from model_adapters.flash import called_by
 from model_adapters.recording import install_recording
 from regate.errors import ConfigError, LogitsError
 from regate.labels import IGNORED, predicted, predictors
-from regate.memory.sharing import highest
 from regate.output import router
 from regate.output.head import Reading, embeddings, hidden_states, is_aside, with_hidden_states
 from regate.output.logits import LazyHead
@@ -40,6 +39,7 @@ from regate.proof.prove import Proven, few_of, prove
 from regate.proof.readers import Saving
 from regate.proof.reads import Read
 from regate.proof.trial import Subject
+from regate.ranks import highest
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples
 from regate.training import supervision

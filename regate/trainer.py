@@ -22,7 +22,7 @@ from regate.api import gate_of
 from regate.errors import CheckpointError, ConfigError
 from regate.gate import Gate
 from regate.memory import checkpoint
-from regate.memory.sharing import any_rank
+from regate.ranks import any_rank
 from regate.scoring.ahead import has_length, own_part
 from regate.undisturbed import random_numbers_kept
 from regate_patch import is_sharded

@@ -19,6 +19,7 @@ ROOMS = {
         "errors",
         "config",
         "labels",
+        "ranks",
         "undisturbed",
         "memory",
         "training",

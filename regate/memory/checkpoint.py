@@ -21,19 +21,10 @@ from torch import Tensor
 from regate.errors import CheckpointError
 from regate.memory.files import KEY_BYTES
 from regate.memory.store import half
+from regate.ranks import rank, ranks
 
 NAME = "regate.pt"
 OF_ALL_RANKS = ("difficulty", "reference", "owed")  # entries of `regate.pt` alone
-
-
-def rank() -> int:
-    """This process's number; 0 where there is only one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def ranks() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _file_of(rank: int) -> str:

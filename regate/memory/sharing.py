@@ -11,59 +11,23 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from filelock import BaseFileLock
 
 from regate.errors import RankError
-from regate.memory.checkpoint import rank, ranks
 from regate.memory.files import KEY_BYTES, TABLES, Table
 from regate.memory.store import Store, half
+from regate.ranks import alone, rank, ranks
 
-T = TypeVar("T")
 GONE = (
     "difficulties could not be exchanged between ranks: {error}. All ranks must make the same number of optimizer "
     "steps; a rank that stopped shows its own error."
 )
-
-
-def highest(number: int) -> int:
-    """The highest that any rank says. Every rank must ask at the same time; a process alone has its own answer."""
-    if ranks() == 1:
-        return number
-    said = torch.tensor(number, device=told_on())
-    dist.all_reduce(said, dist.ReduceOp.MAX)
-    return int(said)
-
-
-def alone() -> bool:
-    """Does this process train by itself? Ranks may not know of each other yet."""
-    return ranks() == 1 and os.environ.get("WORLD_SIZE", "1") == "1"
-
-
-def told_on() -> str:
-    """The kind of device whose tensors ranks can send one another: a CPU's where a backend serves it, beside others."""
-    served = [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]
-    return "cpu" if "cpu" in served else served[0]
-
-
-def any_rank(here: bool) -> bool:
-    """Does it hold on some rank? Asked as `highest` is."""
-    return bool(highest(int(here)))
-
-
-def in_step(parts: Iterable[T]) -> Iterator[T | None]:
-    """This rank's parts, then None for as long as another rank has some. Every rank must go through all of them."""
-    for part in parts:
-        any_rank(True)
-        yield part
-    while any_rank(False):
-        yield None
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from model_adapters import ModelAdapter
 from model_adapters.conventional import unwrap, way_to
 from regate.errors import UnsupportedShardingError
-from regate.memory.checkpoint import rank, ranks
 from regate.output.head import embeddings, hidden_states, with_hidden_states
-from regate.pace.telling import Call, alike, all_say, handed_over, where
+from regate.pace.telling import Call, alike, handed_over, where
 from regate.pace.weightless import Edge, behind, edges, instead, leaf_of, tensors, with_weightless
+from regate.ranks import all_say, rank, ranks
 from regate.training.counters import Counters
 from regate.training.hooks import Hook
 from regate.undisturbed import undisturbed

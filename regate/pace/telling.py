@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from regate.errors import UnsupportedShardingError
-from regate.memory.checkpoint import rank, ranks
-from regate.memory.sharing import told_on
+from regate.ranks import rank, ranks, told_on
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,3 @@ def _filled(likes: Sequence[_Like], sent: Sequence[Tensor], leader: int) -> list
             dist.broadcast(value.reshape(-1).view(torch.uint8), src=leader)
         found.append(value.to(like.device).requires_grad_(like.requires_grad))
     return found
-
-
-def all_say(message: Any) -> list[Any]:
-    """What every rank says, by rank."""
-    said: list[Any] = [None] * ranks()
-    dist.all_gather_object(said, message)
-    return said

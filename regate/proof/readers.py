@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from model_adapters import ModelAdapter
 from model_adapters.conventional import way_to
 from regate.errors import HiddenStatesError
-from regate.memory.checkpoint import ranks
-from regate.memory.sharing import any_rank
 from regate.output.head import hidden_states
 from regate.output.outputs import hands_out, loss_of
 from regate.proof import reads
 from regate.proof.prove import NOTHING, Proven, few_of, tells_rows
 from regate.proof.reads import Read
+from regate.ranks import any_rank, ranks
 from regate_patch import is_sharded
 
 _WAYS = 8  # in which a model may compute its loss, each of them proven

@@ -14,8 +14,7 @@ from tqdm.auto import tqdm
 
 from model_adapters import Batch
 from regate.errors import ConfigError
-from regate.memory.checkpoint import rank, ranks
-from regate.memory.sharing import in_step
+from regate.ranks import in_step, rank, ranks
 from regate.scoring.scorer import Samples, Scorer
 
 _EXCHANGED = 256  # batches, between which ranks tell one another what they have

@@ -41,8 +41,8 @@ import torch
 from torch import Tensor
 
 from regate.config import Config
-from regate.memory.checkpoint import ranks
 from regate.memory.sharing import Exchange
+from regate.ranks import ranks
 from regate.scoring.scorer import Samples
 
 

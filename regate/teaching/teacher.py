@@ -29,8 +29,8 @@ from model_adapters.conventional import text_config
 from model_adapters.flash import takes_one_row
 from regate.errors import NonFiniteLossError, StoreMismatchError, UnsupportedShardingError
 from regate.labels import IGNORED, predicted, predictors
-from regate.memory.sharing import alone, any_rank
 from regate.output.loss import Places, label_losses
+from regate.ranks import alone, any_rank
 from regate.teaching.quantize import to_4bit, unpacked
 from regate.teaching.rows import end_to_end
 from regate.teaching.weights import (

@@ -14,8 +14,7 @@ from transformers.integrations import is_fsdp_enabled
 
 from model_adapters import ModelAdapter
 from regate.errors import ConfigError
-from regate.memory.checkpoint import ranks
-from regate.memory.sharing import highest
+from regate.ranks import highest, ranks
 from regate.training.sharding import gathered
 from regate_patch import is_sharded
 

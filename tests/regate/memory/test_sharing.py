@@ -12,8 +12,9 @@ from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 from regate.memory import sharing
 from regate.memory.files import TABLES
-from regate.memory.sharing import Exchange, _Flight, _Message, _Packed, told_on
+from regate.memory.sharing import Exchange, _Flight, _Message, _Packed
 from regate.memory.store import Store
+from regate.ranks import told_on
 
 
 @pytest.mark.parametrize("homes", ["aabb", "abab", "abc", "aaab", "aaa"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import regate
 from model_adapters import find_adapter
 from regate.errors import StoreError, StoreMismatchError, UnsupportedShardingError
-from regate.memory.sharing import in_step
+from regate.ranks import in_step
 from regate.teaching import choice as choosing
 from regate.teaching.teacher import Teacher
 from regate.teaching.weights import is_tight
