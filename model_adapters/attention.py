@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from model_adapters.conventional import way_to
+from model_adapters.replaced import replaced
 
 _IMPLEMENTATION = "_attn_implementation_internal"  # of transformers' configs, behind `_attn_implementation`
 
@@ -39,15 +40,10 @@ def followable_attention(model: nn.Module, decoder: nn.Module) -> Iterator[None]
     if name is None:
         yield
         return
-    configs = _configs(model, decoder)
-    before = {id(config): getattr(config, _IMPLEMENTATION) for config in configs}
-    try:
-        for config in configs:
-            setattr(config, _IMPLEMENTATION, name)  # past the setter, which would change encoders, too
+    with contextlib.ExitStack() as scope:
+        for config in _configs(model, decoder):  # past the setter, which would change encoders, too
+            scope.enter_context(replaced(config, **{_IMPLEMENTATION: name}))
         yield
-    finally:
-        for config in configs:
-            setattr(config, _IMPLEMENTATION, before[id(config)])
 
 
 def _configs(model: nn.Module, decoder: nn.Module) -> list[Any]:

@@ -17,10 +17,10 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, OffloadWrapper
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from model_adapters.replaced import replaced
 from model_adapters.walk import every_part
 
 _OF_CALLS = "__call__" in vars(GradientCheckpointingLayer)
-_TOLD = ("gradient_checkpointing", "_gradient_checkpointing_func")  # to a layer that checkpoints by itself
 
 
 @contextlib.contextmanager
@@ -75,19 +75,14 @@ def _standing_aside(kind: type[CheckpointWrapper]) -> type[CheckpointWrapper]:
 @contextlib.contextmanager
 def _aside(wrapper: CheckpointWrapper) -> Iterator[None]:
     """Inside, the wrapped layer checkpoints its forward by itself, as if it had been told to."""
-    layer: Any = _layer_in(wrapper)
-    told = {name: vars(layer)[name] for name in _TOLD if name in vars(layer)}
     kind = type(wrapper)
     wrapper.__class__ = _standing_aside(kind)
-    layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, wrapper.checkpoint_fn
+    told = {"gradient_checkpointing": True, "_gradient_checkpointing_func": wrapper.checkpoint_fn}
     try:
-        yield
+        with replaced(_layer_in(wrapper), **told):
+            yield
     finally:
         wrapper.__class__ = kind
-        for name in _TOLD:
-            delattr(layer, name)
-        for name, value in told.items():
-            setattr(layer, name, value)
 
 
 def _layer_in(wrapper: CheckpointWrapper) -> nn.Module:
@@ -110,14 +105,8 @@ def _hooked(part: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _changed(kind: Any) -> Iterator[None]:
-    own = {name: method for name in ("forward", "__call__") if (method := vars(kind).get(name)) is not None}
-    kind.forward, kind.__call__ = _checkpointed(kind.forward), nn.Module.__call__
-    try:
+    with replaced(kind, forward=_checkpointed(kind.forward), __call__=nn.Module.__call__):
         yield
-    finally:
-        del kind.forward, kind.__call__
-        for name, method in own.items():
-            setattr(kind, name, method)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_adapters.base import ModelAdapter
+from model_adapters.replaced import replaced
 
 
 def _by_modality(
@@ -52,15 +53,10 @@ def _every_expert(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
 def _replacing(class_name: str, forward: Callable[..., Any]) -> Callable[[nn.Module], Any]:
     @contextlib.contextmanager
     def capturable(model: nn.Module) -> Iterator[None]:
-        classes = {type(m) for m in model.modules() if type(m).__name__ == class_name}
-        before = {cls: cls.forward for cls in classes}
-        try:
-            for cls in classes:
-                cls.forward = forward
+        with contextlib.ExitStack() as scope:
+            for kind in {type(m) for m in model.modules() if type(m).__name__ == class_name}:
+                scope.enter_context(replaced(kind, forward=forward))
             yield
-        finally:
-            for cls, own in before.items():
-                cls.forward = own
 
     return capturable
 

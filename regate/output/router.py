@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from model_adapters.recording import install_recording
+from model_adapters.replaced import replaced
 from regate.errors import HiddenStatesError
 from regate.output.outputs import get
 from regate.output.withheld import watched
@@ -61,11 +62,8 @@ def _counting(file: Any, active: Callable[[], Tensor]) -> Iterator[None]:
     def over_active(gate_logits: Any, num_experts: Any = None, top_k: int = 2, attention_mask: Any = None) -> Any:
         return original(gate_logits, num_experts, top_k, active().long())
 
-    setattr(file, _NAME, over_active)
-    try:
+    with replaced(file, **{_NAME: over_active}):
         yield
-    finally:
-        setattr(file, _NAME, original)
 
 
 def watch_scores(output: Any, left_out: Tensor) -> Any:

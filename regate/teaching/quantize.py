@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
+from model_adapters.replaced import replaced
 from regate.errors import ConfigError
 
 
@@ -43,11 +43,8 @@ def unpacked(module: nn.Module) -> Iterator[None]:
     On CPUs with bfloat16 instructions it does so in place at the first call in eval mode, which cannot be captured, and
     which fails for weights narrower than a block (`bitsandbytes.nn.Linear4bit.forward`).
     """
-    packers: list[Any] = [m for m in module.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
-    for packer in packers:
-        packer.support_avx512bf16_for_cpu = False
-    try:
+    with contextlib.ExitStack() as scope:
+        for part in module.modules():
+            if getattr(part, "support_avx512bf16_for_cpu", False):
+                scope.enter_context(replaced(part, support_avx512bf16_for_cpu=False))
         yield
-    finally:
-        for packer in packers:
-            packer.support_avx512bf16_for_cpu = True

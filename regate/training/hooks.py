@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model_adapters.replaced import replaced
 from model_adapters.signatures import signature
 
 
@@ -40,15 +41,8 @@ class Hook:
 @contextlib.contextmanager
 def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, calls of `module` run this forward, under the module's own hooks."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
+    with replaced(module, forward=forward):
         yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def run_inside(module: nn.Module, function: Callable[[], Any]) -> Any:
@@ -129,8 +123,7 @@ def followable_peft() -> Iterator[None]:
             (of_parameters, "forward", _call_with_adapted),
         ):
             if owner is not None:
-                scope.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, function)
+                scope.enter_context(replaced(owner, **{name: function}))
         yield
 
 
@@ -151,11 +144,8 @@ def without_cache(decoder: nn.Module, *, called_so: bool) -> Iterator[None]:
         finally:
             hook.remove()
     else:
-        config.use_cache = False
-        try:
+        with replaced(config, use_cache=False):
             yield
-        finally:
-            config.use_cache = True
 
 
 def _call_without_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
