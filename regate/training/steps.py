@@ -83,7 +83,7 @@ class Steps:
         self._note = note
         self._unseen: int | None = 0  # gated forwards while no step was seen; None once one was, or that was noted
         self._stepping = Optimizers()  # those whose `step` is running, or ended in an error
-        self._stepped = Optimizers()  # those that stepped since the last gated forward
+        self._stepped: set[weakref.ref[torch.optim.Optimizer]] = set()  # since the last gated forward; some are gone
         self._early = Optimizers()  # those that stepped before the first of those
         self._first = Optimizers()  # those that stepped first after one
         self._optimizer_known = False  # was one seen that holds parameters of the module?
@@ -244,8 +244,8 @@ class Steps:
         self._optimizer_known = True
         self._forget()
         self._unseen = None
-        before = self._stepped if self._ever_gated else self._early
-        again = optimizer in before  # a second time, and no gated forward between
+        # A second time, and no gated forward between?
+        again = weakref.ref(optimizer) in self._stepped if self._ever_gated else optimizer in self._early
         if not self._ever_gated:  # the first does not count: states are made by it
             self._early.add(optimizer)
             self.step += again
@@ -262,7 +262,7 @@ class Steps:
         if not self._stepped:  # the first of the model's optimizers
             self._first.add(optimizer)
             self._on_step()
-        self._stepped.add(optimizer)
+        self._stepped.add(weakref.ref(optimizer))
 
     def _cause(self) -> str:
         name = type(self._module).__name__

@@ -10,9 +10,8 @@ import sympy
 import torch
 from torch import fx
 
-from regate_patch.analysis import products
-from regate_patch.analysis.graph import argument, expr, is_call, is_tensor, shape, value
-from regate_patch.analysis.mixers import SDPA
+from regate_patch.analysis.graph import argument, expr, is_call, is_tensor, nodes_in, shape, value
+from regate_patch.analysis.mixers import ADDED_PRODUCTS, EINSUM, LINEAR, PRODUCTS, SDPA, summed
 from regate_patch.analysis.tokens import Tokens
 
 _LENGTHS = (1024, 2048, 4096)
@@ -25,7 +24,12 @@ def _count(node: fx.Node, masked: bool) -> sympy.Expr:
         q, k = shape(argument(node, 0, "query")), shape(argument(node, 1, "key"))
         half = not masked and argument(node, 5, "is_causal", False) is True
         return (2 if half else 4) * sympy.prod(q) * k[-2]
-    return products.flops(node)
+    if is_call(node, *EINSUM):
+        return 2 * sympy.prod(shape(node)) * sympy.prod(shape(of[0][0])[of[0][1]] for of in summed(node).values())
+    if is_call(node, *LINEAR, *PRODUCTS, *ADDED_PRODUCTS) or "grouped_mm" in str(node.target):
+        left = next(n for n in nodes_in(node.args[is_call(node, *ADDED_PRODUCTS) :]) if is_tensor(n))
+        return 2 * sympy.prod(shape(node)) * shape(left)[-1]
+    return sympy.Integer(0)
 
 
 def polynomial(nodes: list[fx.Node], tokens: Tokens, *, masked: bool = False) -> tuple[int, int]:

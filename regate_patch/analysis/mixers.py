@@ -9,20 +9,23 @@ Terms
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from regate_patch.analysis.graph import argument, is_call, is_tensor, shape, value
-from regate_patch.analysis.products import ADDED_PRODUCTS, EINSUM, PRODUCTS
+from regate_patch.analysis.graph import argument, is_call, is_tensor, nodes_in, shape, value
 from regate_patch.analysis.tokens import Tokens
 
 SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _SOFTMAX = (F.softmax, torch.softmax, "softmax", torch.special.softmax)
-_MATMUL = (*PRODUCTS, *ADDED_PRODUCTS, *EINSUM)
+LINEAR = (F.linear, torch._C._nn.linear)
+PRODUCTS = (torch.matmul, operator.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", "__matmul__")  # f(a, b)
+ADDED_PRODUCTS = (torch.addmm, torch.baddbmm, "addmm", "baddbmm")  # f(added, a, b)
+EINSUM = (torch.einsum,)
 _CUMULATIVE = (
     torch.cumsum, torch.cumprod, torch.cummax, torch.cummin, torch.logcumsumexp,
     "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp",
@@ -141,11 +144,11 @@ def _is_softmax_core(node: fx.Node) -> bool:
     """A softmax over keys: a matrix product made its scores, and a matrix product reads its result."""
     if not is_call(node, *_SOFTMAX) or not is_tensor(node) or value(node).dim() < 3:
         return False
-    sizes = shape(node)
+    sizes, products = shape(node), (*PRODUCTS, *ADDED_PRODUCTS, *EINSUM)
     return (
         not sizes[-1].is_number
-        and _reaches(node.args[0], lambda n: n.all_input_nodes, _MATMUL)
-        and _reaches(node, lambda n: list(n.users), _MATMUL)
+        and _reaches(node.args[0], lambda n: n.all_input_nodes, products)
+        and _reaches(node, lambda n: list(n.users), products)
     )
 
 
@@ -163,3 +166,22 @@ def _reaches(start: Any, step: Any, targets: tuple[Any, ...], limit: int = 12) -
             if is_call(m, *targets) or (is_tensor(m) and value(m).dim() >= 3 and shape(m)[-1] in kept)
         ]
     return False
+
+
+def summed(node: fx.Node) -> dict[str, list[tuple[fx.Node, int]]]:
+    """What an einsum sums over: for each letter that its result does not have, the operands that do, and at which axis.
+
+    Nothing is known of one whose equation is no string.
+    """
+    found: dict[str, list[tuple[fx.Node, int]]] = {}
+    if not isinstance(equation := node.args[0], str):
+        return found
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    for x, letters in zip(nodes_in(node.args[1:]), inputs.split(","), strict=False):
+        before, _, after = letters.partition("...")
+        others = range(len(shape(x)) - len(before) - len(after), 0, -1)  # from the last, as they are broadcast
+        for axis, letter in enumerate([*before, *(f"...{i}" for i in others), *after]):
+            name = letter[:3]
+            if name not in result if arrow else name != "..." and inputs.count(name) > 1:
+                found.setdefault(letter, []).append((x, axis))
+    return found

@@ -20,16 +20,20 @@ from regate_patch import ops
 from regate_patch.analysis.blocks import Span
 from regate_patch.analysis.graph import argument, expr, is_call, is_scalar, is_tensor, nodes_in, shape, value, where
 from regate_patch.analysis.mixers import (
+    ADDED_PRODUCTS,
     CONVOLUTION,
+    EINSUM,
+    LINEAR,
     PAD,
+    PRODUCTS,
     SDPA,
     UNFOLD,
     attends_to_tokens,
     is_attention,
     is_recurrence,
     reorders,
+    summed,
 )
-from regate_patch.analysis.products import ADDED_PRODUCTS, EINSUM, LINEAR, PRODUCTS, summed
 from regate_patch.analysis.tokens import Tokens
 from regate_patch.errors import UnsupportedGraphError
 
