@@ -35,11 +35,12 @@ from regate.output.loss import Places
 from regate.output.outputs import get, kept_losses, rescale, with_logits
 from regate.output.withheld import WithheldLogits, watched
 from regate.parts import Parts
+from regate.proof.divisors import is_divided
 from regate.proof.prove import Proven, few_of, prove
 from regate.proof.readers import Saving
 from regate.proof.reads import Read
 from regate.proof.trial import Subject
-from regate.ranks import highest
+from regate.ranks import highest, in_step
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples
 from regate.training import supervision
@@ -58,6 +59,15 @@ ON_PADDING = (
     "for which they run the decoder as it is, padding and all; sparse steps leave them out. If they are not meant, set "
     "labels to -100 where attention_mask is 0, and on each row's first token"
 )
+ON_IMAGES = (
+    "labels stand on visual tokens, and are among those that sparse steps choose from. If they are not meant, as where "
+    "labels are a copy of input_ids, set them to -100 where the placeholders of images are"
+)
+SUMMED = (
+    "the model's loss is the sum of its labels' losses, on sparse steps of those kept: divide it by the number of "
+    "these, gate.last.labels_kept, and not by all labels of the batch, or the gradient is too small by the share "
+    "that is kept"
+)
 OTHER = (
     "on the first batch the engine's numbers without padding are not the model's, by more than its dtype's digits "
     "explain. Full steps run the model as it is, but sparse steps may be off as much: train it with "
@@ -65,6 +75,9 @@ OTHER = (
 )
 
 
+DIVIDED = (
+    "the loss is divided by `{name}`, the number of labels: on sparse steps the model is given the number of those kept"
+)
 NOT_ONE = (
     "the model's loss is no single number, and sparse steps have losses of the labels that they keep alone: what takes "
     "their mean outside must divide by the number of these, gate.last.kept, and not by all labels of the batch, or the "
@@ -109,8 +122,11 @@ class Forward:
             install_recording(self._target, self._decoder)
         self._on_padding = samples.on_padding if full else None
         self._kept = samples.candidates if full else parts.scorer.keep(samples, whole=whole)  # [N, L]
+        if not full and bool((layout.visual & (layout.labels != IGNORED)).any()):
+            parts.note(ON_IMAGES)
         kept = samples.segments.pack(self._kept)
         if due:
+            self._ask_for_divisors()
             parts.readers.learn(self._prove())
         self.saving = self._saving_at(kept)
         at_whole, beyond = None, torch.tensor(self._beyond(full))
@@ -150,9 +166,24 @@ class Forward:
         """What the call has beside its labels, but for what the adapter masks by itself."""
         labels, with_labels = self.layout.labels, self.parts.adapter.with_labels
         own = {"labels"} if with_labels is labels_alone else {*with_labels(self.parts.model, self._call, labels)}
-        return supervision.beside({k: v for k, v in self._call.items() if k not in own - {"labels"}}, labels)
+        call = {k: v for k, v in self._call.items() if k not in own - {"labels"}}
+        return supervision.beside(call, labels, self.parts.no_counts)
 
     # -- what is read ---------------------------------------------------------------------------------
+
+    def _ask_for_divisors(self) -> None:
+        """Numbers of the call that are as many as its labels: is the loss divided by them, or is it chance?"""
+        parts, doubtful = self.parts, supervision.doubtful(self._beside)
+        for name in in_step(doubtful) if parts.readers.in_step else doubtful:
+            call = self._call | self._without_cache()
+            changed = {} if name is None else supervision.halved(self._beside, name)
+            with without_dropout(self._decoder), ignored_as_here():
+                divided = is_divided(self._target, call, changed)
+            if name is not None and divided:
+                parts.note(DIVIDED.format(name=name))
+            elif name is not None:
+                parts.no_counts.add(name)
+        self._beside = self._beside_labels() if self._beside else {}
 
     def _prove(self) -> Proven:
         """In the first forward: what full steps may leave out (see `regate/proof`)."""
@@ -363,13 +394,23 @@ class Forward:
         parts.scorer.observe(self._samples, self._kept, losses, whole=whole)
         if self._whole is not None:
             self._end_turns(self._whole)
-        if not decision.full and isinstance(loss := get(output, "loss"), Tensor) and loss.numel() > 1:
-            parts.note(NOT_ONE)
+        if not decision.full:
+            self._look_at_loss(get(output, "loss"), losses)
         output = self._handed_out(output)
         if self._balanced and active is not None:
             output = router.watch_scores(output, ~decision.active)
         parts.counters.gate_seconds += time.perf_counter() - start
         return output
+
+    def _look_at_loss(self, loss: Any, losses: Tensor) -> None:
+        """Of a sparse step: will its caller divide it by all labels? For a sum that is asked once; it has to wait."""
+        parts = self.parts
+        if isinstance(loss, Tensor) and loss.numel() > 1:
+            parts.note(NOT_ONE)
+        elif isinstance(loss, Tensor) and losses.numel() > 1 and not parts.saw_loss:
+            parts.saw_loss = True
+            if bool(torch.isclose(loss.detach().float(), losses.sum(), rtol=1e-3)):
+                parts.note(SUMMED)
 
     def _end_turns(self, whole: Tensor) -> None:
         """Of the samples of a sparse step, those in `whole`, bool [N], had their full turn."""

@@ -41,6 +41,8 @@ class Parts:
         pace: lets ranks with images and ranks without run the same modules.
         readers: of the decoder's output.
         head: hidden states to logits, as of the batch read last; it may be replaced (`resize_token_embeddings`).
+        saw_loss: was the loss of a sparse step looked at?
+        no_counts: names of numbers in calls that do not count labels (see `supervision.beside`).
         note: tells the user something, once.
     """
 
@@ -58,6 +60,8 @@ class Parts:
     note: Callable[[str], None]
     readers: Readers = field(init=False)
     head: nn.Module = field(init=False)
+    saw_loss: bool = field(init=False, default=False)
+    no_counts: set[str] = field(init=False, default_factory=set)
     _lazy: LazyHead | None = field(init=False, default=None)
     _found_at: list[str] | None = field(init=False)  # the names by which one comes from `model` to `decoder`
 

@@ -71,7 +71,9 @@ class Decision:
         """
         spare = None
         whole = torch.full_like(layout.valid, full) if whole is None else whole
-        active = active_positions(layout.labels, kept, layout.valid, alignment=config.alignment, beyond=beyond)
+        active = active_positions(
+            layout.labels, kept, layout.valid, alignment=config.alignment, beyond=beyond, visual=layout.visual
+        )
         computed = active.sum(1)
         if config.visual_keep < 1 and not full:
             spare = layout.visual & active & ~predictors(kept) & ~whole

@@ -48,7 +48,13 @@ def _highest(scores: Tensor, candidates: Tensor, k: Tensor) -> Tensor:
 
 
 def active_positions(
-    labels: Tensor, kept: Tensor, valid: Tensor, *, alignment: Alignment, beyond: bool | Tensor = False
+    labels: Tensor,
+    kept: Tensor,
+    valid: Tensor,
+    *,
+    alignment: Alignment,
+    beyond: bool | Tensor = False,
+    visual: Tensor | None = None,
 ) -> Tensor:
     """The positions that a decoder must compute for the kept labels.
 
@@ -58,6 +64,7 @@ def active_positions(
         valid: [B, S] bool, False on padding.
         alignment: see `Config.alignment`.
         beyond: also what follows the last predictor of a kept label: somebody reads it. Or where so, bool [B, S].
+        visual: [B, S] bool, no answer tokens, though labels may stand on them.
 
     Returns:
         [B, S] bool. True where a position holds no answer token (image, instruction, template), where the label
@@ -69,4 +76,6 @@ def active_positions(
     active = ~answer | predicts_kept | (answer & ~predicts)
     if alignment == "both":
         active |= kept
+    if visual is not None:
+        active |= visual
     return active & valid & (predicts_kept.flip(1).cummax(1).values.flip(1) | beyond)

@@ -5,6 +5,9 @@ dict of it. Labels that a sparse step drops must vanish from all of these, for a
 and a loss that is divided by all labels would be too small. Names tell them, and, whatever its name, a value that says
 nothing but at labels, or that is their number. Where it says something, at labels or at their predictors, tells how it
 is laid along them.
+
+A value may be their number by chance, as two seconds per frame are where an answer has two tokens. So one whose name
+does not say what it is counts once the loss was seen to be divided by it, and as long as it always is their number.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +36,9 @@ _COUNTS = re.compile(
 # Of what is no label's: numbers that count none, and weights of other things.
 _SETTINGS = re.compile(r"max|min|keep|step|epoch|size|scale|seed|layer|beam|class|temperature|_id$")
 _OF_POSITIONS = re.compile(r"type|position|seq")  # what they are called, and masks of them
-_OF_IMAGES = re.compile(r"image|video|audio|visual|vision|pixel|patch|frame|tile")
+_OF_IMAGES = re.compile(
+    r"image|img|video|audio|visual|vision|pixel|patch|frame|tile|grid|rope|quer(y|ies)|memory|latent|register"
+)
 _READ = re.compile(r"_ids?$|types?$|attention|attn|segment|cache|embed|pixel")  # by decoders, whatever it says
 
 _Counts = Callable[[], list[Tensor]]
@@ -39,14 +46,15 @@ _Counts = Callable[[], list[Tensor]]
 
 @dataclass(frozen=True)
 class _Count:
-    """A number of labels, or one for each row, [B] or [B, 1]."""
+    """A number of labels, or one for each row, [B] or [B, 1]; `named` says that its name tells so."""
 
     value: Any
+    named: bool
 
     def of(self, kept: Tensor, labels: Tensor) -> Any:
         """Of the kept ones: as many as their share of the labels."""
         labelled = labels[:, 1:] != IGNORED
-        if _number(self.value):
+        if _is_number(self.value):
             return self.value * (int(kept.sum()) / max(int(labelled.sum()), 1))
         share = torch.where(labelled.any(1), kept.sum(1).double() / labelled.sum(1).clamp(min=1), 1.0)
         dtype = self.value.dtype if self.value.is_floating_point() else torch.get_default_dtype()
@@ -61,32 +69,80 @@ class _Within:
     found: dict[str, Any]
 
 
-def beside(call: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
+def beside(call: Mapping[str, Any], labels: Tensor, no_counts: set[str] | None = None) -> dict[str, Any]:
     """The entries of a call that name, weigh or count labels [B, S] beside `labels` itself.
+
+    Args:
+        no_counts: names of numbers that count none, whatever they are; those that are other numbers here are added.
+            Within dicts they are `options.total`.
 
     Raises:
         LabelsError: one of them has a shape that cannot be laid along labels.
     """
-    others = {name: x for name, x in call.items() if name != "labels"}
-    return _beside(others, labels, functools.cache(lambda: _counts(labels, call.get("labels"))))
+    counts = functools.cache(lambda: _counts(labels, call.get("labels")))
+    return _Search(labels, counts, set() if no_counts is None else no_counts).within(
+        {name: x for name, x in call.items() if name != "labels"}
+    )
 
 
-def _beside(call: Mapping[str, Any], labels: Tensor, counts: _Counts) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, x in call.items():
+@dataclass(frozen=True)
+class _Search:
+    """Of one call; arguments as in `beside`."""
+
+    labels: Tensor
+    counts: _Counts
+    no_counts: set[str]
+
+    def within(self, call: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+        found = ((name, self.entry(name, x, f"{path}{name}")) for name, x in call.items())
+        return {name: entry for name, entry in found if entry is not None}
+
+    def entry(self, name: str, x: Any, path: str) -> Any:
+        """What is masked of it, or None."""
+        of_images = _OF_IMAGES.search(name) is not None
         if x is None or isinstance(x, (bool, str)):
-            continue
+            return None
         if isinstance(x, MutableMapping):
-            if not (_READ.search(name) or _OF_IMAGES.search(name)) and (inside := _beside(x, labels, counts)):
-                found[name] = _Within(x, inside)
-        elif _counts_labels(name, x, len(labels), counts):
-            found[name] = _Count(x)
-        elif isinstance(x, Tensor) and _per_label(x, labels):
-            if _stands_beside(name, x, labels):
-                found[name] = x
-        elif _WEIGHS.search(name) and not (_OF_IMAGES.search(name) or _SETTINGS.search(name)) and _is_odd(x, labels):
-            raise _refused(name, list(x.shape) if isinstance(x, Tensor) else "(a list)", labels)
-    return found
+            inside = {} if of_images or _READ.search(name) else self.within(x, f"{path}.")
+            return _Within(x, inside) if inside else None
+        if not of_images and (count := self.count(name, x, path)) is not None:
+            return count
+        if isinstance(x, Tensor) and _per_label(x, self.labels):
+            return x if _stands_beside(name, x, self.labels) else None
+        if _WEIGHS.search(name) and not (of_images or _SETTINGS.search(name)) and _is_odd(x, self.labels):
+            raise _refused(name, list(x.shape) if isinstance(x, Tensor) else "(a list)", self.labels)
+        return None
+
+    def count(self, name: str, x: Any, path: str) -> _Count | None:
+        """The number of labels, of all or of each row."""
+        if _is_number(x) and _COUNTS.search(name):
+            return _Count(x, named=True)
+        if path in self.no_counts or any(pattern.search(name) for pattern in (_SETTINGS, _OF_POSITIONS, _READ)):
+            return None
+        equal = _are_their_number(x, len(self.labels), self.counts)
+        if equal is False:
+            self.no_counts.add(path)
+        return _Count(x, named=False) if equal else None
+
+
+def doubtful(entries: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Of what `beside` found, the names of numbers of labels that nothing but their value tells."""
+    for name, x in entries.items():
+        if isinstance(x, _Within):
+            yield from doubtful(x.found, f"{path}{name}.")
+        elif isinstance(x, _Count) and not x.named:
+            yield f"{path}{name}"
+
+
+def halved(entries: Mapping[str, Any], of: str) -> dict[str, Any]:
+    """The entry of the call in which a number of this name stands, with half of it."""
+    name, _, inside = of.partition(".")
+    x = entries[name]
+    if isinstance(x, _Within):
+        changed = copy.copy(x.whole)
+        changed.update(halved(x.found, inside))
+        return {name: changed}
+    return {name: x.value / 2}
 
 
 def masked(entries: Mapping[str, Any], labels: Tensor, kept: Tensor) -> dict[str, Any]:
@@ -118,8 +174,11 @@ def has_tensors(entries: Mapping[str, Any]) -> bool:
 # -- their number -----------------------------------------------------------------------------------------
 
 
-def _number(x: Any) -> bool:
-    return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1 and x.dtype != torch.bool)
+def _is_number(x: Any) -> bool:
+    """One of Python's or NumPy's, or the only one in a tensor."""
+    if isinstance(x, (Tensor, np.ndarray)):
+        return x.dtype not in (torch.bool, np.bool_) and (x.numel() == 1 if isinstance(x, Tensor) else x.ndim == 0)
+    return isinstance(x, Real) and not isinstance(x, bool)
 
 
 def _counts(labels: Tensor, brought: Any) -> list[Tensor]:
@@ -131,23 +190,17 @@ def _counts(labels: Tensor, brought: Any) -> list[Tensor]:
     return ways
 
 
-def _counts_labels(name: str, x: Any, rows: int, counts: _Counts) -> bool:
-    """Is it the number of labels, of all or of each row? One label is as many as many things are, and tells nothing."""
-    if _OF_IMAGES.search(name):
-        return False
-    if _number(x):
-        told = _COUNTS.search(name) is not None
-        return told or (not _not_counted(name) and float(x) in {float(n.sum()) for n in counts()} - {0.0, 1.0})
-    if not isinstance(x, Tensor) or x.dtype == torch.bool or _not_counted(name):
-        return False
-    if tuple(x.shape) not in ((rows,), (rows, 1)):
-        return False
-    of_rows = x.flatten().tolist()
-    return max(of_rows) > 1 and any(of_rows in (n.tolist(), n.clamp(min=1).tolist()) for n in counts())
-
-
-def _not_counted(name: str) -> bool:
-    return any(pattern.search(name) for pattern in (_SETTINGS, _OF_POSITIONS, _READ))
+def _are_their_number(x: Any, rows: int, counts: _Counts) -> bool | None:
+    """Is it as many as all labels, or as those of each row? None if it is no such number, or too small to tell."""
+    if _is_number(x):
+        everything = {float(n.sum()) for n in counts()}
+        return None if max(everything) <= 1 else float(x) in everything - {0.0, 1.0}
+    if not isinstance(x, Tensor) or x.dtype == torch.bool or tuple(x.shape) not in ((rows,), (rows, 1)):
+        return None
+    of_rows, of_labels = x.flatten().tolist(), [n.tolist() for n in counts()]
+    if max(max(n) for n in of_labels) <= 1:
+        return None
+    return max(of_rows) > 1 and any(of_rows in (n, [max(i, 1) for i in n]) for n in of_labels)
 
 
 # -- along them -------------------------------------------------------------------------------------------
@@ -190,7 +243,7 @@ def _is_odd(x: Any, labels: Tensor) -> bool:
     """Has it, in no form that can be laid along labels, entries for more than half of a row's?"""
     rows, most = len(labels), int((labels != IGNORED).sum(1).max())
     of_rows = x if isinstance(x, list | tuple) else []
-    if rows == 1 and of_rows and all(_number(entry) for entry in of_rows):
+    if rows == 1 and of_rows and all(_is_number(entry) for entry in of_rows):
         of_rows = [of_rows]
     if isinstance(x, Tensor) and x.dim() == 2:
         of_rows = list(x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from regate.config import Alignment
 from regate.labels import IGNORED, predicted
 from regate.scoring.selection import active_positions, keep_highest
 
@@ -83,3 +84,13 @@ def test_both_adds_the_kept_tokens() -> None:
     both = active_positions(labels, kept, valid, alignment="both")
     assert predictor.tolist() == [[True, True, False, False, True, True, False]]
     assert both.tolist() == [[True, True, True, False, True, True, False]]
+
+
+@pytest.mark.parametrize("alignment", ["predictor", "both"])
+def test_visual_tokens_are_computed_though_labels_stand_on_them(alignment: Alignment) -> None:
+    """As where labels are a copy of the ids."""
+    labels = torch.tensor([[3, 9, 9, 9, 5, 6, 7]])
+    visual = labels == 9
+    kept = torch.tensor([[False, False, False, False, False, False, True]])
+    active = active_positions(labels, kept, torch.ones_like(kept), alignment=alignment, visual=visual)
+    assert active.tolist() == [[False, True, True, True, False, True, False]]

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,6 +160,56 @@ def test_what_a_loss_is_divided_by_is_of_kept_labels(name: str, entry: Any, divi
         assert_same(got, step(model, masked))
 
 
+@pytest.mark.parametrize(
+    ("name", "by_chance"),
+    [("margin", True), ("rating", True), ("by_what", False)],
+)
+def test_what_is_as_many_as_labels_by_chance_stays(name: str, by_chance: bool) -> None:
+    """The loss tells: half of its divisor doubles it."""
+    model, batch = _made("right")
+    seen: list[Any] = []
+    own = type(model).forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.pop(name))
+        output = own(model, *args, **kwargs)
+        if by_chance:
+            output.loss = output.loss + (seen[-1] - 1.0) ** 2
+        else:
+            labels = _shifted(kwargs["labels"]).flatten()
+            output.loss = F.cross_entropy(output.logits.flatten(0, 1), labels, reduction="sum") / seen[-1]
+        return output
+
+    model.forward = forward
+    n = int((batch["labels"] != -100).sum())
+    gate = regate.apply(model, SPARSE, teacher=None)
+    for _ in range(2):
+        model(**batch, **{name: torch.tensor(n)})
+        assert gate.last is not None
+        assert seen[-1] == (n if by_chance else gate.last.labels_kept)
+    assert (f"the loss is divided by `{name}`" in str(gate.report())) == (not by_chance)
+
+
+def test_a_number_that_once_was_another_counts_nothing() -> None:
+    labels, none = _labels_of_a_batch(), set[str]()
+    assert [*supervision.beside({"by_what": 5, "deep": {"other": 5}}, labels, none)] == ["by_what", "deep"]
+    assert supervision.beside({"by_what": 4, "deep": {"other": 3}}, labels, none) == {}
+    assert none == {"by_what", "deep.other"}
+    assert supervision.beside({"by_what": 5, "deep": {"other": 5}}, labels, none) == {}
+
+
+@pytest.mark.parametrize("number", [np.int64(5), np.float32(5), np.array(5), torch.tensor(5.0), 5])
+def test_numbers_of_any_kind(number: Any) -> None:
+    labels = _labels_of_a_batch()
+    found = supervision.beside({"num_items_in_batch": number, "by_what": number}, labels)
+    assert {name: float(x) for name, x in supervision.masked(found, labels, labels == 8).items()} == {
+        "num_items_in_batch": 1.0,
+        "by_what": 1.0,
+    }
+    assert [*supervision.doubtful(found)] == ["by_what"]
+
+
 def _labels_of_a_batch() -> Tensor:
     """Two labels of the first row, three of the second."""
     return torch.tensor([[-100, -100, -100, 5, 6, -100, -100], [-100, -100, 7, 8, 9, -100, -100]])
@@ -174,6 +225,9 @@ def _labels_of_a_batch() -> Tensor:
         ("token_type_ids", torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0]])),  # a prefix sees itself
         ("image_mask", torch.tensor([[1, 1, 0, 0, 0, 0, 0], [0] * 7])),
         ("max_length", 5),
+        ("num_query_tokens", 5),
+        ("num_img_tokens", torch.tensor([5])),
+        ("second_per_grid_ts", torch.tensor([2.0, 3.0])),
         ("num_frames", 5),
         ("logits_to_keep", 5),
         ("pad_token_id", 5),
@@ -235,3 +289,14 @@ def test_a_loss_for_each_position_is_told_what_to_divide_by() -> None:
         gate = regate.apply(model, config, teacher=None)
         model(**batch)
         assert ("must divide by the number of these, gate.last.kept" in str(gate.report())) == told
+
+
+def test_a_sum_is_told_what_to_divide_by() -> None:
+    for reduction, told in (("sum", True), ("mean", False)):
+        model, batch = _made("right")
+        model.loss_function = lambda logits, labels, reduction=reduction, **others: F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction
+        )
+        gate = regate.apply(model, SPARSE, teacher=None)
+        model(**batch)
+        assert ("the model's loss is the sum of its labels' losses" in str(gate.report())) == told
