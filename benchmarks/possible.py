@@ -1,41 +1,55 @@
-"""What gating can gain at most, from token counts alone: the README's table.
+"""What gating can gain, from token counts alone: the README's table.
 
-    python -m benchmarks.possible [--keep 0.5]
+    python -m benchmarks.possible
 
-A sample of V visual, P prompt and A answer tokens computes V + P + n positions on a sparse step: with the paper's
-alignment n is keep*A, with kept tokens computed beside their predictors up to keep*(2 - keep)*A, fewer where kept words
-stand together. Work that is linear in positions (projections and MLPs, most of a large decoder) falls by that ratio;
-attention falls more.
+FLOPs of a language model in the shape of Qwen2.5-VL-7B (`regate.estimate`), dense ones without padding and with all
+logits over those of a sparse step by itself, and of whole runs with the default's schedule. The teacher reads each text
+once, whatever the epochs.
 """
 
 from __future__ import annotations
 
-import argparse
-from math import ceil
+from dataclasses import replace
+
+from transformers import Qwen2_5_VLConfig
 
 from benchmarks.workloads import WORKLOADS
+from model_adapters.replaced import replaced
 from regate import Config
-from regate.insight.estimate import Sample, answer_positions
+from regate.insight import estimate
 
-
-def gain(sample: Sample, config: Config) -> float:
-    """Positions of a dense step over those of a sparse one."""
-    kept = answer_positions(sample.answer, ceil(config.keep * sample.answer - 1e-6), config)
-    return sample.total / (sample.visual + sample.prompt + kept)
+SHAPE = Qwen2_5_VLConfig(
+    text_config={
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064,
+    },
+    vision_config={"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 3584},
+)  # fmt: skip
+STEPS = 5000  # of an epoch, so that warm-up is a fiftieth of it
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=float, default=Config().keep)
-    keep = parser.parse_args().keep
-    ways = Config(keep=keep), Config.paper(keep=keep)
-    sparse = 1 - ways[0].full_steps / ways[0].cycle
-    print("| workload | V / P / A | answers' share | sparse step, whole cycle | the same with the paper's alignment |")
-    print("|---|---|---|---|---|")
-    for name, w in WORKLOADS.items():
-        gains = [gain(w, config) for config in ways]
-        told = " | ".join(f"{g:.2f}x, {1 / (sparse / g + 1 - sparse):.2f}x" for g in gains)
-        print(f"| {name} | {w.visual} / {w.prompt} / {w.answer} | {w.answer / w.total:.0%} | {told} |")
+    model = estimate.build_on_meta(SHAPE)
+    found = estimate.inspect(model)
+    default = Config()
+    alone, paper = replace(default, reference_weight=0.0), replace(default, alignment="predictor")
+    print(
+        "| workload | V / P / A | answers | sparse step | one epoch | three | one, no teacher | one, paper's alignment "
+        "| teacher, of an epoch |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    with replaced(estimate, inspect=lambda model, **options: found):
+        for name, w in WORKLOADS.items():
+            sample = [(w.visual, w.prompt, w.answer)]
+            one, three, no_teacher, predictor = (
+                estimate.estimate(model, sample, config, epochs=epochs, steps=epochs * STEPS)
+                for config, epochs in ((default, 1), (default, 3), (alone, 1), (paper, 1))
+            )
+            told = " | ".join(f"{x:.2f}x" for x in (one.sparse, one.run, three.run, no_teacher.run, predictor.run))
+            print(
+                f"| {name} | {w.visual} / {w.prompt} / {w.answer} | {w.answer / w.total:.0%} | {told} | "
+                f"{one.teacher:.0%} |"
+            )
 
 
 if __name__ == "__main__":

@@ -53,9 +53,14 @@ _PARTS: dict[Part, str] = {
 }
 
 
+def timed(folder: Path = results.FOLDER) -> dict[str, dict[str, Any]]:
+    """The results in `folder` by task, their seconds in dense steps."""
+    return {name: seconds.by_turns(name, result) for name, result in results.load(folder).items()}
+
+
 def write(*, part: Part = "validation", folder: Path = results.FOLDER, docs: Path = DOCS) -> Path:
     """The pages and their plots from the results in `folder`; the path of the first."""
-    found = {name: seconds.by_turns(name, result) for name, result in results.load(folder).items()}
+    found = timed(folder)
     own = docs / "evidence"
     own.mkdir(parents=True, exist_ok=True)
     first, *paragraphs = _TOP.format(enough=ENOUGH, few=FEW, part=_PARTS[part]).strip().split("\n\n")
@@ -106,7 +111,7 @@ def main() -> None:
     if args.runs is not None:
         results.gather(args.runs)
     print(write(part=part))
-    short = f"<!-- learning -->\n{summary.headline(results.load(), part)}\n<!-- end -->"
+    short = f"<!-- learning -->\n{summary.headline(timed(), part)}\n<!-- end -->"
     README.write_text(into(README.read_text(), short))
 
 

@@ -157,7 +157,7 @@ def test_targets_are_held_to_what_runs_show() -> None:
     short = summary.headline({"captions": {"runs": runs}}, "test").splitlines()
     assert len(short) == 3
     assert short[2] == (
-        "| drawings with captions | 50% | 50% | +2.0 [+2.0, +2.0], 10 seeds | +10.0 [+10.0, +10.0], 10 seeds | "
+        "| drawings with captions | 50% | +2.0 [+2.0, +2.0], 10 seeds | +10.0 [+10.0, +10.0], 10 seeds | 50% | 52% | "
         "25%, 10 of 10 got there |"
     )
 
