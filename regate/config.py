@@ -161,7 +161,17 @@ class Config:
 
     @classmethod
     def exact(cls, **changes: Any) -> Config:
-        """Every step learns from every label, with dense training's gradients; what no loss reads is left out."""
+        """Every step learns from every label, with dense training's gradients; what no loss reads is left out.
+
+        Raises:
+            ConfigError: a share of labels or of visual tokens that is to be left out.
+        """
+        for name in ("keep", "visual_keep"):
+            if (share := changes.get(name, 1)) != 1:
+                raise ConfigError(
+                    f"Config.exact leaves out no label and no visual token, so {name} is 1, got {share!r}; "
+                    f"regate.Config({name}={share!r}) leaves some out"
+                )
         settings: dict[str, Any] = {"keep": 1.0, "visual_keep": 1.0}
         return cls(**(settings | changes))
 
