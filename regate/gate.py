@@ -275,7 +275,9 @@ class Gate:
         notes = [*self._notes, *filter(None, [self.scorer.recurrence.reason()])]
         if statistics.failed is not None:
             notes.append(f"the decoder runs dense: {statistics.failed}")
-        return Report(self.counters, found, notes)
+        config, step = self.config, self.step
+        warming_up = config.keep * config.visual_keep < 1 and step < config.warmup and not self.counters.steps_sparse
+        return Report(self.counters, found, notes, warmup=config.warmup if warming_up else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Schedule position, prior, counters and difficulties; tensors and plain numbers only.
