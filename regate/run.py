@@ -52,7 +52,7 @@ _FIELDS = {field.name: field.default for field in fields(Config) if field.name !
 _OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(apply).parameters.items()
-    if name not in ("model", "config", "adapter")
+    if name not in ("model", "config", "adapter", "others")
 }
 _TYPES = get_type_hints(Config) | get_type_hints(apply)
 
