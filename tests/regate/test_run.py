@@ -288,9 +288,9 @@ def python(*words: str, path: list[Path], **environment: str) -> subprocess.Comp
 
 
 def test_the_package_is_the_command() -> None:
-    done = python("-m", "regate", "estimate", "--model", "x", "--tokens", "1/2/3", "--keep", "2", path=[])
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith("regate estimate: ")
+    done = python("-m", "regate", "--help", path=[])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: regate ")
 
 
 def test_processes_below_import_nothing_and_run_the_environments_own_start(tmp_path: Path) -> None:
