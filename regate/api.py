@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Never, get_args
 
 from torch import nn
 
@@ -27,6 +29,7 @@ def apply(
     teacher: TeacherChoice = "auto",
     store: Store | str | None = None,
     on_unsupported: regate_patch.OnUnsupported = "raise",
+    **others: Never,
 ) -> Gate:
     """Train `model` on fewer tokens: one line, then train exactly as before.
 
@@ -50,6 +53,7 @@ def apply(
             one. Later runs with the same teacher find the losses there; runs at the same time need one each
             (`Store.copy_references`).
         on_unsupported: "raise", or "warn" to train dense where the decoder cannot be rewritten.
+        others: none; settings come in `config`, and an error says so.
 
     Raises:
         UnknownArchitectureError: no adapter serves the model, or PEFT adapts it by a method that cannot be followed.
@@ -60,6 +64,7 @@ def apply(
         ConfigError: a setting out of range, or that does not exist; or a decoder that cannot be copied for a teacher.
         UnknownBackendError: torch knows no backend of that name.
     """
+    _refuse_others(others)
     _refuse_by_kind(model, config, adapter, on_unsupported)
     with served():
         adapter = find_adapter(model) if adapter is None else adapter
@@ -70,7 +75,7 @@ def apply(
     if (existing := gate_on(target)) is not None:
         existing.remove()  # first of all, for its teacher may fill the memory that the next one needs
     through_peft(model)
-    return Gate(
+    gate = Gate(
         model,
         config or Config(),
         adapter=adapter,
@@ -79,6 +84,9 @@ def apply(
         store=store if isinstance(store, Store) else Store(store),
         on_unsupported=on_unsupported,
     )
+    if existing is not None:
+        gate.replaces(existing)
+    return gate
 
 
 def remove(model: nn.Module) -> None:
@@ -96,6 +104,16 @@ def remove(model: nn.Module) -> None:
 def gate_of(model: nn.Module) -> Gate | None:
     """The gate on a model or inside what wraps it, or None."""
     return next((gate for m in [unwrap(model), *model.modules()] if (gate := gate_on(m)) is not None), None)
+
+
+def _refuse_others(others: Mapping[str, object]) -> None:
+    """Settings that belong into the config, and names that are none."""
+    known = {field.name for field in fields(Config)}
+    if settings := {name: value for name, value in others.items() if name in known}:
+        told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise ConfigError(f"settings come as one argument: regate.apply(model, regate.Config({told}))")
+    if others:
+        raise ConfigError(f"regate.apply has no argument named {', '.join(map(repr, others))}; see help(regate.apply)")
 
 
 def _refuse_by_kind(model: Any, config: Any, adapter: Any, on_unsupported: Any) -> None:

@@ -49,6 +49,11 @@ RECOMPUTED = (
     "kept than before. Checkpoint its layers instead (model.gradient_checkpointing_enable()), or the whole with "
     "use_reentrant=True"
 )
+NOTHING_TO_LEARN = (
+    "{n} training forwards in a row had no label to learn from: all were -100. Usually the template or the collator "
+    "has masked the answers, too, or rows are cut off before the answer begins (max_length)"
+)
+_UNLABELLED = 8  # training forwards in a row
 
 
 class Attached:
@@ -75,6 +80,7 @@ class Attached:
         self.steps = Steps(parts.model, parts.target, on_step=self._on_step, on_missed=self._on_missed, note=parts.note)
         self._forward: Forward | None = None  # the one that is running
         self._gating = False  # is one running, or about to?
+        self._unlabelled = 0  # forwards in a row whose labels were all -100
         self._copied = some_values(parts.decoder) if learns_from_copy else None
         self._looked = False  # at what the model has become since, once
         self._hooks = [
@@ -130,6 +136,9 @@ class Attached:
             self._looked = True
         if parts.handle.statistics.failed is None:  # else on_unsupported="warn": the decoder runs dense
             self._forward = Forward.begin(parts, batch, step=self.steps.step)
+            self._unlabelled = 0 if self._forward is not None else self._unlabelled + 1
+            if self._unlabelled == _UNLABELLED:
+                parts.note(NOTHING_TO_LEARN.format(n=_UNLABELLED))
         if self._forward is None:
             self._gating = False
             parts.counters.forwards_ungated += 1

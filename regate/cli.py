@@ -10,24 +10,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import get_args
 
-from transformers import AutoConfig, PretrainedConfig
+from torch import nn
+from transformers import AutoConfig
 
 from regate import run
 from regate.config import Alignment, Config, Elided, Logits, Schedule
 from regate.errors import ConfigError, RegateError
 from regate.insight.estimate import build_on_meta, costs_of, estimate, inspect
 
-_NUMBERS = ("keep", "visual_keep", "cycle", "full_steps", "warmup")  # of the config
+_NUMBERS = ("keep", "visual_keep", "cycle", "full_steps", "warmup", "reference_weight")  # of the config
+_CHOICES = {"alignment": Alignment, "elided": Elided, "schedule": Schedule, "logits": Logits}
+_SAMPLES = 100_000  # of each kind, where nobody says
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 where the input is of no use. `run` has the exit code of what it runs."""
     options, script = run.split(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="regate", description="Train a multimodal LLM on fewer tokens.")
+    parser = run.Parser(prog="regate", description="Train a multimodal LLM on fewer tokens.")
     commands = parser.add_subparsers(dest="command", required=True)
     estimating = commands.add_parser("estimate", help="what gating can gain on this data, before training")
     inspecting = commands.add_parser("inspect", help="what would be found in a model, without its weights")
@@ -35,29 +39,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_options(running)
     for command in (estimating, inspecting):
         command.add_argument("--model", required=True, help="a Hugging Face id or local path; only its config is read")
-        command.add_argument("--trust-remote-code", action="store_true")
+        command.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the config")
     data = estimating.add_mutually_exclusive_group(required=True)
     data.add_argument("--tokens", nargs="+", metavar="V/P/A", help="visual, prompt and answer tokens per sample")
     data.add_argument("--counts", type=Path, help="JSON lines, one [visual, prompt, answer] per sample")
-    estimating.add_argument("--samples", type=int, default=100_000, help="of each kind in --tokens")
-    estimating.add_argument("--epochs", type=float, default=1.0)
-    estimating.add_argument("--batch-size", type=int, default=64, help="samples per optimizer step, all ranks together")
     estimating.add_argument(
-        "--tflops", type=float, help="that dense training sustains, all devices together, for hours"
+        "--samples",
+        type=_positive(int),
+        help=f"of each kind in --tokens (default: {_SAMPLES}); with --counts, of the whole data set, of which the file "
+        "holds a part (default: as many as the file)",
+    )
+    estimating.add_argument("--epochs", type=_positive(float), default=1.0, help="of the run (default: 1)")
+    estimating.add_argument(
+        "--batch-size",
+        type=_positive(int),
+        default=64,
+        help="samples per optimizer step, all ranks together (default: 64)",
+    )
+    estimating.add_argument(
+        "--tflops", type=_positive(float), help="that dense training sustains, all devices together, for hours"
+    )
+    estimating.add_argument(
+        "--rows", type=_positive(int), help="of one forward on one device, for the peak of memory (default: many)"
     )
     for name in _NUMBERS:
         default = getattr(Config(), name)
-        estimating.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    estimating.add_argument("--alignment", choices=get_args(Alignment), default=Config().alignment)
-    estimating.add_argument("--elided", choices=get_args(Elided), default=Config().elided)
-    estimating.add_argument("--schedule", choices=get_args(Schedule), default=Config().schedule)
-    estimating.add_argument("--rows", type=int, help="of one forward on one device, for the peak of memory")
-    estimating.add_argument("--logits", choices=get_args(Logits), default=Config().logits)
+        estimating.add_argument(run.flag(name), type=type(default), default=default, help=run.told(name))
+    for name, kind in _CHOICES.items():
+        default = getattr(Config(), name)
+        estimating.add_argument(run.flag(name), choices=get_args(kind), default=default, help=run.told(name))
     args = parser.parse_args(options)
     if args.command == "run":
         return run.from_options(args, script)
     try:
-        model = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+        model = _model(args)
         print(_estimate(model, args) if args.command == "estimate" else _inspect(model))
     except (RegateError, OSError, ValueError) as error:
         print(f"regate {args.command}: {error}", file=sys.stderr)
@@ -65,14 +80,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _estimate(model: PretrainedConfig, args: argparse.Namespace) -> str:
-    config = Config(**{name: getattr(args, name) for name in (*_NUMBERS, "alignment", "elided", "schedule", "logits")})
+def _model(args: argparse.Namespace) -> nn.Module:
+    """The model of a command, without weights.
+
+    Raises:
+        ConfigError: transformers cannot read its config, or make a model of it.
+        UnknownArchitectureError: it is of no use here.
+    """
+    try:
+        return build_on_meta(AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code))
+    except RegateError:
+        raise
+    except Exception as error:  # of any type: remote code, too, is run here
+        told = " ".join(str(error).split())
+        raise ConfigError(
+            f"transformers makes no model of --model {args.model}: {type(error).__name__}: {told}"
+        ) from error
+
+
+def _estimate(model: nn.Module, args: argparse.Namespace) -> str:
+    config = Config(**{name: getattr(args, name) for name in (*_NUMBERS, *_CHOICES)})
     if args.counts:
-        samples = [tuple(json.loads(line)) for line in args.counts.read_text().splitlines() if line.strip()]
-        copies = 1
+        samples: list[Sequence[int]] = _counts(args.counts)
+        copies = 1 if args.samples is None else args.samples / len(samples)
     else:
         samples = [_tokens(text) for text in args.tokens]
-        copies = args.samples
+        copies = args.samples or _SAMPLES
     steps = round(args.epochs * len(samples) * copies / args.batch_size)
     throughput = None if args.tflops is None else args.tflops * 1e12
     found = estimate(
@@ -80,6 +113,45 @@ def _estimate(model: PretrainedConfig, args: argparse.Namespace) -> str:
         flops_per_second=throughput,
     )  # fmt: skip
     return str(found)
+
+
+def _counts(path: Path) -> list[Sequence[int]]:
+    """Token counts, one [visual, prompt, answer] a line.
+
+    Raises:
+        ConfigError: the file holds none, or a line that is something else.
+        OSError: it cannot be read.
+    """
+    found: list[Sequence[int]] = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            counts = json.loads(line)
+        except json.JSONDecodeError:
+            counts = None
+        if not isinstance(counts, list) or len(counts) != 3 or any(type(count) is not int for count in counts):
+            raise ConfigError(
+                f"{path}, line {number}: each line is one [visual, prompt, answer] of whole numbers, such as "
+                f"[1352, 60, 110]; got {line.strip()[:80]!r}"
+            )
+        found.append(counts)
+    if not found:
+        raise ConfigError(f"{path} holds no line; each is one [visual, prompt, answer], such as [1352, 60, 110]")
+    return found
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Reads a number above 0, for argparse, which tells what is none."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < inf:
+            raise ValueError
+        return value
+
+    number.__name__ = f"positive {kind.__name__}"  # by which argparse calls it
+    return number
 
 
 def _tokens(text: str) -> tuple[int, ...]:
@@ -92,8 +164,7 @@ def _tokens(text: str) -> tuple[int, ...]:
     return counts
 
 
-def _inspect(config: PretrainedConfig) -> str:
-    model = build_on_meta(config)
+def _inspect(model: nn.Module) -> str:
     found = inspect(model)
     costs = costs_of(model, found)
     parameters = sum(p.numel() for p in model.parameters())

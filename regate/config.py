@@ -36,7 +36,8 @@ class Config:
         warmup: full steps at the beginning.
         final_full_steps: full steps at the end of training; needs `total_steps`.
         total_steps: optimizer steps of the whole run, or None.
-        schedule: after warm-up. "interleaved": in every step the share `full_steps / cycle` of the samples keeps every
+        schedule: what keeps every label after warm-up, some samples of each step ("interleaved") or all samples of some
+            steps ("cycled"). "interleaved": in every step the share `full_steps / cycle` of the samples keeps every
             label, each sample in its turn (`regate.scoring.turns`), and the others keep their share. Steps cost the
             same, and of n rows at a time `ceil(n * full_steps / cycle)` are full, which lowers the peak of memory.
             Where rows cannot be laid end to end, that share of forwards is full instead. "cycled", the paper's: the
@@ -160,7 +161,17 @@ class Config:
 
     @classmethod
     def exact(cls, **changes: Any) -> Config:
-        """Every step learns from every label, with dense training's gradients; what no loss reads is left out."""
+        """Every step learns from every label, with dense training's gradients; what no loss reads is left out.
+
+        Raises:
+            ConfigError: a share of labels or of visual tokens that is to be left out.
+        """
+        for name in ("keep", "visual_keep"):
+            if (share := changes.get(name, 1)) != 1:
+                raise ConfigError(
+                    f"Config.exact leaves out no label and no visual token, so {name} is 1, got {share!r}; "
+                    f"regate.Config({name}={share!r}) leaves some out"
+                )
         settings: dict[str, Any] = {"keep": 1.0, "visual_keep": 1.0}
         return cls(**(settings | changes))
 

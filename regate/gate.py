@@ -51,6 +51,15 @@ NO_COPY = (
     "teacher='copy' keeps a copy of a model that every rank has"
 )
 
+TRAINED = (
+    "the gate that this one replaces has made {n} optimizer steps, and the teacher is the model as it is now, trained: "
+    "it no longer says what could be guessed before training. Pass the model as it was then, loaded once more: "
+    "regate.apply(model, config, teacher=untrained)"
+)
+HIDDEN = (
+    "visual_keep={share} with elided='hidden': nothing sees the visual tokens that sparse steps leave out, which cost "
+    "quality where it was tried (docs/evidence.md). With elided='visible' they stay to be seen"
+)
 NO_BATCHES = (
     "gate.precompute takes what yields batches, each a mapping with the keyword arguments of the model's forward, such "
     "as a DataLoader or a list of them; got {got}"
@@ -122,6 +131,8 @@ class Gate:
             self.counters,
             note=call_weakly(self.note),
         )
+        if config.visual_keep < 1 and config.elided == "hidden":
+            self.note(HIDDEN.format(share=config.visual_keep))
         gather_by_layer(decoder)
         copies = taught_by is not None and taught_by.source in ("copy", "4bit")
         self._attached = Attached(self, self._parts, learns_from_copy=copies, on_unsupported=on_unsupported)
@@ -148,8 +159,10 @@ class Gate:
     @config.setter
     def config(self, config: Config) -> None:
         raise ConfigError(
-            "a gate keeps the settings it was made with; regate.apply(model, config, store=gate.store) makes one with "
-            "others, which goes on where its `step` is set"
+            "a gate keeps the settings it was made with. Another one can take its place: "
+            "new = regate.apply(model, config, store=gate.store, teacher=untrained), then new.step = gate.step. "
+            "`untrained` is the model as it was before training, loaded once more; before the first step, and with "
+            "PEFT, leave teacher out"
         )
 
     @property
@@ -192,6 +205,13 @@ class Gate:
             self._notes.append(note)
             log.warning(note)
 
+    def replaces(self, other: Gate) -> None:
+        """Tell the user if the teacher is what the model has learnt under another gate, which was taken off."""
+        made, teacher = other._attached.steps.made, self._teacher
+        own = teacher is not None and (teacher.source in ("copy", "4bit") or not teacher.lasts)
+        if own and made and self.scorer.taught_by != other.scorer.taught_by:
+            self.note(TRAINED.format(n=made))
+
     def precompute(self, dataloader: Iterable[Batch], *, progress: bool = True, split: bool = False) -> Report:
         """Reference losses for every sample of `dataloader`, before training.
 
@@ -206,6 +226,7 @@ class Gate:
 
         Raises:
             GateNotAppliedError: the gate has no teacher.
+            LabelsError: a batch has no `labels`, or see `on_host`.
             StoreMismatchError: the store's are another teacher's.
             StoreError: reference losses are missing, and the model that would give them was trained meanwhile.
             ConfigError: it yields no batches of that kind; or this rank has no batch, but others have.
@@ -275,7 +296,9 @@ class Gate:
         notes = [*self._notes, *filter(None, [self.scorer.recurrence.reason()])]
         if statistics.failed is not None:
             notes.append(f"the decoder runs dense: {statistics.failed}")
-        return Report(self.counters, found, notes)
+        config, step = self.config, self.step
+        warming_up = config.keep * config.visual_keep < 1 and step < config.warmup and not self.counters.steps_sparse
+        return Report(self.counters, found, notes, warmup=config.warmup if warming_up else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Schedule position, prior, counters and difficulties; tensors and plain numbers only.

@@ -16,7 +16,7 @@ from model_adapters.conventional import pad_id, text_config
 from model_adapters.flash import called_by
 from model_adapters.signatures import signature
 from regate.config import Config
-from regate.errors import StoreError, served
+from regate.errors import LabelsError, StoreError, served
 from regate.memory import keys
 from regate.output.logits import LazyHead
 from regate.pace.pace import Pace
@@ -110,10 +110,12 @@ class Parts:
         Raises:
             NotElidedError: the model has another decoder by now.
             UnknownArchitectureError: the adapter cannot read it.
-            LabelsError, PackedRowsError: see `batches.on_host`.
+            LabelsError, PackedRowsError: there are no labels; or see `batches.on_host`.
             StoreError: `sample_ids` are no list, or not as many as samples.
         """
         self._check_decoder()
+        if batch.get("labels") is None:
+            raise LabelsError(batches.NO_LABELS.format(name=type(self.target).__name__, got=", ".join(map(str, batch))))
         looked_up = (
             held_whole(self.adapter.embeddings(self.model))
             if batch.get("input_ids") is None

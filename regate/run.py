@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import functools
 import inspect
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -50,7 +52,7 @@ _FIELDS = {field.name: field.default for field in fields(Config) if field.name !
 _OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(apply).parameters.items()
-    if name not in ("model", "config", "adapter")
+    if name not in ("model", "config", "adapter", "others")
 }
 _TYPES = get_type_hints(Config) | get_type_hints(apply)
 
@@ -288,10 +290,52 @@ def _in_process(words: Sequence[str]) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Where an option is unknown, it names the nearest one; so do those that it makes for commands."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        for word in unknown:
+            option = word.partition("=")[0]
+            if near := difflib.get_close_matches(option, [x for x in self._option_string_actions if x[:2] == "--"], 1):
+                self.error(f"there is no option {option}; the nearest is {near[0]}")
+        return found, unknown
+
+
+def flag(name: str) -> str:
+    """`--full-steps` for `full_steps`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def told(name: str) -> str:
+    """What a setting means, for argparse: the first sentence that its docstring has on it, and its default."""
+    default = (_FIELDS | _OPTIONS)[name]
+    return f"{_SENTENCES[name]} (default: {default})".replace("%", "%%")
+
+
+def _sentences(documented: Any) -> dict[str, str]:
+    """By name, the first sentence on each attribute or argument in a docstring."""
+    found: dict[str, str] = {}
+    for names, text in re.findall(r"^ {4}([a-z_, ]+): (.+(?:\n {8}.+)*)", inspect.getdoc(documented) or "", re.M):
+        sentence = re.split(r"\.(?:\s|$)", " ".join(text.split()))[0]
+        found |= dict.fromkeys(names.split(", "), sentence)
+    return found
+
+
+_SENTENCES = dict.fromkeys([*_FIELDS, *_OPTIONS], "") | _sentences(Config) | _sentences(apply)  # -OO leaves none
+
+
+def _metavar(name: str) -> str | None:
+    """The words that may stand there, if it takes some."""
+    hints = (_TYPES[name], *get_args(_TYPES[name]))
+    words = [word for hint in hints if get_origin(hint) is Literal for word in get_args(hint)]
+    return f"{{{','.join(words)}}}" if words else None
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="a YAML file of settings")
-    for name, default in (_FIELDS | _OPTIONS).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=yaml.safe_load, help=f"default: {default}")
+    for name in (*_FIELDS, *_OPTIONS):
+        parser.add_argument(flag(name), type=yaml.safe_load, metavar=_metavar(name), help=told(name))
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="-- SCRIPT ...", help="what to run")
 
 
@@ -323,9 +367,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, command = split(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="regate run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="regate run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     return from_options(parser.parse_args(options), command)
 

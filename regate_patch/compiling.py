@@ -26,10 +26,11 @@ def known(backend: Backend) -> Backend:
     Raises:
         UnknownBackendError: it is a name that means nothing.
     """
-    if callable(backend) or backend == "auto" or backend in (names := torch._dynamo.list_backends(exclude_tags=())):
+    if callable(backend) or backend == "auto" or backend in torch._dynamo.list_backends(exclude_tags=()):
         return backend
     raise UnknownBackendError(
-        f"no backend named {backend!r}; torch has {', '.join(map(repr, names))}, or give a function"
+        f"no backend named {backend!r}. Choose 'auto', 'eager' or 'inductor'; torch has others "
+        "(torch._dynamo.list_backends(exclude_tags=())), or give a function"
     )
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Pret
 import regate_patch
 from model_adapters import Batch, find_adapter
 from model_adapters.conventional import text_config
+from model_adapters.signatures import signature
 from regate.config import Config
 from regate.errors import ConfigError, UnknownArchitectureError, served
 from regate.labels import IGNORED
@@ -81,6 +82,8 @@ class Estimate:
         peak_activations: the same of the largest step after warm-up, whose steps are full.
         logits_bytes_dense, logits_bytes_full: float32 logits of the longest sample that exist at once, in a dense
             and in a full step.
+        steps: optimizer steps of the run.
+        all_warmup: the warm-up of a gate that leaves labels out, where the whole run is no longer; else None.
     """
 
     tokens: float
@@ -98,20 +101,35 @@ class Estimate:
     peak_activations: float
     logits_bytes_dense: int
     logits_bytes_full: int
+    steps: int
+    all_warmup: int | None
 
     @property
     def verdict(self) -> str:
+        told = f"{self.run:.2f}x on the language model over the whole run"
+        if self.all_warmup is not None:
+            told += f". All {self.steps} steps are warm-up (--warmup {self.all_warmup}), and no label is left out"
         if self.run >= _WORTH:
-            return f"worth it: {self.run:.2f}x on the language model over the whole run"
+            return f"worth it: {told}"
         if self.run >= _LITTLE:
-            return f"a little: {self.run:.2f}x on the language model over the whole run"
-        return (
-            f"not worth it here, for speed: {self.run:.2f}x over the whole run. Answers are {self.answers_share:.0%} "
-            "of the tokens, and only answers can be elided"
-        )
+            return f"a little: {told}"
+        return f"not worth it here, for speed: {told}{self._why_not()}"
+
+    def _why_not(self) -> str:
+        """What the loss of time comes from, a sentence; nothing where warm-up has been named."""
+        if self.schedule >= _LITTLE:  # which is what the run is where no teacher is paid
+            return (
+                f". The teacher costs {self.teacher:.0%} of a dense epoch, once, and is regained after {self._pays()}; "
+                f"without one (reference_weight=0) the run is {self.schedule:.2f}x"
+            )
+        if self.all_warmup is not None:
+            return ""
+        return f". Answers are {self.answers_share:.0%} of the tokens, and only answers can be elided"
+
+    def _pays(self) -> str:
+        return f"{self.break_even_epochs:.2f} epochs" if self.break_even_epochs < 1e6 else "never"
 
     def __str__(self) -> str:
-        pays = f"{self.break_even_epochs:.2f} epochs" if self.break_even_epochs < 1e6 else "never"
         time = []
         if self.hours_dense is not None:
             time = [f"time       {self.hours_dense:,.1f} hours dense, {self.hours:,.1f} gated, of the language model"]
@@ -121,7 +139,7 @@ class Estimate:
                 f"steps      full {self.full:.2f}x, sparse {self.sparse:.2f}x, schedule {self.schedule:.2f}x cheaper",
                 f"FLOPs      {self.dense_flops:.3g} for one dense epoch of the language model",
                 *time,
-                f"teacher    {self.teacher:.1%} of a dense epoch, once; regained after: {pays}",
+                f"teacher    {self.teacher:.1%} of a dense epoch, once; regained after: {self._pays()}",
                 f"memory     {self.sparse_activations:.0%} of the positions' activations are kept where labels are "
                 f"left out, {self.peak_activations:.0%} in the largest step after warm-up; "
                 f"{self.logits_bytes_full / 1e6:,.0f} MB of logits per sample where dense has "
@@ -138,7 +156,7 @@ def estimate(
     *,
     epochs: float = 1,
     steps: int | None = None,
-    copies: int = 1,
+    copies: float = 1,
     rows: int | None = None,
     flops_per_second: float | None = None,
 ) -> Estimate:
@@ -207,6 +225,8 @@ def estimate(
         logits_bytes_dense=4 * longest.total * costs.vocabulary,
         logits_bytes_full=4
         * (longest.total * costs.vocabulary if everywhere else min(longest.answer * costs.vocabulary, CHUNK)),
+        steps=steps,
+        all_warmup=config.warmup if steps <= config.warmup and config.keep * config.visual_keep < 1 else None,
     )
 
 
@@ -243,17 +263,27 @@ def costs_of(model: nn.Module, found: regate_patch.Statistics) -> Costs:
 
 
 def inspect(model: nn.Module, *, visible: bool = False) -> regate_patch.Statistics:
-    """What the engine finds in a model's decoder; the model may have no weights (be on the "meta" device)."""
+    """What the engine finds in a model's decoder; the model may have no weights (be on the "meta" device).
+
+    Raises:
+        UnknownArchitectureError: no adapter serves the model, or its decoder does not run on embeddings.
+    """
     with served():
         adapter = find_adapter(model)
         decoder = adapter.decoder(model)
         weight = _projection(model)
     inputs = torch.zeros(2, 64, text_config(model).hidden_size, device=weight.device, dtype=weight.dtype)
     mask = torch.ones(2, 64, device=weight.device, dtype=torch.int64)
+    call: dict[str, Any] = {"inputs_embeds": inputs, "attention_mask": mask, "use_cache": False}
+    try:
+        signature(decoder).bind(**call)
+    except TypeError as error:
+        raise UnknownArchitectureError(
+            f"the {type(decoder).__name__} of {type(model).__name__} is no decoder that runs on embeddings and a mask "
+            f"({error}). ReGATE is for causal language models; encoders, such as BERT, are none"
+        ) from error
     with adapter.followable(model, decoder):
-        return regate_patch.inspect(
-            decoder, inputs_embeds=inputs, attention_mask=mask, use_cache=False, visible=visible
-        )
+        return regate_patch.inspect(decoder, **call, visible=visible)
 
 
 def _projection(model: nn.Module) -> Tensor:

@@ -17,6 +17,10 @@ from regate.errors import LabelsError
 from regate.labels import IGNORED
 from regate.training.segments import Segments, starts
 
+NO_LABELS = (
+    "the batch for {name} has no `labels`, by which the gate knows what is answer; it has {got}. Let the collator make "
+    "them: the ids of the answers, and -100 elsewhere"
+)
 _IGNORE = ("ignore_index", "ignored_index")
 _OUT_OF_BOUNDS = f"Target {IGNORED} is out of bounds"  # torch's cross-entropy
 

@@ -55,6 +55,7 @@ class State:
         stream: see `Rewrite`.
         tokens: what axes are tokens.
         span: from the first block to the last.
+        recurrences: see `Rewrite`; counted while attention is still what the model calls.
         tail: the part of the span that runs where the output is read, if it can be cut off.
         causal, longest, apart: see `Rewrite`.
         at_rest: keys and values of positions that are not computed, where they are to be seen.
@@ -76,6 +77,7 @@ class State:
     stream: int | None = None
     tokens: Tokens = None  # type: ignore[assignment]  # from the pass that finds it on
     span: Span = None  # type: ignore[assignment]
+    recurrences: int = 0
     tail: Span | None = None
     causal: int = 0
     longest: float = inf
@@ -101,6 +103,7 @@ def _name_mutations(state: State) -> None:
 def _find(state: State) -> None:
     state.tokens = find_tokens(state.gm, sequence_candidates(state.gm))
     state.span = find_span(state.gm, find_mixers(state.gm, state.tokens), state.tokens)
+    state.recurrences = sum(not is_attention(mixer) for mixer in state.span.mixers)
     inputs = [node for node in state.gm.graph.nodes if node.op == "placeholder"]
     state.stream = inputs.index(state.span.entry) if state.span.entry in inputs else None
 
@@ -363,7 +366,7 @@ def _summary(state: State) -> Rewrite:
         module=state.gm,
         attention=span.attention,
         mlp=span.mlp,
-        recurrences=sum(not is_attention(mixer) for mixer in span.mixers),
+        recurrences=state.recurrences,
         flops_linear=linear,
         flops_quadratic=quadratic,
         gathers=gathers,

@@ -251,4 +251,4 @@ def test_parts_called_directly_are_found_out(caplog: pytest.LogCaptureFixture) -
         optimizer.step()
     assert gate.report()["steps_missed"] == 2
     assert "no training forward" in caplog.text
-    assert "2 sparse without gating" in str(gate.report())
+    assert "; 2 should have been sparse, and were not" in str(gate.report())

@@ -15,6 +15,7 @@ from regate.api import gate_of
 from regate.errors import (
     ConfigError,
     GateNotAppliedError,
+    LabelsError,
     StoreError,
     StoreMismatchError,
     UnknownArchitectureError,
@@ -42,7 +43,10 @@ def test_a_model_is_a_module(model: Any) -> None:
         ({"adapter": regate.ModelAdapter}, ConfigError, "adapter must be .*got <class"),
         ({"store": ""}, StoreError, "the name of a directory.*got ''"),
         ({"store": True}, StoreError, "got True"),
-        ({"backend": "induktor"}, UnknownBackendError, "'induktor'; torch has .*'inductor'"),
+        ({"backend": "induktor"}, UnknownBackendError, r"'induktor'\. Choose 'auto', 'eager' or 'inductor'; torch has"),
+        ({"keep": 0.5, "warmup": 3}, ConfigError, r"regate\.apply\(model, regate\.Config\(keep=0\.5, warmup=3\)\)"),
+        ({"keep": 0.5, "teachr": None}, ConfigError, r"regate\.Config\(keep=0\.5\)"),
+        ({"teachr": None}, ConfigError, "has no argument named 'teachr'"),
     ],
 )
 def test_a_choice_is_one_of_those_there_are(asked: dict[str, Any], error: type[Exception], said: str) -> None:
@@ -77,7 +81,7 @@ def test_another_tokenizers_teacher_that_nobody_knows() -> None:
 
 def test_what_cannot_be_set_on_a_gate() -> None:
     gate = regate.apply(CORE["llava"].build())
-    with pytest.raises(ConfigError, match=r"regate\.apply\(model, config, store=gate\.store\)"):
+    with pytest.raises(ConfigError, match=r"new = regate\.apply\(model, config, store=gate\.store, teacher=untr"):
         gate.config = regate.Config(keep=0.25)
     for step in (-1, "3"):
         with pytest.raises(ConfigError, match="from 0, got"):
@@ -86,6 +90,52 @@ def test_what_cannot_be_set_on_a_gate() -> None:
         gate.store = "x"  # type: ignore[assignment]
     assert gate.step == 0
     assert gate.store.temporary
+
+
+def _trained(model: nn.Module, teacher: Any = "auto", store: Any = None) -> regate.Gate:
+    """A gate that has made two sparse steps."""
+    gate = regate.apply(model, regate.Config(warmup=0, cycle=1, full_steps=0), teacher=teacher, store=store)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(**CORE["llava"].batch()).loss.backward()
+        optimizer.step()
+    return gate
+
+
+def test_other_settings_after_training(caplog: pytest.LogCaptureFixture) -> None:
+    """As the message of `gate.config = ...` says; the store's references are those of before training."""
+    model = CORE["llava"].build()
+    untrained = copy.deepcopy(model)
+    gate = _trained(model)
+    step, references = gate.step, gate.store.count("reference")
+    new = regate.apply(model, regate.Config(warmup=0, keep=0.25), store=gate.store, teacher=untrained)
+    new.step = gate.step
+    model(**CORE["llava"].batch()).loss.backward()
+    assert new.step == step == 1
+    assert new.store.count("reference") == references > 0
+    assert new.report()["teacher_samples"] == 0
+    assert "trained" not in caplog.text
+
+
+@pytest.mark.parametrize("teacher", ["copy", "first"])
+def test_a_trained_model_that_becomes_its_own_teacher_is_noted(teacher: Any) -> None:
+    model = CORE["llava"].build()
+    for made in (0, 2):
+        gate = regate.apply(model, teacher=teacher)
+        assert ("replaces has made" in str(gate.report())) == (made > 0)
+        if not made:
+            _trained(model, None)
+    assert "has made 2 optimizer steps, and the teacher is the model as it is now, trained" in str(gate.report())
+    assert "replaces" not in str(regate.apply(model, teacher=CORE["llava"].build()).report())
+
+
+def test_the_model_of_before_may_be_its_teacher_again() -> None:
+    model = CORE["llava"].build()
+    weights = copy.deepcopy(model.state_dict())
+    with regate.Store() as store:
+        _trained(model, store=store)
+        model.load_state_dict(weights)
+        assert "replaces" not in str(regate.apply(model, store=store).report())
 
 
 @pytest.mark.parametrize("logits", ["kept", "all"])
@@ -106,6 +156,22 @@ def test_a_decoder_that_is_replaced_later(logits: Any, steps: int) -> None:
 def test_nothing_to_remove_a_gate_from(model: Any) -> None:
     with pytest.raises(GateNotAppliedError, match="no gate is applied to this"):
         regate.remove(model)
+
+
+def test_precompute_needs_labels() -> None:
+    gate, batch = regate.apply(CORE["llava"].build()), CORE["llava"].batch()
+    del batch["labels"]
+    with pytest.raises(LabelsError, match=r"for LlavaFor\w+ has no `labels`.*; it has input_ids, "):
+        gate.precompute([batch], progress=False)
+    with pytest.raises(LabelsError, match="has no `labels`"):
+        gate.choose(batch)
+
+
+@pytest.mark.parametrize(("elided", "noted"), [("hidden", True), ("visible", False)])
+def test_hidden_visual_tokens_are_noted(elided: Any, noted: bool) -> None:
+    config = regate.Config(visual_keep=0.5, elided=elided)
+    report = regate.apply(CORE["llava"].build(), config, teacher=None).report()
+    assert ("visual_keep=0.5 with elided='hidden'" in str(report)) == noted
 
 
 @pytest.mark.parametrize("single", [True, False])

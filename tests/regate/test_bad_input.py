@@ -28,6 +28,20 @@ def test_no_labels_at_all_runs_ungated() -> None:
     assert gate.report()["labels_seen"] == 0
 
 
+def test_answers_that_are_all_masked_are_noted_once() -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    masked = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    gate = regate.apply(model, FULL, teacher=None)
+    for forwards, noted in ((7, False), (1, True), (9, True)):
+        for _ in range(forwards):
+            model(**masked)
+        assert (str(gate.report()).count("8 training forwards in a row had no label") == 1) == noted
+    again = regate.apply(model, FULL, teacher=None)
+    for labelled in [False] * 7 + [True] + [False] * 7:
+        model(**(batch if labelled else masked))
+    assert "in a row" not in str(again.report())
+
+
 def test_a_row_without_labels_and_an_empty_row() -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch("right", rows=3)
     batch["labels"][0] = -100

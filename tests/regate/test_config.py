@@ -71,6 +71,13 @@ def test_exact_leaves_out_no_label_and_no_visual_token() -> None:
     assert (config.keep, config.visual_keep, config.warmup) == (1.0, 1.0, 5)
 
 
+@pytest.mark.parametrize("name", ["keep", "visual_keep"])
+def test_exact_takes_no_share(name: str) -> None:
+    with pytest.raises(regate.RegateError, match=rf"so {name} is 1, got 0\.5; regate\.Config\({name}=0\.5\) leaves"):
+        regate.Config.exact(**{name: 0.5})
+    assert getattr(regate.Config.exact(**{name: 1}), name) == 1
+
+
 def test_scores_that_take_three() -> None:
     """A builtin does not say what it takes."""
     for score in (torch.add, lambda *x: x[0], lambda m, ref, prior, scale=2: m * scale, partial(max, 0)):

@@ -103,7 +103,18 @@ def test_micro_batches_share_the_decision() -> None:
         optimizer.zero_grad()
     assert decisions == [True] * 6 + [False] * 3 + [True] * 3
     assert gate.report()["steps_full"] == 3
+    assert "warm-up" not in str(gate.report())
     assert gate.report()["steps_sparse"] == 1
+
+
+def test_a_run_that_is_all_warm_up_so_far_says_so() -> None:
+    """But not where no step is ever sparse."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    for config, said in ((regate.Config(), True), (regate.Config.exact(), False)):
+        gate = regate.apply(model, config, teacher=None)
+        assert "warm-up" not in str(gate.report())
+        model(**batch)
+        assert ("1 full, 0 sparse; all of them were warm-up so far (warmup=100)" in str(gate.report())) == said
 
 
 def test_optimizers_of_master_copies_and_of_others_are_told_apart() -> None:

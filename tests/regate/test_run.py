@@ -178,6 +178,27 @@ def test_wrong_commands_and_files_end_with_two(tmp_path: Path, capsys: pytest.Ca
         assert message in capsys.readouterr().err
 
 
+def test_options_say_what_they_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the first sentence of the docstrings, whichever command they are of."""
+    for command in ("run", "estimate"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, "--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        assert "share of the labels kept on the other, sparse steps; 0 < keep <= 1 (default: 0.5)" in told
+        assert "--schedule {cycled,interleaved}" in told
+    assert all(run._SENTENCES.values())
+    assert run.told("store").startswith("where reference losses and difficulties are kept: ")
+
+
+@pytest.mark.parametrize("words", [["--kepe", "0.5"], ["--kepe=0.5"], ["--warmup", "3", "--kepe", "1"]])
+def test_the_nearest_option_is_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    estimating = ["estimate", "--model", "x", "--tokens", "1/2/3"]
+    for call, options in ((run.main, []), (cli.main, ["run"]), (cli.main, estimating)):
+        with pytest.raises(SystemExit, match="2"):
+            call([*options, *words, "--", "train.py", "--kep"])
+        assert "there is no option --kepe; the nearest is --keep\n" in capsys.readouterr().err
+
+
 # -- trainers -----------------------------------------------------------------------------------------
 
 
@@ -264,6 +285,12 @@ def test_exit_codes_and_exceptions_pass_through(tmp_path: Path) -> None:
 def python(*words: str, path: list[Path], **environment: str) -> subprocess.CompletedProcess[str]:
     names = {"PYTHONPATH": os.pathsep.join(map(str, path))} | environment
     return subprocess.run([sys.executable, *words], env=os.environ | names, capture_output=True, text=True)
+
+
+def test_the_package_is_the_command() -> None:
+    done = python("-m", "regate", "--help", path=[])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: regate ")
 
 
 def test_processes_below_import_nothing_and_run_the_environments_own_start(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlavaConfig, MistralConfig, Qwen2_5_VLConfig
+from transformers import Lfm2Config, LlamaConfig, LlavaConfig, MistralConfig, Qwen2_5_VLConfig
 
 import regate
 from benchmarks.workloads import WORKLOADS, label
@@ -73,6 +73,26 @@ def test_verdicts() -> None:
     assert mixed.schedule == pytest.approx(1 / (0.25 / mixed.full + 0.75 / mixed.sparse))
     assert mixed.run < mixed.schedule < mixed.sparse
     assert 0 < mixed.break_even_epochs < 1
+
+
+def test_the_verdict_names_the_teacher_where_it_is_the_cause() -> None:
+    found = regate.estimate(LLAMA, [(0, 100, 900)], steps=10_000)
+    assert found.run < 1.05 < found.schedule
+    told = f"The teacher costs {found.teacher:.0%} of a dense epoch, once, and is regained after "
+    assert found.verdict.endswith(
+        f"{told}{found.break_even_epochs:.2f} epochs; without one (reference_weight=0) the run is {found.schedule:.2f}x"
+    )
+    without = regate.estimate(LLAMA, [(0, 100, 900)], regate.Config(reference_weight=0), steps=10_000)
+    assert without.run == pytest.approx(found.schedule)
+
+
+def test_a_run_that_is_all_warm_up_is_said_to_be_one() -> None:
+    """Unless the warm-up is nothing else than what follows."""
+    short = regate.estimate(LLAMA, [(1352, 60, 20)], steps=30)
+    assert short.verdict.endswith("All 30 steps are warm-up (--warmup 100), and no label is left out")
+    assert "All 100 steps are warm-up" in str(regate.estimate(LLAMA, [(0, 100, 900)], steps=100))
+    for config, steps in ((None, 101), (regate.Config.exact(), 30)):
+        assert "warm-up (" not in regate.estimate(LLAMA, [(0, 100, 900)], config, steps=steps).verdict
 
 
 def test_what_needs_no_teacher_pays_for_none() -> None:
@@ -151,9 +171,53 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: An
     assert "hours dense" in capsys.readouterr().out
     counts = tmp_path / "counts.jsonl"
     counts.write_text("[576, 60, 300]\n[0, 10, 30]\n")
-    assert cli.main(["estimate", "--model", str(tmp_path), "--counts", str(counts)]) == 0
+    assert cli.main(["estimate", "--model", str(tmp_path), "--counts", str(counts), "--reference-weight", "0"]) == 0
+    told = capsys.readouterr().out
+    assert "All 1 steps are warm-up" in told
+    assert "teacher    0.0% of a dense epoch" in told
+    whole = ["--counts", str(counts), "--samples", "64000"]
+    assert cli.main(["estimate", "--model", str(tmp_path), *whole]) == 0
+    assert "warm-up (" not in capsys.readouterr().out
     assert cli.main(["inspect", "--model", str(tmp_path)]) == 0
-    assert "2 attention and 2 MLP blocks in 1 graph(s)" in capsys.readouterr().out
+    assert "2 attention and 2 MLP blocks in 1 graph(s)\n" in capsys.readouterr().out
+
+
+def test_what_runs_along_the_sequence_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Attention is not among it, though it is called otherwise where rows are laid end to end."""
+    config = Lfm2Config(
+        **SIZES | {"num_hidden_layers": 2}, num_key_value_heads=8, layer_types=["conv", "full_attention"]
+    )
+    config.save_pretrained(tmp_path)
+    assert cli.main(["inspect", "--model", str(tmp_path)]) == 0
+    assert "2 attention and 2 MLP blocks in 1 graph(s), 1 operations that run along" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            '{"model_type": "bert", "num_hidden_layers": 2}',
+            "the BertEncoder of BertLMHeadModel is no decoder",
+        ),
+        (
+            '{"model_type": "llama", "hidden_size": "x"}',
+            "StrictDataclassFieldValidationError: Validation",
+        ),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "ZeroDivisionError"),
+        ('{"model_type": "llama", "rope_scaling": {"type": "zz"}}', "KeyError: 'zz'"),
+        ('{"model_type": "none"}', "ValueError: The checkpoint you are trying to load"),
+        ("{}", "ValueError: Unrecognized model in"),
+        ("{", "OSError"),
+    ],
+)
+def test_a_config_of_no_use(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, says: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    for command in (["inspect"], ["estimate", "--tokens", "1/2/3"]):
+        assert cli.main([*command, "--model", str(tmp_path)]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"regate {command[0]}: ")
+        assert says in told
+        assert told.count("\n") == 1
 
 
 def test_commands_explain_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,3 +225,21 @@ def test_commands_explain_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["estimate", "--model", str(tmp_path), "--tokens", "12/3"]) == 2
     assert "visual/prompt/answer" in capsys.readouterr().err
     assert cli.main(["inspect", "--model", str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "[1, 2, 3", "{}", "[1, 2, 3.5]", "[1, 2, true]"])
+def test_a_line_of_no_use_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    LLAMA.save_pretrained(tmp_path)
+    counts = tmp_path / "counts.jsonl"
+    counts.write_text(f"[1, 2, 3]\n\n{line}\n")
+    assert cli.main(["estimate", "--model", str(tmp_path), "--counts", str(counts)]) == 2
+    told = capsys.readouterr().err
+    assert f"{counts}, line 3: each line is one [visual, prompt, answer] of whole numbers" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--samples", "--batch-size", "--epochs", "--rows", "--tflops"])
+def test_numbers_that_must_be_positive(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["estimate", "--model", "x", "--tokens", "1/2/3", option, "0"])
+    assert f"argument {option}: invalid positive " in capsys.readouterr().err

@@ -249,7 +249,7 @@ def test_a_step_with_full_rows_is_the_oracles(
     report = gate.report()
     assert (report["samples_whole"], report["samples_sparse"]) == (4, 4)
     assert (report["steps_sparse"], report["recompiles"]) == (1, 0)
-    assert "4 of 8 samples of sparse steps kept every label (50%)" in str(report)
+    assert "4 of 8 in sparse steps were full samples, with every label kept (50%)" in str(report)
     assert "laid end to end" not in str(report)
 
 
