@@ -166,7 +166,7 @@ class Scorer:
         config = self.config
         drawn_by = (config.seed * 1_000_003 + self.counters.labels_seen) % 2**63  # torch takes no more bits
         generator = torch.Generator().manual_seed(drawn_by)
-        draws = torch.rand(samples.candidates.shape, generator=generator)
+        draws = torch.rand(samples.candidates.shape, generator=generator, dtype=torch.float32)
         scores = draws if config.selection == "random" else self._scores(samples)
         every = torch.zeros_like(samples.candidates) if whole is None else samples.candidates & whole[:, None]
         pools = [scores, samples.candidates & ~every, draws]

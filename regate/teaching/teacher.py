@@ -198,7 +198,7 @@ class Teacher:
         if not bool(wanted.any()):
             if self.together:
                 self.keep_pace(batch, layout)
-            return [torch.zeros(0) for _ in chosen]
+            return [torch.zeros(0, dtype=torch.float32) for _ in chosen]
         padding = self.adapter.padding
         known = layout.input_ids[chosen] < self._vocabulary()
         ids = torch.where(visual | ~known, self.placeholder(), layout.input_ids[chosen])
@@ -221,7 +221,7 @@ class Teacher:
             hidden = hidden.view(*labels.shape, -1)
             answered = wanted & (labels < self._vocabulary())
             self._doubt(int(wanted.sum()), int(answered.sum()))
-            losses = torch.full((int(wanted.sum()),), math.log(self._vocabulary()))
+            losses = torch.full((int(wanted.sum()),), math.log(self._vocabulary()), dtype=torch.float32)
             losses[answered[wanted]] = label_losses(hidden, Places.of(labels, answered), head=self.head).cpu()
         if not bool(torch.isfinite(losses).all()):
             row = wanted.nonzero()[~torch.isfinite(losses)][0]
