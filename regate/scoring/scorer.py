@@ -7,6 +7,7 @@ average of the student's losses, by the sample, and until there is one, what the
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -284,9 +285,11 @@ class Scorer:
             loss[item.kept] = losses
             if prior is not None:
                 self.guard.see(_known(m, prior), loss, candidates, item.whole)
-            m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay)
-            rows = m[candidates].split(candidates.sum(1).tolist())
-            self._unwritten |= {k: r.numpy() for k, r in zip(item.samples.sample, rows, strict=True) if len(r)}
+            for n, copies in enumerate(_nth_copies(item.samples.sample)):
+                m = self._difficulties(item.samples) if n else m  # as the copies before left them
+                m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay)
+                rows = zip(item.samples.sample, m[candidates].split(candidates.sum(1).tolist()), copies, strict=True)
+                self._unwritten |= {name: row.numpy() for name, row, is_nth in rows if is_nth and len(row)}
 
     def _look_out(self, samples: Samples, m: Tensor) -> None:
         """Were these samples seen before?"""
@@ -315,6 +318,19 @@ class Scorer:
     def _put(self, table: Table, records: dict[bytes, np.ndarray]) -> None:
         self.store.put(table, records)
         self.exchange.add(table, records)
+
+
+def _nth_copies(names: Sequence[bytes]) -> list[list[bool]]:
+    """Which of N samples are the first of their names, which the second, and so on.
+
+    A batch may hold a sample several times, with other labels kept each time: each copy learns on from the last.
+    """
+    times: Counter[bytes] = Counter()
+    numbers = []
+    for name in names:
+        numbers.append(times[name])
+        times[name] += 1
+    return [[number == n for number in numbers] for n in range(max(numbers, default=-1) + 1)]
 
 
 def _known(m: Tensor, prior: Tensor) -> Tensor:
