@@ -35,7 +35,7 @@ from regate.output.loss import Places
 from regate.output.outputs import get, kept_losses, rescale, with_logits
 from regate.output.withheld import WithheldLogits, watched
 from regate.parts import Parts
-from regate.proof.prove import Proven, few_of, prove
+from regate.proof.prove import NOTHING, Proven, few_of, prove
 from regate.proof.readers import Saving
 from regate.proof.reads import Read
 from regate.proof.trial import Subject
@@ -125,11 +125,14 @@ class Forward:
 
     @classmethod
     def begin(cls, parts: Parts, batch: Batch, *, step: int) -> Forward | None:
-        """A forward of the optimizer step `step`; None where no label can be predicted.
+        """A forward of the optimizer step `step`; None where no label can be predicted, or the decoder runs dense.
 
         Raises:
-            RegateError: the batch cannot be gated (see `Parts.read`, `Scorer.prepare`, `supervision.beside`).
+            RegateError: the batch cannot be gated (see `Parts.read`, `Scorer.prepare`, `supervision.beside`), or the
+                decoder cannot be captured now (see `Handle.captures`).
         """
+        if torch._C._are_functorch_transforms_active() and not parts.handle.captures():  # in which no value is known
+            return None
         start, taught = time.perf_counter(), parts.counters.teacher_seconds
         layout, samples = parts.read(batch)
         parts.pace.wait()  # some embed their batch to read it
@@ -157,6 +160,8 @@ class Forward:
     def _prove(self) -> Proven:
         """In the first forward: what full steps may leave out (see `regate/proof`)."""
         parts, labels, valid = self.parts, self.layout.labels, self.layout.valid
+        if parts.config.logits == "kept" and not parts.handle.captures():  # before what the proof runs trips over it
+            return NOTHING
         few = few_of(labels)
         some = replace(self.layout, labels=torch.where(few, labels, IGNORED))
         sharded = is_sharded(self._target)
