@@ -113,7 +113,7 @@ class Forward:
         if due:
             parts.readers.learn(self._prove())
         self.saving = self._saving_at(kept)
-        at_whole, beyond = None, torch.tensor(self._beyond(full))
+        at_whole, beyond = None, torch.tensor(self._beyond(full), device="cpu")
         if whole is not None:
             at_whole = samples.segments.pack(whole[:, None].expand_as(self._kept))
             beyond = torch.where(at_whole, self._beyond(True), beyond)
@@ -364,7 +364,7 @@ class Forward:
             output, self._places, known=known, hidden_states=hidden_states(self._decoded), head=self._head
         )
         parts.scorer.write()
-        whole = torch.full((len(self._kept),), decision.full) if self._whole is None else self._whole
+        whole = torch.full((len(self._kept),), decision.full, device="cpu") if self._whole is None else self._whole
         parts.scorer.observe(self._samples, self._kept, losses, whole=whole)
         if self._whole is not None:
             self._end_turns(self._whole)

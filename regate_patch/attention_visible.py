@@ -93,7 +93,7 @@ def _parts(counts: Tensor, places: Tensor, visible: Tensor, dtype: torch.dtype) 
             continue
         for own in places[begin:end].split(_QUERIES):
             at, begin, seen = slice(begin, begin + len(own)), begin + len(own), int(own[-1]) + 1
-            hidden = (torch.arange(seen) > own[:, None]) | ~visible[row, :seen]
+            hidden = (torch.arange(seen, device=own.device) > own[:, None]) | ~visible[row, :seen]
             mask = hidden.to(dtype).masked_fill_(hidden, -torch.inf)[None, None]
             yield (every, every, at), (slice(row, row + 1), every, slice(seen)), mask
 

@@ -167,7 +167,7 @@ class Scorer:
         config = self.config
         drawn_by = (config.seed * 1_000_003 + self.counters.labels_seen) % 2**63  # torch takes no more bits
         generator = torch.Generator().manual_seed(drawn_by)
-        draws = torch.rand(samples.candidates.shape, generator=generator, dtype=torch.float32)
+        draws = torch.rand(samples.candidates.shape, generator=generator, dtype=torch.float32, device="cpu")
         scores = draws if config.selection == "random" else self._scores(samples)
         every = torch.zeros_like(samples.candidates) if whole is None else samples.candidates & whole[:, None]
         pools = [scores, samples.candidates & ~every, draws]
@@ -344,7 +344,7 @@ def _spread(rows: Sequence[np.ndarray | None], candidates: Tensor, missing: floa
     Raises:
         StoreError: a sample has other labels than those that are known under its key.
     """
-    out = torch.full(candidates.shape, missing, dtype=torch.float32)
+    out = torch.full(candidates.shape, missing, dtype=torch.float32, device="cpu")
     for b, n in enumerate(candidates.sum(1).tolist()):
         if (row := rows[b]) is not None and len(row) != n:
             raise StoreError(
@@ -354,6 +354,6 @@ def _spread(rows: Sequence[np.ndarray | None], candidates: Tensor, missing: floa
             )
     known = [row for row in rows if row is not None]
     if known:
-        there = torch.tensor([row is not None for row in rows])
+        there = torch.tensor([row is not None for row in rows], device="cpu")
         out[candidates & there[:, None]] = torch.from_numpy(np.concatenate(known))
     return out

@@ -65,6 +65,34 @@ def test_another_default_dtype_changes_no_choice(dtype: torch.dtype, teacher: An
     _assert_alike(_trained(teacher, _default_dtype(dtype)), expected)
 
 
+@contextlib.contextmanager
+def _default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("teacher", ["copy", None])
+def test_another_default_device_changes_nothing(teacher: Any) -> None:
+    """What is made on "meta", which stands for an accelerator here, has no values."""
+    expected = _trained(teacher, contextlib.nullcontext())
+    _assert_alike(_trained(teacher, _default_device("meta")), expected)
+
+
+def test_full_turns_packed_rows_and_visible_positions_on_another_default_device() -> None:
+    config = regate.Config(warmup=0, cycle=4, full_steps=1, elided="visible", visual_keep=0.5)
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=4)
+    row = {name: batch[name].view(1, -1) for name in ("input_ids", "labels")}
+    row["position_ids"] = torch.arange(batch["labels"].shape[1]).repeat(4)[None]
+    row["pixel_values"] = batch["pixel_values"]
+    regate.apply(model, config, teacher=None)
+    with _default_device("meta"):
+        for call in (batch, row, batch):
+            model(**call).loss.backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_another_default_dtype_changes_no_count(dtype: torch.dtype) -> None:
     """Of more labels than bfloat16 can count."""
