@@ -38,8 +38,8 @@ def ids_of(embeds: Tensor, embed: _Embed, vocabulary: int) -> Tensor:
         [[1, 0, -1]]
     """
     flat = embeds.reshape(-1, embeds.shape[-1])
-    direction = torch.rand(flat.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    direction = direction.to(flat.device)
+    drawn = torch.Generator("cpu").manual_seed(0)
+    direction = torch.rand(flat.shape[1], generator=drawn, dtype=torch.float64, device="cpu").to(flat.device)
 
     def projected(rows: Tensor) -> Tensor:  # summed alone, row by row, so that equal rows give equal numbers
         return (rows.to(flat.dtype).double() * direction).sum(-1)

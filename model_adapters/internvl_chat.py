@@ -41,7 +41,8 @@ def _with_labels(model: nn.Module, call: Batch, labels: Tensor) -> dict[str, Any
         return {"labels": labels}
     if isinstance(weights, Tensor):
         return {"labels": labels, "loss_weight": weights.to(labels.device).masked_fill(labels == -100, 0.0)}
-    kept = torch.tensor(weights, dtype=torch.float64).masked_fill(labels.cpu() == -100, 0.0)  # as Python's numbers are
+    told = torch.tensor(weights, dtype=torch.float64, device="cpu")  # as Python's numbers are
+    kept = told.masked_fill(labels.cpu() == -100, 0.0)
     return {"labels": labels, "loss_weight": kept.tolist()}
 
 

@@ -36,7 +36,7 @@ from regate.output.outputs import get, kept_losses, rescale, with_logits
 from regate.output.withheld import WithheldLogits, watched
 from regate.parts import Parts
 from regate.proof.divisors import is_divided
-from regate.proof.prove import Proven, few_of, prove
+from regate.proof.prove import NOTHING, Proven, few_of, prove
 from regate.proof.readers import Saving
 from regate.proof.reads import Read
 from regate.proof.trial import Subject
@@ -129,7 +129,7 @@ class Forward:
             self._ask_for_divisors()
             parts.readers.learn(self._prove())
         self.saving = self._saving_at(kept)
-        at_whole, beyond = None, torch.tensor(self._beyond(full))
+        at_whole, beyond = None, torch.tensor(self._beyond(full), device="cpu")
         if whole is not None:
             at_whole = samples.segments.pack(whole[:, None].expand_as(self._kept))
             beyond = torch.where(at_whole, self._beyond(True), beyond)
@@ -141,11 +141,14 @@ class Forward:
 
     @classmethod
     def begin(cls, parts: Parts, batch: Batch, *, step: int) -> Forward | None:
-        """A forward of the optimizer step `step`; None where no label can be predicted.
+        """A forward of the optimizer step `step`; None where no label can be predicted, or the decoder runs dense.
 
         Raises:
-            RegateError: the batch cannot be gated (see `Parts.read`, `Scorer.prepare`, `supervision.beside`).
+            RegateError: the batch cannot be gated (see `Parts.read`, `Scorer.prepare`, `supervision.beside`), or the
+                decoder cannot be captured now (see `Handle.captures`).
         """
+        if torch._C._are_functorch_transforms_active() and not parts.handle.captures():  # in which no value is known
+            return None
         start, taught = time.perf_counter(), parts.counters.teacher_seconds
         layout, samples = parts.read(batch)
         parts.pace.wait()  # some embed their batch to read it
@@ -188,6 +191,8 @@ class Forward:
     def _prove(self) -> Proven:
         """In the first forward: what full steps may leave out (see `regate/proof`)."""
         parts, labels, valid = self.parts, self.layout.labels, self.layout.valid
+        if parts.config.logits == "kept" and not parts.handle.captures():  # before what the proof runs trips over it
+            return NOTHING
         few = few_of(labels)
         some = replace(self.layout, labels=torch.where(few, labels, IGNORED))
         sharded = is_sharded(self._target)
@@ -390,7 +395,7 @@ class Forward:
             output, self._places, known=known, hidden_states=hidden_states(self._decoded), head=self._head
         )
         parts.scorer.write()
-        whole = torch.full((len(self._kept),), decision.full) if self._whole is None else self._whole
+        whole = torch.full((len(self._kept),), decision.full, device="cpu") if self._whole is None else self._whole
         parts.scorer.observe(self._samples, self._kept, losses, whole=whole)
         if self._whole is not None:
             self._end_turns(self._whole)

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 
 _aten = torch.ops.aten
 _AMPERE, _WIDEST = (8, 0), 256  # devices and heads for which flash attention has kernels
@@ -62,6 +64,29 @@ def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: i
     output = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), **options)
     assert isinstance(output, Tensor)
     return output.transpose(0, 1)[None]
+
+
+def differentiable(
+    grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor], parts: Iterable[tuple[Any, ...]], scale: float
+) -> tuple[Tensor | None, ...]:
+    """Gradients that are to be differentiated themselves (`create_graph=True`), which no kernel's backward can be.
+
+    Args:
+        grad: by the result, [1, H, T, D].
+        inputs: query, key and value.
+        parts: what of these makes one part of the result along T after the other, and the mask of each; None is causal.
+        scale: of the products.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        found = [
+            scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+            for q, k, v, mask in parts
+        ]
+    if not found:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    needed = [x for x in inputs if x.requires_grad]
+    grads = iter(torch.autograd.grad(torch.cat(found, 2), needed, grad, create_graph=True))
+    return tuple(next(grads) if x.requires_grad else None for x in inputs)
 
 
 def _samples(starts: Tensor, *along: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -132,6 +157,9 @@ def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ..
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, starts, output, sums = ctx.saved_tensors  # type: ignore[attr-defined]
     scale: float = ctx.scale  # type: ignore[attr-defined]
+    if torch.is_grad_enabled():
+        parts = ((*qkv, None) for qkv in _samples(starts, query, key, value))
+        return (*differentiable(grad, (query, key, value), parts, scale), None, None)
     return (*_attend_backward(grad, query, key, value, output, sums, starts, scale), None, None)
 
 

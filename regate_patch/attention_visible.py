@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from regate_patch.attention import dtype_of
+from regate_patch.attention import differentiable, dtype_of
 
 _aten = torch.ops.aten
 _QUERIES = 256  # that are taken at once
@@ -93,7 +93,7 @@ def _parts(counts: Tensor, places: Tensor, visible: Tensor, dtype: torch.dtype) 
             continue
         for own in places[begin:end].split(_QUERIES):
             at, begin, seen = slice(begin, begin + len(own)), begin + len(own), int(own[-1]) + 1
-            hidden = (torch.arange(seen) > own[:, None]) | ~visible[row, :seen]
+            hidden = (torch.arange(seen, device=own.device) > own[:, None]) | ~visible[row, :seen]
             mask = hidden.to(dtype).masked_fill_(hidden, -torch.inf)[None, None]
             yield (every, every, at), (slice(row, row + 1), every, slice(seen)), mask
 
@@ -161,6 +161,11 @@ def _remember(ctx: Any, inputs: tuple[object, ...], output: tuple[Tensor, ...]) 
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        query, key, value, places, counts, visible, *_others = ctx.saved_tensors
+        found = _parts(counts, places, visible, query.dtype)
+        parts = ((query[at], key[of], value[of], mask) for at, of, mask in found)
+        return (*differentiable(grad, (query, key, value), parts, ctx.scale), *[None] * 4)
     return (*_backward(grad, *ctx.saved_tensors, ctx.scale), *[None] * 4)
 
 

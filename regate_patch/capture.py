@@ -35,7 +35,7 @@ from regate_patch.errors import (
 from regate_patch.passes.rewrite import Observer, Rewrite, switched_off
 from regate_patch.sharding import is_sharded, uncaptured, usual_linear
 from regate_patch.statistics import Statistics
-from regate_patch.unseen import forbidden_by, switched_off_by
+from regate_patch.unseen import active_mode, forbidden_by, switched_off_by
 
 log = logging.getLogger("regate_patch")
 OnUnsupported = Literal["raise", "warn"]
@@ -138,14 +138,29 @@ class GatedForward:
             output = self._run(*args, **kwargs)
             self._check_ran(chosen.ran[ran_before:], graphs_before, output)
         except (UnsupportedGraphError, NoBlocksError) as error:
-            if self.on_unsupported == "raise":
-                raise
-            self.statistics.failed = str(error)
-            log.warning("%s runs dense from now on: %s", type(self.decoder).__name__, error)
+            self._give_up(error)
             return self.forward(*args, **kwargs)
         return output
 
+    def captures(self) -> bool:
+        """See `Handle.captures`."""
+        if self.statistics.failed is None and (cause := switched_off_by()) is not None:
+            self._give_up(self._unseen(cause))
+        return self.statistics.failed is None
+
+    def _unseen(self, cause: str) -> NoBlocksError:
+        return NoBlocksError(f"no attention block can be found in {type(self.decoder).__name__}: {cause}")
+
+    def _give_up(self, error: PatchError) -> None:
+        """Run every position from now on, if `on_unsupported` allows it."""
+        if self.on_unsupported == "raise":
+            raise error
+        self.statistics.failed = str(error)
+        log.warning("%s runs dense from now on: %s", type(self.decoder).__name__, error)
+
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if active_mode() is not None:  # code that Dynamo has skipped for one it skips ever after
+            raise self._unseen(str(switched_off_by()))
         if self.compiled is None:  # only now: the decoder may have been sharded since `patch`
             if self.allow_graph_breaks is None:
                 self.allow_graph_breaks = is_sharded(self.decoder)
@@ -281,6 +296,14 @@ class Handle:
     @property
     def statistics(self) -> Statistics:
         return self._gated.statistics
+
+    def captures(self) -> bool:
+        """Can the decoder be captured, as things are around it? If not, it runs dense from now on.
+
+        Raises:
+            NoBlocksError: it cannot, and `on_unsupported` is "raise".
+        """
+        return self._gated.captures()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

@@ -73,7 +73,7 @@ class Active:
     @property
     def of_rows(self) -> Tensor:
         """How many each row has, int64 [B] on the CPU."""
-        return self.valid.sum(1).cpu() if self.counts is None else torch.tensor(self.counts)
+        return self.valid.sum(1).cpu() if self.counts is None else torch.tensor(self.counts, device="cpu")
 
     @property
     def empty(self) -> bool:
@@ -102,7 +102,7 @@ class Active:
             read = first[whose] + self.read.index[whose, which]
         longest = self.longest
         if apart and self.samples is not None:
-            ends = torch.tensor(self.samples).cumsum(0)
+            ends = torch.tensor(self.samples, device="cpu").cumsum(0)
             first, longest = to_device(torch.nn.functional.pad(ends, (1, 0)), rows.device), max(self.samples)
         return rows, self.index[rows, slots], first.int(), longest, read, slots
 
@@ -166,7 +166,7 @@ def _one_by_one(active: Active) -> tuple[Tensor, Tensor, Tensor]:
     """Row and column of each position that is valid, and how many there are before each row; not waited for where a
     host knows how many there are."""
     known, device = active.counts, active.index.device
-    counts = active.valid.sum(1) if known is None else to_device(torch.tensor(known), device)
+    counts = active.valid.sum(1) if known is None else to_device(torch.tensor(known, device="cpu"), device)
     total = int(counts.sum()) if known is None else sum(known)
     first = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     rows = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=total)

@@ -1,6 +1,9 @@
-"""From the host to a device without waiting for what the device is still computing."""
+"""Between the host and a device: from one to the other without waiting for what the device is still computing."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,3 +14,16 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """Inside, tensors are made on the CPU where nothing else is said, whatever `torch.set_default_device` says.
+
+    Not for what runs the model: it may count on that default.
+    """
+    if torch.get_default_device().type == "cpu":  # a context for devices costs something at every operation
+        yield
+        return
+    with torch.device("cpu"):
+        yield

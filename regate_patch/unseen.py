@@ -1,4 +1,7 @@
-"""What keeps Dynamo from looking: it is switched off, or a function forbids it. Said by name, with what to do."""
+"""What keeps Dynamo from looking: it is switched off, or what is active around the call, or a function, forbids it.
+
+Said by name, with what to do.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _CAPTURES = ("default", "fail_on_recompile")  # stances of torch.compiler that run no code as it is
+_SEEN = ("is_infra_mode", "ignore_compile_internals")  # the modes under which it does capture say so
 _FORBIDS = re.compile(r"torch\.compiler\.disable\(\)`d function.*?<function (\S+) at 0x", re.DOTALL)
 
 
@@ -24,12 +29,28 @@ def switched_off_by() -> str | None:
         cause = "torch._dynamo.config.disable is True (as by the environment variable TORCH_COMPILE_DISABLE)"
     elif stance not in _CAPTURES:
         cause = f"the stance is {stance!r} (torch.compiler.set_stance)"
+    elif torch._C._are_functorch_transforms_active():
+        cause = (
+            "a transform of torch.func, such as grad, is active around it (take gradients by backward() or "
+            "torch.autograd.grad, of what torch.func.functional_call returns, too)"
+        )
+    elif (mode := active_mode()) is not None:
+        cause = (
+            f"{mode} is active around it, a TorchDispatchMode, under which it looks at nothing (FLOPs of gated steps "
+            "are counted without one, in gate.report())"
+        )
     else:
         return None
     return (
         f"torch.compile captures nothing, for {cause}; what it captures is what runs on active positions, with "
         "backend='eager', too. Undo that where the model is trained"
     )
+
+
+def active_mode() -> str | None:
+    """The mode that sees each operation, of a kind under which Dynamo captures nothing; None if there is none."""
+    modes = [mode for mode in _get_current_dispatch_mode_stack() if not any(getattr(mode, of, bool)() for of in _SEEN)]
+    return type(modes[-1]).__name__.strip("_") if modes else None
 
 
 def forbidden_by(error: Exception) -> str:

@@ -87,7 +87,7 @@ def pack(records: Iterable[tuple[bytes, np.ndarray]]) -> dict[str, Tensor]:
     losses = [half(losses) for _, losses in rows]
     return {
         "keys": torch.from_numpy(keys.copy()),
-        "lengths": torch.tensor([len(x) for x in losses], dtype=torch.int64),
+        "lengths": torch.tensor([len(x) for x in losses], dtype=torch.int64, device="cpu"),
         "losses": torch.from_numpy(np.concatenate([np.zeros(0, np.float16), *losses])),
     }
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
@@ -215,7 +214,8 @@ class _InChunks(torch.autograd.Function):
     """`some(hidden, labels, *parameters)` [N] of n rows at a time, computed again for the backward pass: with the
     parameters of then, for others may be in their place by now (`torch.func.functional_call`).
 
-    Gradients of parameters are summed over chunks in float32: bfloat16 would lose what many chunks add.
+    Gradients of parameters are summed over chunks in float32: bfloat16 would lose what many chunks add. Gradients that
+    are to be differentiated themselves (`create_graph=True`) hold all logits, and are taken at once.
     """
 
     @staticmethod
@@ -232,9 +232,10 @@ class _InChunks(torch.autograd.Function):
         return torch.cat([some(*rows, *parameters) for rows in zip(hidden.split(n), labels.split(n), strict=True)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden, labels, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _InChunks._twice(ctx, gradient, hidden, labels, *parameters)
         by_hidden = torch.empty_like(hidden)
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         chunks = (x.split(ctx.n) for x in (hidden, labels, gradient, by_hidden))
@@ -247,6 +248,16 @@ class _InChunks(torch.autograd.Function):
             for total, x in zip(sums, found, strict=True):
                 total += x
         return None, None, by_hidden, None, *(x.to(p.dtype) for x, p in zip(sums, parameters, strict=True))
+
+    @staticmethod
+    def _twice(ctx: Any, gradient: Tensor, hidden: Tensor, labels: Tensor, *parameters: Tensor) -> Any:
+        """The same gradients, with a graph of their own."""
+        with ctx.context(), torch.enable_grad():
+            losses = ctx.some(hidden, labels, *parameters)
+        needed = [x for x in (hidden, *parameters) if x.requires_grad]
+        found = iter(torch.autograd.grad(losses, needed, gradient, create_graph=True))
+        by_hidden, *others = (next(found) if x.requires_grad else None for x in (hidden, *parameters))
+        return None, None, by_hidden, None, *others
 
 
 def _current_context(device: str) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -90,4 +90,4 @@ def _in_chunks(
         logits = logits_of(features[row, column - 1])
         losses.append(F.cross_entropy(logits.float(), label, reduction="none"))
         begin, n = begin + n, rows or max(CHUNK // logits.shape[-1], 1)
-    return torch.cat(losses) if losses else torch.zeros(0, device=features.device)
+    return torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float32, device=features.device)

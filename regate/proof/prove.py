@@ -107,7 +107,7 @@ def tells_rows(labels: Tensor, call: Mapping[str, Any]) -> bool:
     if len(counts) < 2 or bool(counts.min() == counts.max()):
         return False
     of_rows = (x for name, x in call.items() if not any(word in name for word in _OF_IMAGES) and _is_of_rows(x, labels))
-    return not any(bool((x == x[0]).all()) for x in map(torch.as_tensor, of_rows))
+    return not any(bool((x == x[0]).all()) for x in (x if isinstance(x, Tensor) else torch.tensor(x) for x in of_rows))
 
 
 def _is_of_rows(x: Any, labels: Tensor) -> bool:

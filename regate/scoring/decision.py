@@ -124,7 +124,7 @@ class Decision:
         """
         chosen = Active.from_mask(self.active, counts=self.computed)
         if self.active.device == owner.device:  # else nobody knows yet which are left
-            of_samples = torch.zeros(int(owner.max()) + 1, dtype=torch.int64)
+            of_samples = torch.zeros(int(owner.max()) + 1, dtype=torch.int64, device=owner.device)
             of_samples.scatter_add_(0, owner.flatten(), self.active.flatten().long())
             chosen = replace(chosen, samples=tuple(of_samples.tolist()))
         if read:

@@ -31,12 +31,12 @@ class VocabularyPrior:
 
     def __init__(self, *, decay: float) -> None:
         self.decay = decay
-        self.mean = torch.zeros(0)
+        self.mean = torch.zeros(0, dtype=torch.float32, device="cpu")
 
     def _grow(self, ids: Tensor) -> None:
         more = int(ids.max()) + 1 - len(self.mean) if ids.numel() else 0
         if more > 0:
-            self.mean = torch.cat([self.mean, torch.full((more,), UNSEEN)])
+            self.mean = torch.cat([self.mean, self.mean.new_full((more,), UNSEEN)])
 
     def observe(self, ids: Tensor, losses: Tensor) -> None:
         """Take over the losses of labels `ids` (both [N]); non-finite ones are left out."""

@@ -7,6 +7,7 @@ average of the student's losses, by the sample, and until there is one, what the
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -166,7 +167,7 @@ class Scorer:
         config = self.config
         drawn_by = (config.seed * 1_000_003 + self.counters.labels_seen) % 2**63  # torch takes no more bits
         generator = torch.Generator().manual_seed(drawn_by)
-        draws = torch.rand(samples.candidates.shape, generator=generator)
+        draws = torch.rand(samples.candidates.shape, generator=generator, dtype=torch.float32, device="cpu")
         scores = draws if config.selection == "random" else self._scores(samples)
         every = torch.zeros_like(samples.candidates) if whole is None else samples.candidates & whole[:, None]
         pools = [scores, samples.candidates & ~every, draws]
@@ -284,9 +285,11 @@ class Scorer:
             loss[item.kept] = losses
             if prior is not None:
                 self.guard.see(_known(m, prior), loss, candidates, item.whole)
-            m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay)
-            rows = m[candidates].split(candidates.sum(1).tolist())
-            self._unwritten |= {k: r.numpy() for k, r in zip(item.samples.sample, rows, strict=True) if len(r)}
+            for n, copies in enumerate(_nth_copies(item.samples.sample)):
+                m = self._difficulties(item.samples) if n else m  # as the copies before left them
+                m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay)
+                rows = zip(item.samples.sample, m[candidates].split(candidates.sum(1).tolist()), copies, strict=True)
+                self._unwritten |= {name: row.numpy() for name, row, is_nth in rows if is_nth and len(row)}
 
     def _look_out(self, samples: Samples, m: Tensor) -> None:
         """Were these samples seen before?"""
@@ -317,6 +320,19 @@ class Scorer:
         self.exchange.add(table, records)
 
 
+def _nth_copies(names: Sequence[bytes]) -> list[list[bool]]:
+    """Which of N samples are the first of their names, which the second, and so on.
+
+    A batch may hold a sample several times, with other labels kept each time: each copy learns on from the last.
+    """
+    times: Counter[bytes] = Counter()
+    numbers = []
+    for name in names:
+        numbers.append(times[name])
+        times[name] += 1
+    return [[number == n for number in numbers] for n in range(max(numbers, default=-1) + 1)]
+
+
 def _known(m: Tensor, prior: Tensor) -> Tensor:
     """Difficulties, and what the prior expects where there is none."""
     return torch.where(m == difficulty.UNSEEN, prior, m)
@@ -328,7 +344,7 @@ def _spread(rows: Sequence[np.ndarray | None], candidates: Tensor, missing: floa
     Raises:
         StoreError: a sample has other labels than those that are known under its key.
     """
-    out = torch.full(candidates.shape, missing, dtype=torch.float32)
+    out = torch.full(candidates.shape, missing, dtype=torch.float32, device="cpu")
     for b, n in enumerate(candidates.sum(1).tolist()):
         if (row := rows[b]) is not None and len(row) != n:
             raise StoreError(
@@ -338,6 +354,6 @@ def _spread(rows: Sequence[np.ndarray | None], candidates: Tensor, missing: floa
             )
     known = [row for row in rows if row is not None]
     if known:
-        there = torch.tensor([row is not None for row in rows])
+        there = torch.tensor([row is not None for row in rows], device="cpu")
         out[candidates & there[:, None]] = torch.from_numpy(np.concatenate(known))
     return out

@@ -31,7 +31,7 @@ def keep_highest(
         >>> keep_highest(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[True, True, True]]), 0.5).tolist()
         [[False, True, True]]
     """
-    k = torch.ceil(candidates.sum(1, keepdim=True) * keep - 1e-6)
+    k = torch.ceil(candidates.sum(1, keepdim=True).double() * keep - 1e-6)
     if draws is None or not explore:
         return _highest(scores, candidates, k)
     best = _highest(scores, candidates, k - torch.floor(k * explore + 1e-6))

@@ -76,7 +76,7 @@ class Turns:
         """
         if not self.interleaved:
             return None
-        whole = torch.zeros(len(samples.sample), dtype=torch.bool)
+        whole = torch.zeros(len(samples.sample), dtype=torch.bool, device="cpu")
         if not (labelled := _labelled(samples)):
             return whole
         if at_once:

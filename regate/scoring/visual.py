@@ -17,7 +17,7 @@ from regate_patch import to_device
 
 def count_left(tokens: Tensor, keep: float) -> Tensor:
     """`ceil(keep * n)` for integers n of any shape."""
-    return torch.ceil(tokens * keep - 1e-6).long()
+    return torch.ceil(tokens.double() * keep - 1e-6).long()
 
 
 @torch.no_grad()

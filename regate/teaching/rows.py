@@ -24,9 +24,9 @@ def end_to_end(
         ids [1, N * L], boundaries int32 [1, N + 1], positions [1, N * L] or [n, 1, N * L], and what is computed.
     """
     rows, length = ids.shape
-    first = torch.arange(rows + 1, dtype=torch.int32)[None] * length
+    first = torch.arange(rows + 1, dtype=torch.int32, device=ids.device)[None] * length
     if positions is None:
-        positions = torch.arange(length).repeat(rows, 1)
+        positions = torch.arange(length, device=ids.device).repeat(rows, 1)
     active = Active.from_mask(computed.view(1, -1)).reading(read.view(1, -1))
     active = replace(active, samples=tuple(computed.sum(1).tolist()))
     return (

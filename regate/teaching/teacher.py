@@ -156,9 +156,10 @@ class Teacher:
 
     def keep_pace(self, batch: Batch, layout: Layout) -> None:
         """Compute something because another rank must: a label after the first token, and its loss is not kept."""
-        one = torch.arange(layout.labels.shape[1]) == 1
+        places = torch.arange(layout.labels.shape[1], device="cpu")
+        one = places == 1
         labels = torch.where(one, 0, IGNORED)[None].repeat(len(layout.labels), 1)
-        pair = (torch.arange(layout.labels.shape[1]) < 2)[None].repeat(len(layout.labels), 1)
+        pair = (places < 2)[None].repeat(len(layout.labels), 1)
         self.losses(batch, replace(layout, labels=labels, valid=pair, visual=torch.zeros_like(pair)), [0])
 
     def _device(self) -> torch.device:
@@ -191,14 +192,15 @@ class Teacher:
         device = self._device()
         if self.source == "live":  # they may have been replaced, as by `resize_token_embeddings`
             self.embeddings, self.head = self.adapter.embeddings(self.model), self.adapter.head(self.model)
-        chosen = torch.arange(len(layout.labels)) if rows is None else torch.tensor(list(rows))
+        chosen = torch.arange(len(layout.labels), device="cpu")
+        chosen = chosen if rows is None else chosen[list(rows)]
         labels, valid = layout.labels[chosen], layout.valid[chosen]
         visual = layout.visual[chosen]
         wanted = predicted(labels)
         if not bool(wanted.any()):
             if self.together:
                 self.keep_pace(batch, layout)
-            return [torch.zeros(0) for _ in chosen]
+            return [torch.zeros(0, dtype=torch.float32, device="cpu") for _ in chosen]
         padding = self.adapter.padding
         known = layout.input_ids[chosen] < self._vocabulary()
         ids = torch.where(visual | ~known, self.placeholder(), layout.input_ids[chosen])
@@ -221,7 +223,7 @@ class Teacher:
             hidden = hidden.view(*labels.shape, -1)
             answered = wanted & (labels < self._vocabulary())
             self._doubt(int(wanted.sum()), int(answered.sum()))
-            losses = torch.full((int(wanted.sum()),), math.log(self._vocabulary()))
+            losses = torch.full((int(wanted.sum()),), math.log(self._vocabulary()), dtype=torch.float32, device="cpu")
             losses[answered[wanted]] = label_losses(hidden, Places.of(labels, answered), head=self.head).cpu()
         if not bool(torch.isfinite(losses).all()):
             row = wanted.nonzero()[~torch.isfinite(losses)][0]

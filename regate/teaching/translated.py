@@ -128,9 +128,9 @@ class Translated(Teacher):
             met |= (spans[:, 0] < end) & (np.maximum(spans[:, 1], spans[:, 0] + 1) > begin)
         if not self.begin and len(met):
             met[0] = False  # nothing predicts it
-        own = torch.tensor(ids, dtype=torch.long)
+        own = torch.tensor(ids, dtype=torch.long, device="cpu")
         labels = torch.where(torch.from_numpy(met), own, IGNORED)
-        begin_ids = torch.tensor(self.begin, dtype=torch.long)
+        begin_ids = torch.tensor(self.begin, dtype=torch.long, device="cpu")
         return _Text(
             ids=torch.cat([begin_ids, own]),
             labels=torch.cat([torch.full_like(begin_ids, IGNORED), labels]),

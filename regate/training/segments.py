@@ -217,7 +217,7 @@ class Segments:
     @property
     def owner(self) -> Tensor:
         """int64 [B, S], the sample of each position."""
-        numbers = torch.arange(len(self))[:, None]
+        numbers = torch.arange(len(self), device="cpu")[:, None]
         return self.pack(numbers.expand(len(self), self.shape[1] if self.places is None else self.places.shape[1]))
 
     def unpack(self, x: Tensor, fill: Any = 0) -> Tensor:

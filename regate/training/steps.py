@@ -325,4 +325,4 @@ def some_values(module: nn.Module) -> Kept:
         values = values[:: max(len(values) // _VALUES, 1)].contiguous()
         found.append(values.view(_INTEGERS[values.element_size()]).to(found[0].device if found else values.device))
     names = [(part, name, p.dtype, len(values)) for (part, name, p), values in zip(some, found, strict=True)]
-    return names, torch.cat(found) if found else torch.zeros(0, dtype=torch.uint8)
+    return names, torch.cat(found) if found else torch.zeros(0, dtype=torch.uint8, device="cpu")

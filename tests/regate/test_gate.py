@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import regate
 from regate.errors import StoreError
+from regate_patch import reference
 from tests import oracle
 from tests.steps import step
 from tests.zoo import CORE
@@ -72,8 +74,6 @@ def test_sparse_loss_is_the_oracles(alone: bool) -> None:
 
     Also where the batch's budget goes to one sample alone.
     """
-    from regate_patch import reference
-
     model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right"))
     config = replace(SPARSE, budget="batch", keep=0.25, score=_all_of_the_last) if alone else SPARSE
     gate = regate.apply(model, replace(config, logits="all"))
@@ -87,6 +87,29 @@ def test_sparse_loss_is_the_oracles(alone: bool) -> None:
     torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
     for n, grad in expected_grads.items():
         torch.testing.assert_close(grads[n], grad, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("config", [FULL, SPARSE])
+def test_a_penalty_on_gradients(config: regate.Config) -> None:
+    """With attention that torch itself can differentiate twice, and logits in several chunks."""
+    model, batch = CORE["llava"].double(), oracle.double(CORE["llava"].batch("right"))
+    some = model.model.multi_modal_projector.linear_1.weight
+
+    def penalized(output: Any) -> Tensor:
+        (gradient,) = torch.autograd.grad(output.loss, some, create_graph=True)
+        return gradient.square().sum()
+
+    gate = regate.apply(model, config, teacher=None)
+    with sdpa_kernel(SDPBackend.MATH):
+        step(model, batch)
+        gate._parts.lazy_head().chunk = 300
+        found = step(model, batch, penalized)
+        assert gate.last is not None
+        kept, active = gate.last.labels_left, gate.last.active
+        regate.remove(model)
+        with reference.masked(model.model.language_model.layers, active):
+            expected = step(model, {**batch, "labels": kept, "use_cache": False}, penalized)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-5)
 
 
 def test_micro_batches_share_the_decision() -> None:

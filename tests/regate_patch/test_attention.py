@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regate_patch import attention
@@ -46,3 +47,20 @@ def test_compilers_are_told_the_layout_of_results(lengths: list[int]) -> None:
         assert not total or real.stride() == fake.stride()
     if total:
         assert output.transpose(1, 2).is_contiguous(), "heads are put side by side without a copy"
+
+
+@pytest.mark.parametrize("lengths", [[4, 2], [0, 3, 1], [0]])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_gradients(lengths: list[int], frozen: bool) -> None:
+    """The kernel's backward has none: where one asks for them (`create_graph`), gradients are taken without it."""
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    query, key, value = (torch.randn(1, 2, sum(lengths), 4, dtype=torch.double, requires_grad=True) for _ in range(3))
+    key.requires_grad_(not frozen)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention.attend(query, key, value, starts, max(lengths), None)
+
+    assert torch.autograd.gradgradcheck(attend, (query, key, value))
+    once = torch.autograd.grad(attend(query, key, value).square().sum(), (query, value))
+    again = torch.autograd.grad(attend(query, key, value).square().sum(), (query, value), create_graph=True)
+    torch.testing.assert_close(again, once)

@@ -69,3 +69,25 @@ def test_the_operator_is_one_that_compilers_can_trust() -> None:
         attention_visible._attend, (query, key, value, places, chosen.of_rows, everything, DIM**-0.5),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_gradients(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's backward has none: where one asks for them (`create_graph`), gradients are taken without it."""
+    monkeypatch.setattr(attention_visible, "_QUERIES", 3)
+    visible = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    visible[1, :3] = False
+    active = visible & (torch.rand(ROWS, LENGTH) < 0.4)
+    active[0], active[3] = True, False
+    chosen = Active.from_mask(active)
+    rows, places, *_ = chosen.end_to_end(apart=False)
+    query, key, value = (
+        torch.randn(size, dtype=torch.double)
+        for size in ((1, 2, len(rows), 2), (ROWS, 2, LENGTH, 2), (ROWS, 2, LENGTH, 2))
+    )
+    learning = (query.requires_grad_(), value.requires_grad_(not frozen))
+
+    def attend(query: Tensor, value: Tensor) -> Tensor:
+        return attend_by_rows(query, key, value, places, chosen.of_rows, visible, None)
+
+    assert torch.autograd.gradgradcheck(attend, learning)

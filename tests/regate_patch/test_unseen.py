@@ -10,6 +10,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import regate_patch
 from regate_patch import NoBlocksError, UnsupportedGraphError
@@ -77,3 +79,25 @@ def test_a_function_that_forbids_to_look_into_it_is_named_with_its_package(
         monkeypatch.setattr(turned, "__module__", f"{package}.ops.turned")
     with pytest.raises(UnsupportedGraphError, match=told):
         regate_patch.inspect(_Calling(), torch.randn(2, 6, 16))
+
+
+class _Looking(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("mode", [FlopCounterMode(display=False), _Looking()])
+def test_a_mode_that_is_active_is_named(mode: Any) -> None:
+    """Before the first capture and later; without it the decoder runs as if it had not been there."""
+    x, decoder = torch.randn(2, 6, 16), Decoder()
+    regate_patch.patch(decoder, backend="eager")
+    told = rf"{type(mode).__name__.strip('_')} is active around it"
+    with mode, pytest.raises(NoBlocksError, match=told):
+        regate_patch.inspect(Decoder(), x)
+    with regate_patch.active(torch.arange(4).expand(2, 4)):
+        with mode, pytest.raises(NoBlocksError, match=told):
+            decoder(x)
+        expected = decoder(x)
+        with mode, pytest.raises(NoBlocksError, match=told):
+            decoder(x)
+        torch.testing.assert_close(decoder(x), expected)

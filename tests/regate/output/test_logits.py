@@ -255,8 +255,8 @@ def test_a_gated_step_computes_logits_in_chunks(monkeypatch: pytest.MonkeyPatch)
         batch = oracle.double(CORE["llava"].batch("right"))
         gate = regate.apply(model, regate.Config(warmup=1000, logits=logits), teacher=None)  # type: ignore[arg-type]
         model(**batch)
-        if gate._parts.lazy is not None:
-            gate._parts.lazy.chunk = 3 * 100
+        if gate._parts._lazy is not None:
+            gate._parts._lazy.chunk = 3 * 100
             model(**batch)  # the loss comes about otherwise than in one chunk, and is proven once more
         rows: list[int] = []
         forward = nn.Linear.forward
@@ -276,3 +276,20 @@ def test_a_gated_step_computes_logits_in_chunks(monkeypatch: pytest.MonkeyPatch)
         assert (max(rows) <= 3) == (logits == "kept")
         assert "all at once" not in str(gate.report())
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", None])
+def test_gradients_of_gradients(frozen: str | None) -> None:
+    """As a penalty on them takes: those of chunks depend on hidden states and parameters, too."""
+    head, hidden, labels = _problem()
+    head.weight.requires_grad_(frozen != "weight")
+    hidden.requires_grad_(frozen != "hidden")
+    learning = [x for x in (hidden, *head.parameters()) if x.requires_grad]
+    found = []
+    for rows in (None, 3):
+        with LazyHead(head).standing_in(rows=rows):
+            loss = _capped(head(hidden), labels)
+        gradients = torch.autograd.grad(loss, learning, create_graph=True)
+        penalty = sum((x.square().sum() for x in gradients), torch.zeros(()))
+        found.append((gradients, torch.autograd.grad(penalty, learning)))
+    torch.testing.assert_close(found[1], found[0])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import regate
 from regate.errors import ConfigError
+from regate.scoring.difficulty import UNSEEN, update
 from tests.steps import step
 from tests.zoo import CORE
 
@@ -118,3 +119,23 @@ def test_nonfinite_student_losses_are_not_remembered() -> None:
     assert gate.report()["nonfinite_losses"] > 0
     assert all((v == -1).all() for _, v in gate.store.items("difficulty"))
     assert torch.isfinite(gate.scorer.prior.mean).all()
+
+
+def test_copies_of_a_sample_in_a_batch_add_up() -> None:
+    """Of four, one in its full turn shows every label, and the others half of them: both go into the average."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1, answer=12)
+    batch = {name: x.repeat(4, *[1] * (x.dim() - 1)) for name, x in batch.items()}
+    gate = regate.apply(model, regate.Config(warmup=0, cycle=4, full_steps=1, ema_decay=0.75), teacher=None)
+    step(model, batch)
+    assert gate.last is not None
+    assert sorted(gate.last.kept.sum(1).tolist()) == [6, 6, 6, 12]
+    (pending,) = gate.scorer._pending
+    losses = torch.zeros(pending.kept.shape)
+    losses[pending.kept] = pending.losses
+    expected = torch.full(losses.shape[1:], UNSEEN)
+    for row, kept in zip(losses, pending.kept, strict=True):
+        expected = update(expected, row, kept, decay=0.75)
+    gate.flush()
+    ((_, stored),) = gate.store.items("difficulty")
+    torch.testing.assert_close(torch.from_numpy(stored), expected[pending.samples.candidates[0]], atol=2e-3, rtol=2e-3)
+    assert (stored != UNSEEN).all()
