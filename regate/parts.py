@@ -28,7 +28,7 @@ from regate.training.calls import OuterCall
 from regate.training.counters import Counters
 from regate.training.segments import Segments, check_boundaries
 from regate.training.sharding import held_whole, whole_shape
-from regate_patch import on_host
+from regate_patch.transfer import made_on_host
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Parts:
         """Those samples of a sparse step that have their full turn now, bool [N]; see `Turns.of`."""
         return self.turns.of(samples, at_once=self.turns.fills_rows and len(layout.labels) > 1)
 
-    @on_host()
+    @made_on_host()
     def read(self, batch: Batch) -> tuple[Layout, Samples]:
         """The batch as the decoder sees it, [B, S] on the CPU, and its samples.
 

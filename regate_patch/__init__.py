@@ -24,7 +24,7 @@ from regate_patch.inspection import inspect
 from regate_patch.passes.rewrite import Rewrite
 from regate_patch.sharding import is_sharded
 from regate_patch.statistics import Statistics
-from regate_patch.transfer import on_host, to_device
+from regate_patch.transfer import to_device
 
 __all__ = [
     "Active",
@@ -47,7 +47,6 @@ __all__ = [
     "current",
     "inspect",
     "is_sharded",
-    "on_host",
     "patch",
     "to_device",
 ]

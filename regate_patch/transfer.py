@@ -17,7 +17,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 @contextlib.contextmanager
-def on_host() -> Iterator[None]:
+def made_on_host() -> Iterator[None]:
     """Inside, tensors are made on the CPU where nothing else is said, whatever `torch.set_default_device` says.
 
     Not for what runs the model: it may count on that default.

@@ -33,7 +33,7 @@ from regate_patch.analysis.blocks import Span
 from regate_patch.analysis.graph import argument, erase_dead, expr, is_call, is_scalar, is_tensor, shape, value
 from regate_patch.analysis.mixers import SDPA, sdpa_arguments
 from regate_patch.analysis.tokens import Tokens
-from regate_patch.transfer import on_host
+from regate_patch.transfer import made_on_host
 
 _LONGEST = 8192  # of a probe: its mask has so many squared entries
 _FEW = 16  # numbers up to this one are axes, ranks and the like; a window so small shows in any probe
@@ -166,7 +166,7 @@ def _proven(gm: fx.GraphModule, mask: fx.Node, tokens: Tokens, known: Mapping[fx
     return Proven(0)
 
 
-@on_host()
+@made_on_host()
 def _causal_up_to(
     gm: fx.GraphModule, subgraph: list[fx.Node], mask: fx.Node, read: fx.Node | None, tokens: Tokens, *, samples: bool
 ) -> float:
