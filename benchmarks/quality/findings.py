@@ -25,6 +25,7 @@ PAIRS = (
     ("lastfull", "regate", "for full steps at the end"),
     ("keep25", "regate", "for half as many labels"),
     ("keep75", "regate", "for half as many more labels"),
+    ("budget", "random", "at equal budget"),
     ("budget", "regate", "for a budget of the batch"),
     ("budget25", "keep25", "for a budget of the batch"),
     ("visible", "regate", "for seeing what is left out"),
