@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -99,9 +100,7 @@ def test_full_steps_are_the_unpatched_model(
     gate = regate.apply(model, regate.Config(warmup=1000, **config), teacher=None)
     for _ in range(2):
         assert_same(_step(model, batch | call, objective), expected)
-    if says is not None:
-        with pytest.raises(AssertionError, match=says):  # the report names who reads
-            assert str(gate.report()) == ""
+    assert says is None or re.search(says, str(gate.report()))  # who reads
     assert gate.report()["labels_seen"] > 0
 
 
