@@ -73,8 +73,6 @@ OTHER = (
     "explain. Full steps run the model as it is, but sparse steps may be off as much: train it with "
     "regate.Config.exact() or without a gate, and report the model"
 )
-
-
 DIVIDED = (
     "the loss is divided by `{name}`, the number of labels: on sparse steps the model is given the number of those kept"
 )

@@ -47,21 +47,35 @@ def test_shifted_labels_are_masked_with_labels(name: str) -> None:
         assert_same(got, step(model, masked))
 
 
-def _weighted(model: Any, name: str = "loss_weights", *, at_predictors: bool = False) -> None:
-    """A loss of the model's own that takes weights of labels and divides by their sum."""
-    forward = type(model).forward
+def _with_loss(model: Any, name: str, loss: Callable[[Tensor, Any], Any]) -> None:
+    """A loss of the model's own, of losses at predictors [B, S] and an entry of the call, which its forward takes."""
+    own = type(model).forward
 
-    @functools.wraps(forward)
-    def weighs(*args: Any, **kwargs: Any) -> Any:
-        weights = kwargs.pop(name)
-        output = forward(model, *args, **kwargs)
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        entry = kwargs.pop(name)
+        output = own(model, *args, **kwargs)
         labels = _shifted(kwargs["labels"])
-        losses = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="none")
-        weights = (weights if at_predictors else F.pad(weights, (0, 1))[:, 1:]).flatten()
-        output.loss = (losses * weights).sum() / weights.sum()
+        losses = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+        output.loss = loss(losses, entry)
         return output
 
-    model.forward = weighs
+    model.forward = forward
+
+
+def _weighted(model: Any, name: str = "loss_weights", *, at_predictors: bool = False) -> None:
+    """It takes weights of labels and divides by their sum."""
+
+    def loss(losses: Tensor, weights: Tensor) -> Tensor:
+        weights = weights if at_predictors else F.pad(weights, (0, 1))[:, 1:]
+        return (losses * weights).sum() / weights.sum()
+
+    _with_loss(model, name, loss)
+
+
+def _divided(model: Any, name: str, divisor: Callable[[Any], Any]) -> None:
+    """Each row's sum by what `divisor` makes of an entry of the call, added up."""
+    _with_loss(model, name, lambda losses, entry: (losses.sum(1) / divisor(entry)).sum())
 
 
 @pytest.mark.few(3)
@@ -99,22 +113,6 @@ def test_weights_of_a_shape_that_cannot_be_laid_along_labels() -> None:
     regate.apply(model, SPARSE, teacher=None)
     with pytest.raises(LabelsError, match=r"`loss_weights` \[2, \d+\] seems to name or weigh labels"):
         model(**batch, loss_weights=torch.ones(2, batch["labels"].shape[1] + 3))
-
-
-def _divided(model: Any, name: str, divisor: Callable[[Any], Any]) -> None:
-    """A loss of the model's own: each row's sum by what `divisor` makes of an entry of the call, added up."""
-    forward = type(model).forward
-
-    @functools.wraps(forward)
-    def divides(*args: Any, **kwargs: Any) -> Any:
-        entry = kwargs.pop(name)
-        output = forward(model, *args, **kwargs)
-        labels = _shifted(kwargs["labels"])
-        losses = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="none")
-        output.loss = (losses.view(labels.shape).sum(1) / divisor(entry)).sum()
-        return output
-
-    model.forward = divides
 
 
 def _itself(entry: Any) -> Any:
@@ -168,20 +166,12 @@ def test_what_is_as_many_as_labels_by_chance_stays(name: str, by_chance: bool) -
     """The loss tells: half of its divisor doubles it."""
     model, batch = _made("right")
     seen: list[Any] = []
-    own = type(model).forward
 
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs.pop(name))
-        output = own(model, *args, **kwargs)
-        if by_chance:
-            output.loss = output.loss + (seen[-1] - 1.0) ** 2
-        else:
-            labels = _shifted(kwargs["labels"]).flatten()
-            output.loss = F.cross_entropy(output.logits.flatten(0, 1), labels, reduction="sum") / seen[-1]
-        return output
+    def loss(losses: Tensor, entry: Tensor) -> Tensor:
+        seen.append(entry)
+        return losses.mean() + (entry - 1.0) ** 2 if by_chance else losses.sum() / entry
 
-    model.forward = forward
+    _with_loss(model, name, loss)
     n = int((batch["labels"] != -100).sum())
     gate = regate.apply(model, SPARSE, teacher=None)
     for _ in range(2):
