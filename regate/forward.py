@@ -2,8 +2,8 @@
 
 begin      read the batch; full or sparse, and whose turn to be full? score labels, keep the best; how much of the
            decoder's output is read? The only wait for the device
-arguments  the model's call with the other labels masked; opens what holds while the model runs
-positions  the engine asks what the decoder computes
+arguments  the model's call with the other labels masked; opens what holds while the model runs, in which the engine
+           asks what the decoder computes (`decoding.py`)
 decoded    the decoder's output goes on to the head at predictors of kept labels alone
 finish     take the student's losses at kept labels, without waiting for them; what the caller gets
 close      whatever happened
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,32 +20,25 @@ from torch import Tensor
 
 import regate_patch
 from model_adapters import Batch, Layout
-from model_adapters.attention import stand_in
 from model_adapters.base import labels_alone
-from model_adapters.flash import called_by
 from model_adapters.recording import install_recording
-from regate.errors import ConfigError, LogitsError
+from regate.asking import ask_for_divisors, ask_for_readers
+from regate.decoding import Decoding
+from regate.errors import LogitsError
 from regate.labels import IGNORED, predicted, predictors
 from regate.output import router
-from regate.output.head import Reading, embeddings, hidden_states, is_aside, with_hidden_states
+from regate.output.head import Reading, hidden_states, is_aside, with_hidden_states
 from regate.output.logits import LazyHead
 from regate.output.loss import Places
 from regate.output.outputs import get, kept_losses, rescale, with_logits
 from regate.output.withheld import WithheldLogits, watched
 from regate.parts import Parts
-from regate.proof.divisors import is_divided
-from regate.proof.prove import NOTHING, Proven, few_of, prove
 from regate.proof.readers import Saving
 from regate.proof.reads import Read
-from regate.proof.trial import Subject
-from regate.ranks import highest, in_step
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples
 from regate.training import supervision
-from regate.training.batches import ignored_as_here
-from regate.training.hooks import followable_peft, without_cache
-from regate.undisturbed import without_dropout
-from regate_patch import is_sharded, to_device
+from regate_patch import to_device
 
 AT_ONCE = (
     "rows are filled up to the longest: they cannot be laid end to end, for attention says something else than causal "
@@ -68,14 +59,6 @@ SUMMED = (
     "these, gate.last.labels_kept, and not by all labels of the batch, or the gradient is too small by the share "
     "that is kept"
 )
-OTHER = (
-    "on the first batch the engine's numbers without padding are not the model's, by more than its dtype's digits "
-    "explain. Full steps run the model as it is, but sparse steps may be off as much: train it with "
-    "regate.Config.exact() or without a gate, and report the model"
-)
-DIVIDED = (
-    "the loss is divided by `{name}`, the number of labels: on sparse steps the model is given the number of those kept"
-)
 NOT_ONE = (
     "the model's loss is no single number, and sparse steps have losses of the labels that they keep alone: what takes "
     "their mean outside must divide by the number of these, gate.last.kept, and not by all labels of the batch, or the "
@@ -87,8 +70,7 @@ class Forward:
     """See the module's description.
 
     Attributes:
-        decision: what is kept and computed.
-        saving: what of it is left out, for nobody reads it.
+        saving: what is left out of what is computed, for nobody reads it.
     """
 
     def __init__(
@@ -106,34 +88,35 @@ class Forward:
         self._target, self._decoder, self._head = parts.target, parts.decoder, parts.head
         self._call: dict[str, Any] = {k: v for k, v in (layout.call or batch).items() if k != "sample_ids"}
         self._device: torch.device = batch["labels"].device
-        self._all_whole = full or (whole is not None and bool(whole[samples.candidates.any(1)].all()))
+        all_whole = full or (whole is not None and bool(whole[samples.candidates.any(1)].all()))
         self._balanced = router.is_balanced(self._target, self._call)
         self._beside = self._beside_labels() if parts.config.keep < 1 else {}
         self._scope = contextlib.ExitStack()
-        self._active: regate_patch.Active | None = None  # what the decoder ran on
-        self._entered = False  # was it to run on less than everything?
-        self._made: Tensor | None = None  # the hidden states that it made
-        self._decoded: Any = None  # what the model goes on with instead of its output
-        self._lazy: LazyHead | None = None  # by which its head's logits are made
+        self._made: Tensor | None = None  # the hidden states that the decoder made
+        self._decoded: Any = None  # what the model goes on with instead of the decoder's output
+        self._lazy: LazyHead | None = None  # by which the head's logits are made
         self._asked, self._inside = parts.readers.hanging(self._call)
         if self._asked or self._inside:
             install_recording(self._target, self._decoder)
         self._on_padding = samples.on_padding if full else None
-        self._kept = samples.candidates if full else parts.scorer.keep(samples, whole=whole)  # [N, L]
-        if not full and bool((layout.visual & (layout.labels != IGNORED)).any()):
-            parts.note(ON_IMAGES)
+        self._kept = samples.candidates  # [N, L]
+        if not full:
+            self._kept = parts.scorer.keep(samples, whole=whole)
+            if bool((layout.visual & (layout.labels != IGNORED)).any()):
+                parts.note(ON_IMAGES)
         kept = samples.segments.pack(self._kept)
         if due:
-            self._ask_for_divisors()
-            parts.readers.learn(self._prove())
+            self._ask()
         self.saving = self._saving_at(kept)
         at_whole, beyond = None, torch.tensor(self._beyond(full), device="cpu")
         if whole is not None:
             at_whole = samples.segments.pack(whole[:, None].expand_as(self._kept))
             beyond = torch.where(at_whole, self._beyond(True), beyond)
-        self.decision = Decision.of(
+        decision = Decision.of(
             layout, kept, parts.config, full=full, beyond=beyond, whole=at_whole, on_padding=self._on_padding
         )
+        tail, visible = self.saving.read == Read.KEPT, parts.config.elided == "visible" and not all_whole
+        self._decoding = Decoding(parts, self._call, layout, decision, samples.segments.owner, tail, visible)
         self._reading = Reading.of(layout.labels, kept) if self.saving.short else None
         self._places = Places.of(layout.labels, kept) if self._reading is None else self._reading.places
 
@@ -163,6 +146,18 @@ class Forward:
         parts.counters.gate_seconds += time.perf_counter() - start - (parts.counters.teacher_seconds - taught)
         return forward
 
+    @property
+    def decision(self) -> Decision:
+        """What is kept and computed."""
+        return self._decoding.decision
+
+    def _ask(self) -> None:
+        """What is due to be asked of the model."""
+        parts, owner = self.parts, self._samples.segments.owner
+        ask_for_divisors(parts, self._call, self._beside)
+        self._beside = self._beside_labels() if self._beside else {}
+        parts.readers.learn(ask_for_readers(parts, self._call, self.layout, self._beside, owner=owner))
+
     def _beside_labels(self) -> dict[str, Any]:
         """What the call has beside its labels, but for what the adapter masks by itself."""
         labels, with_labels = self.layout.labels, self.parts.adapter.with_labels
@@ -171,87 +166,6 @@ class Forward:
         return supervision.beside(call, labels, self.parts.no_counts)
 
     # -- what is read ---------------------------------------------------------------------------------
-
-    def _ask_for_divisors(self) -> None:
-        """Numbers of the call that are as many as its labels: is the loss divided by them, or is it chance?"""
-        parts, doubtful = self.parts, supervision.doubtful(self._beside)
-        for name in in_step(doubtful) if parts.readers.in_step else doubtful:
-            call = self._call | self._without_cache()
-            changed = {} if name is None else supervision.halved(self._beside, name)
-            with without_dropout(self._decoder), ignored_as_here():
-                divided = is_divided(self._target, call, changed)
-            if name is not None and divided:
-                parts.note(DIVIDED.format(name=name))
-            elif name is not None:
-                parts.no_counts.add(name)
-        self._beside = self._beside_labels() if self._beside else {}
-
-    def _prove(self) -> Proven:
-        """In the first forward: what full steps may leave out (see `regate/proof`)."""
-        parts, labels, valid = self.parts, self.layout.labels, self.layout.valid
-        if parts.config.logits == "kept" and not parts.handle.captures():  # before what the proof runs trips over it
-            return NOTHING
-        few = few_of(labels)
-        some = replace(self.layout, labels=torch.where(few, labels, IGNORED))
-        sharded = is_sharded(self._target)
-        own_head = bool(self._call.get("fused_lm_head"))  # which leaves out what has no label by itself
-        plain = parts.adapter.with_labels is labels_alone and not own_head
-        shortens = plain and not supervision.has_tensors(self._beside)
-
-        @contextlib.contextmanager
-        def elide(read: Read, tail: bool) -> Iterator[None]:
-            self.decision = Decision.of(some, few, parts.config, full=True, beyond=read >= Read.VALID)
-            with self._engine(tail=tail):
-                yield
-
-        device_labels = to_device(some.labels, self._device)
-        with without_dropout(self._decoder) as had_dropout, self._aside(had_dropout), ignored_as_here():
-            proven = prove(
-                Subject(
-                    model=self._target,
-                    decoder=self._decoder,
-                    call=self._call
-                    | parts.adapter.with_labels(parts.model, self._call, device_labels)
-                    | supervision.masked(self._beside, labels, few)
-                    | self._without_cache(),
-                    labels=labels,
-                    few=few,
-                    live=valid & predictors(few).flip(1).cummax(1).values.flip(1),
-                    valid=valid,
-                    elide=elide,
-                    lazy=None if sharded else parts.lazy_head(),
-                    short=shortens and parts.config.logits == "kept",
-                    at_least=Read.ALL if parts.config.logits == "all" else Read.VALID if self._balanced else Read.KEPT,
-                    backward=not sharded,
-                    in_step=parts.readers.in_step,
-                    highest=highest if parts.readers.in_step else int,
-                )
-            )
-        self._active, self._entered = None, False
-        if proven.other and (usual := stand_in(self._decoder)) is not None:
-            raise regate_patch.UnsupportedGraphError(
-                f"the attention kernels of {type(self._decoder).__name__} compute something else than its "
-                f"'{usual}' attention: they know causal order, windows and padding, and leave out what else its masks "
-                f"say, such as image tokens that see one another. Train it with attn_implementation='{usual}'"
-            )
-        if proven.other and (calls := called_by(self._decoder)):
-            raise regate_patch.UnsupportedGraphError(
-                f"{type(self._decoder).__name__} calls {', '.join(sorted({name for _, name in calls}))} by itself, and "
-                "computes something else where it is given no padding mask but no padding either: its code takes more "
-                "from the mask than what is padding. Build it with SDPA or eager attention"
-            )
-        for note in (*proven.notes, *([OTHER] if proven.other else [])):
-            parts.note(note)
-        return proven
-
-    @contextlib.contextmanager
-    def _aside(self, aside: bool) -> Iterator[None]:
-        """Inside, the engine's graphs are for the moment: what is captured without dropout is not what trains."""
-        if not aside:
-            yield
-            return
-        with self.parts.handle.aside():
-            yield
 
     def _saving_at(self, kept: Tensor) -> Saving:
         """What this forward leaves out where these labels are kept, bool [B, S]."""
@@ -277,63 +191,16 @@ class Forward:
             labels = to_device(decision.labels_left, self._device)
             call |= parts.adapter.with_labels(parts.model, call, labels)
             call |= supervision.masked(self._beside, decision.labels, decision.kept)
-        call |= self._without_cache()
+        call |= parts.without_cache(call)
         if self._reading is not None:
             call["labels"] = to_device(self._reading.labels, self._device)
             if self.saving.lazy:
                 self._lazy = parts.lazy_head()
                 self._scope.enter_context(self._lazy.standing_in())
         if not (decision.full and self.saving.read == Read.ALL):
-            self._scope.enter_context(self._engine(tail=self.saving.read == Read.KEPT))
+            self._scope.enter_context(self._decoding.entering())
         parts.counters.gate_seconds += time.perf_counter() - start
         return call
-
-    @contextlib.contextmanager
-    def _engine(self, *, tail: bool) -> Iterator[None]:
-        """Inside, the decoder computes the decision's positions; with `tail`, its end at predictors of kept labels."""
-        self._tail, self._entered = tail and not self._balanced, True
-        with contextlib.ExitStack() as scope:
-            scope.enter_context(self.parts.adapter.followable(self.parts.model, self._decoder))
-            scope.enter_context(followable_peft())
-            scope.enter_context(without_cache(self._decoder, called_so=bool(self._without_cache())))
-            if self._balanced:
-                scope.enter_context(router.balanced_over(self._target, self._decoder, self._computed))
-            scope.enter_context(regate_patch.active(self.positions))
-            yield
-
-    def _without_cache(self) -> dict[str, Any]:
-        """In the call, where it may say so: what is read of the config may be passed on as it was."""
-        return {"use_cache": False} if self.parts.takes_cache or "use_cache" in self._call else {}
-
-    def _computed(self) -> Tensor:
-        return to_device(self.decision.active, self._device)
-
-    @torch.compiler.disable
-    def positions(self, *args: Any, **kwargs: Any) -> regate_patch.Active | None:
-        """What the decoder computes, now that it is called; None where that is no part of the training.
-
-        Raises:
-            ConfigError: visual tokens are to be left out, but the decoder is not called with embeddings.
-        """
-        if is_aside(args, kwargs, tuple(self.decision.labels.shape)):
-            return None
-        start = time.perf_counter()
-        share = self.parts.config.visual_keep
-        if share < 1 and bool(self.layout.visual.any()):  # also on full steps: sooner than after warm-up
-            found = embeddings(args, kwargs)
-            if found is None or found.shape[:2] != self.layout.visual.shape:
-                raise ConfigError(
-                    f"visual_keep={share} needs the embeddings of visual tokens, and {type(self._decoder).__name__} is "
-                    "not called with such; set visual_keep=1"
-                )
-            self.decision = self.decision.thin(found, share)
-        device = next(x.device for x in (*kwargs.values(), *args) if isinstance(x, Tensor))
-        visible = self.parts.config.elided == "visible" and not self._all_whole
-        self._active = self.decision.positions(
-            device, read=self._tail, owner=self._samples.segments.owner, visible=visible
-        )
-        self.parts.counters.gate_seconds += time.perf_counter() - start
-        return self._active
 
     def decoded(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """What the model goes on with instead of its decoder's output."""
@@ -357,7 +224,7 @@ class Forward:
 
     def outgrown(self, output: Any) -> bool:
         """Is more read of what the decoder computes than was proven? Then this forward must run anew."""
-        elsewhere = 0 if self._active is None else self.parts.handle.statistics.put_elsewhere
+        elsewhere = 0 if self._decoding.active is None else self.parts.handle.statistics.put_elsewhere
         return self.parts.readers.outgrown(self.saving, output, self._decoded, made=self._made, elsewhere=elsewhere)
 
     def again(self) -> Forward:
@@ -374,9 +241,9 @@ class Forward:
             NotElidedError: the model did not call its decoder.
         """
         self.close()
-        parts, decision, active, reading = self.parts, self.decision, self._active, self._reading
+        parts, decision, active, reading = self.parts, self.decision, self._decoding.active, self._reading
         statistics = parts.handle.statistics
-        passed_by = self._entered and statistics.failed is None and (active is None or not active.ran)
+        passed_by = self._decoding.entered and statistics.failed is None and (active is None or not active.ran)
         if self._decoded is None or passed_by:
             raise regate_patch.NotElidedError(
                 f"{type(self._target).__name__} ran a training forward without calling its decoder "
@@ -422,8 +289,8 @@ class Forward:
         labelled, had = sum(self._samples.candidates.any(1).tolist()), sum(whole.tolist())
         numbers = {"samples_sparse": labelled - had, "samples_whole": had}
         parts.counters.add(numbers)
-        laid = all(rewritten.end_to_end for rewritten in parts.handle.statistics.last)
-        if not laid and len(self.layout.labels) > 1 and self._active is not None and not self._active.empty:
+        active, laid = self._decoding.active, all(rewritten.end_to_end for rewritten in parts.handle.statistics.last)
+        if not laid and len(self.layout.labels) > 1 and active is not None and not active.empty:
             parts.turns.fills_rows = True
             parts.note(AT_ONCE)
 

@@ -71,12 +71,13 @@ class Parts:
         names = (name for name, part in self.model.named_modules() if part is self.decoder)
         self._found_at = found.split(".") if (found := next(names, None)) else None
 
-    @property
-    def takes_cache(self) -> bool:
-        """May the call of `target` say whether it is to make a cache? Its forward may have been replaced."""
+    def without_cache(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """What tells `target` in its call to make no cache, if it may be told so: what it reads of its config may be
+        passed on as it was. Its forward may have been replaced."""
         parameters = signature(self.target).parameters
         others = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-        return "use_cache" in parameters or (others and hasattr(self.target, "config"))
+        told = "use_cache" in parameters or (others and hasattr(self.target, "config")) or "use_cache" in call
+        return {"use_cache": False} if told else {}
 
     @property
     def vocabulary(self) -> int:

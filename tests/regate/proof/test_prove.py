@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import regate
-from regate import forward
+from regate import asking
 from regate.errors import LabelsError
 from regate.forward import Forward
 from regate.proof import trial
@@ -262,7 +262,7 @@ def test_losses_are_those_of_the_forward_where_logits_were_made_at_once(monkeypa
 
 
 def test_an_engine_that_computes_something_else_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "prove", lambda subject: replace(NOTHING, other=True))
+    monkeypatch.setattr(asking, "prove", lambda subject: replace(NOTHING, other=True))
     model = CORE["llava"].build()
     gate = regate.apply(model, FULL, teacher=None)
     model(**CORE["llava"].batch())

@@ -1,0 +1,143 @@
+"""What a model is asked in its first forward: which numbers divide its loss, and what full steps may leave out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import regate_patch
+from model_adapters import Layout
+from model_adapters.attention import stand_in
+from model_adapters.base import labels_alone
+from model_adapters.flash import called_by
+from regate.decoding import Decoding
+from regate.labels import IGNORED, predictors
+from regate.output import router
+from regate.parts import Parts
+from regate.proof.divisors import is_divided
+from regate.proof.prove import NOTHING, Proven, few_of, prove
+from regate.proof.reads import Read
+from regate.proof.trial import Subject
+from regate.ranks import highest, in_step
+from regate.scoring.decision import Decision
+from regate.training import supervision
+from regate.training.batches import ignored_as_here
+from regate.undisturbed import without_dropout
+from regate_patch import is_sharded, to_device
+
+DIVIDED = (
+    "the loss is divided by `{name}`, the number of labels: on sparse steps the model is given the number of those kept"
+)
+OTHER = (
+    "on the first batch the engine's numbers without padding are not the model's, by more than its dtype's digits "
+    "explain. Full steps run the model as it is, but sparse steps may be off as much: train it with "
+    "regate.Config.exact() or without a gate, and report the model"
+)
+
+
+def ask_for_divisors(parts: Parts, call: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
+    """Numbers of the call that are as many as its labels: is the loss divided by them, or is it chance?
+
+    `parts.no_counts` learns of those by which it is not. `beside` is what `supervision.beside` found.
+    """
+    doubtful = supervision.doubtful(beside)
+    for name in in_step(doubtful) if parts.readers.in_step else doubtful:
+        changed = {} if name is None else supervision.halved(beside, name)
+        with without_dropout(parts.decoder), ignored_as_here():
+            divided = is_divided(parts.target, {**call, **parts.without_cache(call)}, changed)
+        if name is not None and divided:
+            parts.note(DIVIDED.format(name=name))
+        elif name is not None:
+            parts.no_counts.add(name)
+
+
+def ask_for_readers(
+    parts: Parts, call: Mapping[str, Any], layout: Layout, beside: Mapping[str, Any], *, owner: Tensor
+) -> Proven:
+    """What full steps may leave out of the model's output (see `regate/proof`).
+
+    Args:
+        parts: the gate's.
+        call: the arguments of the model's call.
+        layout: of the batch, [B, S].
+        beside: what `supervision.beside` found.
+        owner: int64 [B, S] on the CPU, the sample of each position.
+
+    Raises:
+        UnsupportedGraphError: its kernels of attention compute something else than the model does.
+    """
+    if parts.config.logits == "kept" and not parts.handle.captures():  # before what the proof runs trips over it
+        return NOTHING
+    labels, valid, few = layout.labels, layout.valid, few_of(layout.labels)
+    some = replace(layout, labels=torch.where(few, labels, IGNORED))
+    sharded = is_sharded(parts.target)
+    own_head = bool(call.get("fused_lm_head"))  # which leaves out what has no label by itself
+    plain = parts.adapter.with_labels is labels_alone and not own_head
+    shortens = plain and not supervision.has_tensors(beside)
+    least = Read.VALID if router.is_balanced(parts.target, call) else Read.KEPT
+
+    @contextlib.contextmanager
+    def elide(read: Read, tail: bool) -> Iterator[None]:
+        decision = Decision.of(some, few, parts.config, full=True, beyond=read >= Read.VALID)
+        with Decoding(parts, call, some, decision, owner, tail).entering():
+            yield
+
+    few_labels = to_device(some.labels, call["labels"].device)
+    with without_dropout(parts.decoder) as had_dropout, _aside(parts, had_dropout), ignored_as_here():
+        proven = prove(
+            Subject(
+                model=parts.target,
+                decoder=parts.decoder,
+                call={
+                    **call,
+                    **parts.adapter.with_labels(parts.model, call, few_labels),
+                    **supervision.masked(beside, labels, few),
+                    **parts.without_cache(call),
+                },
+                labels=labels,
+                few=few,
+                live=valid & predictors(few).flip(1).cummax(1).values.flip(1),
+                valid=valid,
+                elide=elide,
+                lazy=None if sharded else parts.lazy_head(),
+                short=shortens and parts.config.logits == "kept",
+                at_least=Read.ALL if parts.config.logits == "all" else least,
+                backward=not sharded,
+                in_step=parts.readers.in_step,
+                highest=highest if parts.readers.in_step else int,
+            )
+        )
+    if proven.other:
+        _refuse_kernels(parts)
+    for note in (*proven.notes, *([OTHER] if proven.other else [])):
+        parts.note(note)
+    return proven
+
+
+@contextlib.contextmanager
+def _aside(parts: Parts, aside: bool) -> Iterator[None]:
+    """Inside, the engine's graphs are for the moment: what is captured without dropout is not what trains."""
+    with parts.handle.aside() if aside else contextlib.nullcontext():
+        yield
+
+
+def _refuse_kernels(parts: Parts) -> None:
+    """The engine's numbers are not the model's: is it attention that knows less than the model's own?"""
+    name = type(parts.decoder).__name__
+    if (usual := stand_in(parts.decoder)) is not None:
+        raise regate_patch.UnsupportedGraphError(
+            f"the attention kernels of {name} compute something else than its '{usual}' attention: they know causal "
+            "order, windows and padding, and leave out what else its masks say, such as image tokens that see one "
+            f"another. Train it with attn_implementation='{usual}'"
+        )
+    if calls := called_by(parts.decoder):
+        raise regate_patch.UnsupportedGraphError(
+            f"{name} calls {', '.join(sorted({function for _, function in calls}))} by itself, and computes something "
+            "else where it is given no padding mask but no padding either: its code takes more from the mask than what "
+            "is padding. Build it with SDPA or eager attention"
+        )
