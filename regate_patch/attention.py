@@ -6,7 +6,7 @@ On CUDA in half precision `torch.nn.attention.varlen`; on the CPU torch's flash 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,7 +67,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: i
 
 
 def differentiable(
-    grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor], parts: Iterable[tuple[Any, ...]], scale: float
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    parts: Callable[[Tensor, Tensor, Tensor], Iterable[tuple[Any, ...]]],
+    scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients that are to be differentiated themselves (`create_graph=True`), which no kernel's backward can be.
 
@@ -77,14 +80,15 @@ def differentiable(
         parts: what of these makes one part of the result along T after the other, and the mask of each; None is causal.
         scale: of the products.
     """
+    views = [x.view_as(x) for x in inputs]  # none of which another was made of, as a value may be of its key
     with sdpa_kernel(SDPBackend.MATH):
         found = [
             scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-            for q, k, v, mask in parts
+            for q, k, v, mask in parts(*views)
         ]
     if not found:
         return tuple(torch.zeros_like(x) for x in inputs)
-    needed = [x for x in inputs if x.requires_grad]
+    needed = [x for x in views if x.requires_grad]
     grads = iter(torch.autograd.grad(torch.cat(found, 2), needed, grad, create_graph=True))
     return tuple(next(grads) if x.requires_grad else None for x in inputs)
 
@@ -158,7 +162,10 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor)
     query, key, value, starts, output, sums = ctx.saved_tensors  # type: ignore[attr-defined]
     scale: float = ctx.scale  # type: ignore[attr-defined]
     if torch.is_grad_enabled():
-        parts = ((*qkv, None) for qkv in _samples(starts, query, key, value))
+
+        def parts(*inputs: Tensor) -> Iterator[tuple[Any, ...]]:
+            return ((*qkv, None) for qkv in _samples(starts, *inputs))
+
         return (*differentiable(grad, (query, key, value), parts, scale), None, None)
     return (*_attend_backward(grad, query, key, value, output, sums, starts, scale), None, None)
 

@@ -163,8 +163,11 @@ def _remember(ctx: Any, inputs: tuple[object, ...], output: tuple[Tensor, ...]) 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         query, key, value, places, counts, visible, *_others = ctx.saved_tensors
-        found = _parts(counts, places, visible, query.dtype)
-        parts = ((query[at], key[of], value[of], mask) for at, of, mask in found)
+
+        def parts(query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[Any, ...]]:
+            found = _parts(counts, places, visible, query.dtype)
+            return ((query[at], key[of], value[of], mask) for at, of, mask in found)
+
         return (*differentiable(grad, (query, key, value), parts, ctx.scale), *[None] * 4)
     return (*_backward(grad, *ctx.saved_tensors, ctx.scale), *[None] * 4)
 

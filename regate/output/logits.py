@@ -251,10 +251,11 @@ class _InChunks(torch.autograd.Function):
 
     @staticmethod
     def _twice(ctx: Any, gradient: Tensor, hidden: Tensor, labels: Tensor, *parameters: Tensor) -> Any:
-        """The same gradients, with a graph of their own."""
+        """The same gradients, with a graph of their own: by views, which no hidden state was made of."""
+        views = [x.view_as(x) for x in (hidden, *parameters)]
         with ctx.context(), torch.enable_grad():
-            losses = ctx.some(hidden, labels, *parameters)
-        needed = [x for x in (hidden, *parameters) if x.requires_grad]
+            losses = ctx.some(views[0], labels, *views[1:])
+        needed = [x for x in views if x.requires_grad]
         found = iter(torch.autograd.grad(losses, needed, gradient, create_graph=True))
         by_hidden, *others = (next(found) if x.requires_grad else None for x in (hidden, *parameters))
         return None, None, by_hidden, None, *others

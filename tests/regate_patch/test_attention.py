@@ -64,3 +64,17 @@ def test_gradients_of_gradients(lengths: list[int], frozen: bool) -> None:
     once = torch.autograd.grad(attend(query, key, value).square().sum(), (query, value))
     again = torch.autograd.grad(attend(query, key, value).square().sum(), (query, value), create_graph=True)
     torch.testing.assert_close(again, once)
+
+
+def test_gradients_that_can_be_differentiated_where_a_key_is_the_value() -> None:
+    """Or one was made of the other: a gradient's way from the one to the other is autograd's, and is gone once."""
+    starts = torch.tensor([0, 4, 6], dtype=torch.int32)
+    query, source = (torch.randn(1, 2, 6, 4, dtype=torch.double, requires_grad=True) for _ in range(2))
+    found = []
+    for create_graph in (False, True):
+        for as_value in (lambda key: key, torch.tanh):
+            key = source * 2
+            value = as_value(key)
+            result = attention.attend(query, key, value, starts, 4, None).sin().sum()
+            found.append(torch.autograd.grad(result, source, create_graph=create_graph)[0].detach())
+    torch.testing.assert_close(found[2:], found[:2])

@@ -293,3 +293,15 @@ def test_gradients_of_gradients(frozen: str | None) -> None:
         penalty = sum((x.square().sum() for x in gradients), torch.zeros(()))
         found.append((gradients, torch.autograd.grad(penalty, learning)))
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_gradients_of_gradients_of_tied_weights() -> None:
+    """Hidden states are made of the head's own weight: the way through them is autograd's, and is gone once."""
+    head, hidden, labels = _problem()
+    found = []
+    for rows in (None, 3):
+        with LazyHead(head).standing_in(rows=rows):
+            loss = _capped(head((hidden @ head.weight.T @ head.weight).tanh()), labels)
+        (gradient,) = torch.autograd.grad(loss, head.weight, create_graph=True)
+        found.append((gradient, torch.autograd.grad(gradient.square().sum(), head.weight)))
+    torch.testing.assert_close(found[1], found[0])
