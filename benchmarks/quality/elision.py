@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.quality.tasks import Batch, arguments
 from model_adapters import find_adapter
-from regate.scoring.visual import count_left
+from regate.labels import count_of
 
 Worth = Callable[[Tensor], Tensor]
 
@@ -45,7 +45,7 @@ def visual_by(worth: Worth) -> Iterator[None]:
 def worthiest(worth: Tensor, visual: Tensor, keep: float) -> Tensor:
     """Of each row's n `visual` tokens (bool [B, S]) the `ceil(keep * n)` that are worth most (float [B, S])."""
     least = (-worth).masked_fill(~visual, float("inf"))
-    return least.argsort(1).argsort(1) < count_left(visual.sum(1), keep)[:, None]
+    return least.argsort(1).argsort(1) < count_of(visual.sum(1), keep)[:, None]
 
 
 def at_random(seed: int) -> Worth:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from model_adapters.conventional import text_config
 from model_adapters.signatures import signature
 from regate.config import Config
 from regate.errors import ConfigError, UnknownArchitectureError, served
-from regate.labels import IGNORED
+from regate.labels import IGNORED, count_of
 from regate.output.logits import CHUNK
 from regate.training.batches import on_host
 
@@ -185,28 +184,29 @@ def estimate(
     visible = config.elided == "visible"
     found = inspect(model, visible=visible)
     costs, laid = costs_of(model, found), all(graph.end_to_end for graph in found.graphs)
-    kept = [ceil(config.keep * s.answer - 1e-6) for s in counted]
+    kept = [int(count_of(s.answer, config.keep)) for s in counted]
     dense = 3 * sum(costs.forward(s.total, s.total) for s in counted)
     everywhere = config.logits == "all"
     full = 3 * sum(costs.forward(s.total, s.total if everywhere else s.answer) for s in counted)
     computed = [
-        ceil(config.visual_keep * s.visual - 1e-6) + s.prompt + answer_positions(s.answer, k, config)
+        int(count_of(s.visual, config.visual_keep)) + s.prompt + answer_positions(s.answer, k, config)
         for s, k in zip(counted, kept, strict=True)
     ]
     sparse = 3 * sum(
         costs.forward(n, s.total if everywhere else k, s.total if visible else None)
         for s, n, k in zip(counted, computed, kept, strict=True)
     )
-    asked = counted if config.uses_references else []
-    teacher = float(sum(costs.forward(s.prompt + s.answer, s.answer) for s in asked))
     steps = max(round(epochs * len(counted) * copies) if steps is None else steps, 1)
     full_share = sum(map(config.full_share, range(steps))) / steps
+    asked = counted if config.uses_references else []
+    teacher = float(sum(costs.forward(s.prompt + s.answer, s.answer) for s in asked))
     whole = _most_full(config, rows, laid=laid)
     epoch = full_share * full + (1 - full_share) * sparse
     longest = max(counted, key=lambda s: s.total)
     positions = sum(s.total for s in counted)
     sparse_activations = sum(computed) / positions
-    run = epochs * dense / (epochs * epoch + teacher)
+    taught = teacher if full_share < 1 else 0.0  # steps that are all full ask it nothing
+    run = epochs * dense / (epochs * epoch + taught)
     hours = None if flops_per_second is None else epochs * copies * dense / flops_per_second / 3600
     return Estimate(
         tokens=positions / len(counted),
@@ -237,7 +237,7 @@ def answer_positions(answer: int, kept: int, config: Config) -> int:
     """
     if config.alignment == "predictor":
         return kept
-    return min(ceil(kept * (2 - kept / answer) - 1e-6), answer)
+    return min(int(count_of(kept, 2 - kept / answer)), answer)
 
 
 def _most_full(config: Config, rows: int | None, *, laid: bool) -> float:
@@ -245,7 +245,7 @@ def _most_full(config: Config, rows: int | None, *, laid: bool) -> float:
     if config.schedule == "cycled" or config.final_full_steps or not laid:
         return float(config.full_steps + config.final_full_steps > 0)
     share = config.full_steps / config.cycle
-    return share if rows is None else ceil(rows * share - 1e-6) / rows
+    return share if rows is None else int(count_of(rows, share)) / rows
 
 
 def costs_of(model: nn.Module, found: regate_patch.Statistics) -> Costs:

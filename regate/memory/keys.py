@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model_adapters import Batch, Layout, ModelAdapter
 from model_adapters.visual import TABLES, Seen
 from regate.errors import StoreError
-from regate.labels import IGNORED
+from regate.labels import IGNORED, up_to_last
 
 UNKNOWN_IMAGES = (
     "which image belongs to which row of the batch cannot be told: equal texts share one difficulty; pass sample_ids, "
@@ -51,7 +51,7 @@ def text_keys(layout: Layout, *, pad: int | None = None) -> list[bytes]:
     counts = layout.valid
     if pad is not None:
         told = counts & ((ids != pad) | (layout.labels != IGNORED))
-        counts = counts & told.flip(1).cummax(1).values.flip(1)
+        counts = counts & up_to_last(told)
     ids_labels = torch.stack([ids, torch.where(layout.labels == IGNORED, -1, layout.labels)], -1)
     rows, counted = ids_labels.to("cpu", torch.int64).numpy(), counts.cpu().numpy()
     return [blake2b(row[mask].tobytes(), digest_size=16).digest() for row, mask in zip(rows, counted, strict=True)]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from model_adapters import Layout
 from regate.config import Config
-from regate.labels import IGNORED, predictors
+from regate.labels import IGNORED, count_of, predictors
 from regate.scoring.selection import active_positions
-from regate.scoring.visual import count_left, thinned
+from regate.scoring.visual import thinned
 from regate_patch import Active, to_device
 
 
@@ -78,7 +78,7 @@ class Decision:
         if config.visual_keep < 1 and not full:
             spare = layout.visual & active & ~predictors(kept) & ~whole
             n = spare.sum(1)
-            computed -= n - count_left(n, config.visual_keep)
+            computed -= n - count_of(n, config.visual_keep)
             spare = spare if bool(spare.any()) else None
         seen, labels_kept = int((layout.labels[:, 1:] != IGNORED).sum()), int(kept.sum())
         return cls(

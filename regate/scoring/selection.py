@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regate.config import Alignment
-from regate.labels import IGNORED, predictors
+from regate.labels import IGNORED, count_of, predictors, up_to_last
 
 
 def keep_highest(
@@ -31,7 +31,7 @@ def keep_highest(
         >>> keep_highest(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[True, True, True]]), 0.5).tolist()
         [[False, True, True]]
     """
-    k = torch.ceil(candidates.sum(1, keepdim=True).double() * keep - 1e-6)
+    k = count_of(candidates.sum(1, keepdim=True), keep)
     if draws is None or not explore:
         return _highest(scores, candidates, k)
     best = _highest(scores, candidates, k - torch.floor(k * explore + 1e-6))
@@ -78,4 +78,4 @@ def active_positions(
         active |= kept
     if visual is not None:
         active |= visual
-    return active & valid & (predicts_kept.flip(1).cummax(1).values.flip(1) | beyond)
+    return active & valid & (up_to_last(predicts_kept) | beyond)

@@ -12,12 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regate.labels import count_of
 from regate_patch import to_device
-
-
-def count_left(tokens: Tensor, keep: float) -> Tensor:
-    """`ceil(keep * n)` for integers n of any shape."""
-    return torch.ceil(tokens.double() * keep - 1e-6).long()
 
 
 @torch.no_grad()
@@ -36,7 +32,7 @@ def thinned(embeddings: Tensor, visual: Tensor, keep: float) -> Tensor:
     """
     device = embeddings.device
     stay = torch.zeros(visual.shape, dtype=torch.bool, device=device)
-    for b, goal in enumerate(count_left(visual.sum(1), keep).tolist()):
+    for b, goal in enumerate(count_of(visual.sum(1), keep).tolist()):
         places = to_device(visual[b].nonzero().squeeze(1), device)
         tokens = F.normalize(embeddings[b].index_select(0, places).float(), dim=-1)
         while (n := len(places)) > goal:

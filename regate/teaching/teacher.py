@@ -28,7 +28,7 @@ from model_adapters import Batch, Layout, ModelAdapter
 from model_adapters.conventional import text_config
 from model_adapters.flash import takes_one_row
 from regate.errors import NonFiniteLossError, StoreMismatchError, UnsupportedShardingError
-from regate.labels import IGNORED, predicted, predictors
+from regate.labels import IGNORED, predicted, predictors, up_to_last
 from regate.output.loss import Places, label_losses
 from regate.ranks import alone, any_rank
 from regate.teaching.quantize import to_4bit, unpacked
@@ -208,9 +208,8 @@ class Teacher:
         if positions is not None and positions.shape[-2] == len(layout.labels):
             positions = positions.index_select(-2, chosen.to(positions.device))
         seen = valid if padding.attend else valid & ~visual
-        needed = wanted.flip(1).cummax(1).values.flip(1).roll(-1, 1)  # up to the last predictor
-        needed[:, -1] = False
-        computed, read = seen & needed, predictors(wanted)
+        read = predictors(wanted)
+        computed = seen & up_to_last(read)
         if takes_one_row(self.decoder, batch):
             ids, mask, positions, active = end_to_end(ids, positions, computed, read)
             positions = positions.to(device)

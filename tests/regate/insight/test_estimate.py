@@ -90,6 +90,7 @@ def test_a_run_that_is_all_warm_up_is_said_to_be_one() -> None:
     """Unless the warm-up is nothing else than what follows."""
     short = regate.estimate(LLAMA, [(1352, 60, 20)], steps=30)
     assert short.verdict.endswith("All 30 steps are warm-up (--warmup 100), and no label is left out")
+    assert short.run == short.schedule == short.full  # and the teacher is not asked
     assert "All 100 steps are warm-up" in str(regate.estimate(LLAMA, [(0, 100, 900)], steps=100))
     for config, steps in ((None, 101), (regate.Config.exact(), 30)):
         assert "warm-up (" not in regate.estimate(LLAMA, [(0, 100, 900)], config, steps=steps).verdict
