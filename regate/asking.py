@@ -1,4 +1,4 @@
-"""What a model is asked in its first forward: which numbers divide its loss, and what full steps may leave out."""
+"""What a model is asked in its first forward: what may full steps leave out?"""
 
 from __future__ import annotations
 
@@ -16,23 +16,19 @@ from model_adapters.attention import stand_in
 from model_adapters.base import labels_alone
 from model_adapters.flash import called_by
 from regate.decoding import Decoding
-from regate.labels import IGNORED, predictors
+from regate.labels import IGNORED, predictors, up_to_last
 from regate.output import router
 from regate.parts import Parts
-from regate.proof.divisors import is_divided
-from regate.proof.prove import NOTHING, Proven, few_of, prove
+from regate.proof.prove import Proven, few_of, prove
 from regate.proof.reads import Read
 from regate.proof.trial import Subject
-from regate.ranks import highest, in_step
+from regate.ranks import highest
 from regate.scoring.decision import Decision
 from regate.training import supervision
 from regate.training.batches import ignored_as_here
 from regate.undisturbed import without_dropout
 from regate_patch import is_sharded, to_device
 
-DIVIDED = (
-    "the loss is divided by `{name}`, the number of labels: on sparse steps the model is given the number of those kept"
-)
 OTHER = (
     "on the first batch the engine's numbers without padding are not the model's, by more than its dtype's digits "
     "explain. Full steps run the model as it is, but sparse steps may be off as much: train it with "
@@ -40,26 +36,10 @@ OTHER = (
 )
 
 
-def ask_for_divisors(parts: Parts, call: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
-    """Numbers of the call that are as many as its labels: is the loss divided by them, or is it chance?
-
-    `parts.no_counts` learns of those by which it is not. `beside` is what `supervision.beside` found.
-    """
-    doubtful = supervision.doubtful(beside)
-    for name in in_step(doubtful) if parts.readers.in_step else doubtful:
-        changed = {} if name is None else supervision.halved(beside, name)
-        with without_dropout(parts.decoder), ignored_as_here():
-            divided = is_divided(parts.target, {**call, **parts.without_cache(call)}, changed)
-        if name is not None and divided:
-            parts.note(DIVIDED.format(name=name))
-        elif name is not None:
-            parts.no_counts.add(name)
-
-
 def ask_for_readers(
     parts: Parts, call: Mapping[str, Any], layout: Layout, beside: Mapping[str, Any], *, owner: Tensor
-) -> Proven:
-    """What full steps may leave out of the model's output (see `regate/proof`).
+) -> Proven | None:
+    """What full steps may leave out of the model's output (see `regate/proof`); None where that cannot be told now.
 
     Args:
         parts: the gate's.
@@ -72,7 +52,7 @@ def ask_for_readers(
         UnsupportedGraphError: its kernels of attention compute something else than the model does.
     """
     if parts.config.logits == "kept" and not parts.handle.captures():  # before what the proof runs trips over it
-        return NOTHING
+        return None
     labels, valid, few = layout.labels, layout.valid, few_of(layout.labels)
     some = replace(layout, labels=torch.where(few, labels, IGNORED))
     sharded = is_sharded(parts.target)
@@ -101,7 +81,7 @@ def ask_for_readers(
                 },
                 labels=labels,
                 few=few,
-                live=valid & predictors(few).flip(1).cummax(1).values.flip(1),
+                live=valid & up_to_last(predictors(few)),
                 valid=valid,
                 elide=elide,
                 lazy=None if sharded else parts.lazy_head(),

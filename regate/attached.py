@@ -134,7 +134,7 @@ class Attached:
             refuse_opaque(module, parts.decoder)
             self._look_around()
             self._looked = True
-        if parts.handle.statistics.failed is None:  # else on_unsupported="warn": the decoder runs dense
+        if self._can_gate():
             self._forward = Forward.begin(parts, batch, step=self.steps.step)
             self._unlabelled = 0 if self._forward is not None else self._unlabelled + 1
             if self._unlabelled == _UNLABELLED:
@@ -145,6 +145,13 @@ class Attached:
             return args, kwargs
         self.last = self._forward.decision
         return (), self._forward.arguments()
+
+    def _can_gate(self) -> bool:
+        """Else `on_unsupported` is "warn", and the decoder runs dense; transforms of `torch.func` know no value."""
+        handle = self._parts.handle
+        if torch._C._are_functorch_transforms_active() and not handle.captures():
+            return False
+        return handle.statistics.failed is None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._gating and is_inside(module):

@@ -22,7 +22,7 @@ import regate_patch
 from model_adapters import Batch, Layout
 from model_adapters.base import labels_alone
 from model_adapters.recording import install_recording
-from regate.asking import ask_for_divisors, ask_for_readers
+from regate.asking import ask_for_readers
 from regate.decoding import Decoding
 from regate.errors import LogitsError
 from regate.labels import IGNORED, predicted, predictors
@@ -40,10 +40,17 @@ from regate.scoring.scorer import Samples
 from regate.training import supervision
 from regate_patch import to_device
 
-AT_ONCE = (
+_FILLED = (
     "rows are filled up to the longest: they cannot be laid end to end, for attention says something else than causal "
-    "order. One full row would make all as long: so instead of some samples in every forward, all samples of some "
+    "order. "
+)
+AT_ONCE = (
+    f"{_FILLED}One full row would make all as long: so instead of some samples in every forward, all samples of some "
     "forwards keep every label. Steps cost as much on average, but not each, and learn as in cycles (docs/evidence.md)"
+)
+EACH_ITS_OWN = (
+    f"{_FILLED}The one that keeps most would make all as long: so the share that is kept is each sample's own, as with "
+    'budget="sample"'
 )
 ON_PADDING = (
     "labels stand on padding, or on a first token that padding predicts: full steps train on them as the model does, "
@@ -54,6 +61,16 @@ ON_IMAGES = (
     "labels stand on visual tokens, and are among those that sparse steps choose from. If they are not meant, as where "
     "labels are a copy of input_ids, set them to -100 where the placeholders of images are"
 )
+COUNTED = (
+    "`{name}` was the number of labels in every batch so far: where labels are left out, the model is given the number "
+    "of those kept"
+)
+BY_CHANCE = (
+    "`{name}` was the number of labels in every batch so far, but may be so by chance, for it is small and always the "
+    "same: sparse steps leave it as it is. If the loss is divided by it, call it `num_items_in_batch` or the like, or "
+    "the gradient is too small by the share that is kept"
+)
+GIVEN_UP = "`{name}` no longer is the number of labels: since then the model is given it as it is"
 SUMMED = (
     "the model's loss is the sum of its labels' losses, on sparse steps of those kept: divide it by the number of "
     "these, gate.last.labels_kept, and not by all labels of the batch, or the gradient is too small by the share "
@@ -101,12 +118,13 @@ class Forward:
         self._on_padding = samples.on_padding if full else None
         self._kept = samples.candidates  # [N, L]
         if not full:
-            self._kept = parts.scorer.keep(samples, whole=whole)
-            if bool((layout.visual & (layout.labels != IGNORED)).any()):
-                parts.note(ON_IMAGES)
+            self._kept = parts.scorer.keep(samples, whole=whole, apart=parts.fills_rows(layout))
+            self._tell_of_labels()
         kept = samples.segments.pack(self._kept)
         if due:
-            self._ask()
+            owner = samples.segments.owner
+            if (proven := ask_for_readers(parts, self._call, layout, self._beside, owner=owner)) is not None:
+                parts.readers.learn(proven)
         self.saving = self._saving_at(kept)
         at_whole, beyond = None, torch.tensor(self._beyond(full), device="cpu")
         if whole is not None:
@@ -122,14 +140,11 @@ class Forward:
 
     @classmethod
     def begin(cls, parts: Parts, batch: Batch, *, step: int) -> Forward | None:
-        """A forward of the optimizer step `step`; None where no label can be predicted, or the decoder runs dense.
+        """A forward of the optimizer step `step`; None where no label can be predicted.
 
         Raises:
-            RegateError: the batch cannot be gated (see `Parts.read`, `Scorer.prepare`, `supervision.beside`), or the
-                decoder cannot be captured now (see `Handle.captures`).
+            RegateError: the batch cannot be gated (see `Parts.read`, `Scorer.prepare`, `supervision.beside`).
         """
-        if torch._C._are_functorch_transforms_active() and not parts.handle.captures():  # in which no value is known
-            return None
         start, taught = time.perf_counter(), parts.counters.teacher_seconds
         layout, samples = parts.read(batch)
         parts.pace.wait()  # some embed their batch to read it
@@ -151,19 +166,22 @@ class Forward:
         """What is kept and computed."""
         return self._decoding.decision
 
-    def _ask(self) -> None:
-        """What is due to be asked of the model."""
-        parts, owner = self.parts, self._samples.segments.owner
-        ask_for_divisors(parts, self._call, self._beside)
-        self._beside = self._beside_labels() if self._beside else {}
-        parts.readers.learn(ask_for_readers(parts, self._call, self.layout, self._beside, owner=owner))
-
     def _beside_labels(self) -> dict[str, Any]:
         """What the call has beside its labels, but for what the adapter masks by itself."""
         labels, with_labels = self.layout.labels, self.parts.adapter.with_labels
         own = {"labels"} if with_labels is labels_alone else {*with_labels(self.parts.model, self._call, labels)}
         call = {k: v for k, v in self._call.items() if k not in own - {"labels"}}
-        return supervision.beside(call, labels, self.parts.no_counts)
+        return supervision.beside(call, labels, self.parts.numbers)
+
+    def _tell_of_labels(self) -> None:
+        """Of a sparse step: what stands where or is as large as it may not be meant to."""
+        parts, layout = self.parts, self.layout
+        if bool((layout.visual & (layout.labels != IGNORED)).any()):
+            parts.note(ON_IMAGES)
+        for name, by_chance in supervision.guesses(self._beside):
+            parts.note((BY_CHANCE if by_chance else COUNTED).format(name=name))
+        for name in sorted(parts.numbers.given_up):
+            parts.note(GIVEN_UP.format(name=name))
 
     # -- what is read ---------------------------------------------------------------------------------
 
@@ -243,7 +261,7 @@ class Forward:
         self.close()
         parts, decision, active, reading = self.parts, self.decision, self._decoding.active, self._reading
         statistics = parts.handle.statistics
-        passed_by = self._decoding.entered and statistics.failed is None and (active is None or not active.ran)
+        passed_by = self._decoding.entered and not statistics.ran_dense and (active is None or not active.ran)
         if self._decoded is None or passed_by:
             raise regate_patch.NotElidedError(
                 f"{type(self._target).__name__} ran a training forward without calling its decoder "
@@ -265,6 +283,7 @@ class Forward:
         if self._whole is not None:
             self._end_turns(self._whole)
         if not decision.full:
+            self._look_at_rows()
             self._look_at_loss(get(output, "loss"), losses)
         output = self._handed_out(output)
         if self._balanced and active is not None:
@@ -279,7 +298,7 @@ class Forward:
             parts.note(NOT_ONE)
         elif isinstance(loss, Tensor) and losses.numel() > 1 and not parts.saw_loss:
             parts.saw_loss = True
-            if bool(torch.isclose(loss.detach().float(), losses.sum(), rtol=1e-3)):
+            if bool(torch.isclose(loss.detach().float(), losses.sum().to(loss.device), rtol=1e-3)):
                 parts.note(SUMMED)
 
     def _end_turns(self, whole: Tensor) -> None:
@@ -289,10 +308,18 @@ class Forward:
         labelled, had = sum(self._samples.candidates.any(1).tolist()), sum(whole.tolist())
         numbers = {"samples_sparse": labelled - had, "samples_whole": had}
         parts.counters.add(numbers)
+
+    def _look_at_rows(self) -> None:
+        """Were those of a sparse step filled up to the longest? Then what makes one longer is given up from now on."""
+        parts = self.parts
         active, laid = self._decoding.active, all(rewritten.end_to_end for rewritten in parts.handle.statistics.last)
-        if not laid and len(self.layout.labels) > 1 and active is not None and not active.empty:
-            parts.turns.fills_rows = True
+        if laid or len(self.layout.labels) == 1 or active is None or active.empty:
+            return
+        parts.turns.fills_rows = True
+        if parts.turns.interleaved:
             parts.note(AT_ONCE)
+        if parts.config.budget == "batch":
+            parts.note(EACH_ITS_OWN)
 
     def close(self) -> None:
         """End what `arguments` began."""

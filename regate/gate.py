@@ -19,7 +19,7 @@ import regate_patch
 from model_adapters import Batch, ModelAdapter
 from regate.attached import Attached
 from regate.config import Config
-from regate.errors import ConfigError, UnsupportedShardingError
+from regate.errors import ConfigError, GateNotAppliedError, UnsupportedShardingError
 from regate.insight.report import Report
 from regate.memory.keys import NO_IDS
 from regate.memory.sharing import Exchange
@@ -89,9 +89,10 @@ class Gate:
         self.model, self.adapter, self._config = model, adapter, config
         self._backend, self._automatic = backend, teacher == "auto"
         self._notes: list[str] = []
+        self._removed = False
         target, decoder = adapter.causal_lm(model), adapter.decoder(model)
         taught_by = teacher_of(model, adapter, config, teacher, backend=backend, on_unsupported=on_unsupported)
-        with contextlib.ExitStack() as undone:  # if this is refused, by the store or the engine
+        with contextlib.ExitStack() as undone:  # if this is refused, by the store or the engine, or fails
             if taught_by is not None:
                 undone.callback(taught_by.close)
             self.counters, self.exchange = Counters(), Exchange(store)
@@ -112,31 +113,35 @@ class Gate:
                 visible=config.elided == "visible" and config.keep * config.visual_keep < 1,
                 disable=config.disable,
             )
+            undone.callback(handle.remove)
+            self.turns = Turns(config, self.exchange)
+            self.first = taught_by is not None and (teacher == "first" or (self._automatic and not self.scorer.lazily))
+            if self.first and self._automatic:
+                self.note(NO_COPY)
+            outer, pace = OuterCall(model, target), Pace(model, decoder, adapter, self.counters)
+            undone.callback(outer.remove)
+            undone.callback(pace.remove)
+            self._parts = Parts(
+                model,
+                target,
+                decoder,
+                outer,
+                pace,
+                adapter,
+                config,
+                handle,
+                self.scorer,
+                self.turns,
+                self.counters,
+                note=call_weakly(self.note),
+            )
+            if config.visual_keep < 1 and config.elided == "hidden":
+                self.note(HIDDEN.format(share=config.visual_keep))
+            gather_by_layer(decoder)
+            copies = taught_by is not None and taught_by.source in ("copy", "4bit")
+            self._attached = Attached(self, self._parts, learns_from_copy=copies, on_unsupported=on_unsupported)
+            self._state = RunState(self._attached.steps, self.scorer, self.turns)
             undone.pop_all()
-        self.turns = Turns(config, self.exchange)
-        self.first = taught_by is not None and (teacher == "first" or (self._automatic and not self.scorer.lazily))
-        if self.first and self._automatic:
-            self.note(NO_COPY)
-        self._parts = Parts(
-            model,
-            target,
-            decoder,
-            OuterCall(model, target),
-            Pace(model, decoder, adapter, self.counters),
-            adapter,
-            config,
-            handle,
-            self.scorer,
-            self.turns,
-            self.counters,
-            note=call_weakly(self.note),
-        )
-        if config.visual_keep < 1 and config.elided == "hidden":
-            self.note(HIDDEN.format(share=config.visual_keep))
-        gather_by_layer(decoder)
-        copies = taught_by is not None and taught_by.source in ("copy", "4bit")
-        self._attached = Attached(self, self._parts, learns_from_copy=copies, on_unsupported=on_unsupported)
-        self._state = RunState(self._attached.steps, self.scorer, self.turns)
 
     @property
     def _teacher(self) -> Teacher | None:
@@ -225,13 +230,14 @@ class Gate:
                 that FSDP2 has split needs it, and then it goes without saying.
 
         Raises:
-            GateNotAppliedError: the gate has no teacher.
+            GateNotAppliedError: the gate has no teacher, or was removed.
             LabelsError: a batch has no `labels`, or see `on_host`.
             StoreMismatchError: the store's are another teacher's.
             StoreError: reference losses are missing, and the model that would give them was trained meanwhile.
             ConfigError: it yields no batches of that kind; or this rank has no batch, but others have.
             UnsupportedShardingError: see `inner_call`; or ranks still lack the weights that would answer.
         """
+        self._check_applied()
         _refuse_single(dataloader)
         device = next(self._parts.target.parameters()).device
         refuse_opaque(self._parts.target, self._parts.decoder)
@@ -262,7 +268,13 @@ class Gate:
         self._attached.forget_copy()
 
     def choose(self, batch: Batch, *, full: bool = False) -> Tensor:
-        """The labels [B, S] bool that a sparse (or full) step would keep of this batch now; trains nothing."""
+        """The labels [B, S] bool that a sparse (or full) step would keep of this batch now; trains nothing.
+
+        Raises:
+            GateNotAppliedError: the gate was removed, and its teacher with it.
+            RegateError: the batch cannot be gated.
+        """
+        self._check_applied()
         self.flush()
         with torch.no_grad():
             layout, samples = self._parts.read(batch)
@@ -271,7 +283,15 @@ class Gate:
         self._meet_teacher()
         whole = self._parts.turns_of(layout, samples)
         self.scorer.prepare(samples, full=False, whole=whole, running=False)
-        return samples.segments.pack(self.scorer.keep(samples, whole=whole))
+        apart = self._parts.fills_rows(layout)
+        return samples.segments.pack(self.scorer.keep(samples, whole=whole, apart=apart))
+
+    def _check_applied(self) -> None:
+        if self._removed:
+            raise GateNotAppliedError(
+                f"this gate was taken off {type(self.model).__name__}, and its teacher with it; what it learnt is in "
+                "its store and its state_dict(). regate.apply(model) makes another"
+            )
 
     def _meet_teacher(self) -> None:
         if self._teacher is not None and self._teacher.waits and not is_sharded(self.model):
@@ -294,8 +314,10 @@ class Gate:
             **self._attached.watch.medians(),
         }
         notes = [*self._notes, *filter(None, [self.scorer.recurrence.reason()])]
-        if statistics.failed is not None:
-            notes.append(f"the decoder runs dense: {statistics.failed}")
+        notes += [
+            f"the decoder runs dense{'' if cause == statistics.failed else ' where that is so'}: {cause}"
+            for cause in statistics.causes
+        ]
         config, step = self.config, self.step
         warming_up = config.keep * config.visual_keep < 1 and step < config.warmup and not self.counters.steps_sparse
         return Report(self.counters, found, notes, warmup=config.warmup if warming_up else None)
@@ -314,11 +336,13 @@ class Gate:
         With several ranks, every rank must call it.
 
         Raises:
+            GateNotAppliedError: the gate was removed.
             CheckpointError: it is no state of a gate, or a damaged one; nothing was changed.
             StoreError: the run had reference losses that the store lacks, and the model is no longer what made them.
             StoreMismatchError: the run had another teacher than this gate.
             StoreInUseError: a run of another process learns into the store.
         """
+        self._check_applied()
         self._state.load_state_dict(state)
 
     def save(self, folder: str | os.PathLike[str], *, on_each_node: bool = False) -> None:
@@ -342,12 +366,15 @@ class Gate:
         """Continue from what `save` wrote, with as many ranks as there are now, every one of which must call it.
 
         Raises:
+            GateNotAppliedError: the gate was removed.
             CheckpointError: the folder holds no state of a gate, or it cannot be read; nothing was changed.
         """
+        self._check_applied()
         self._state.load(folder)
 
     def remove(self) -> None:
         """Take the gate off; the model is as it was before `apply`."""
+        self._removed = True
         self._attached.remove()
         self._parts.outer.remove()
         self._parts.pace.remove()

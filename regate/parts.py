@@ -28,6 +28,7 @@ from regate.training.calls import OuterCall
 from regate.training.counters import Counters
 from regate.training.segments import Segments, check_boundaries
 from regate.training.sharding import held_whole, whole_shape
+from regate.training.supervision import Numbers
 from regate_patch.transfer import made_on_host
 
 
@@ -43,7 +44,7 @@ class Parts:
         readers: of the decoder's output.
         head: hidden states to logits, as of the batch read last; it may be replaced (`resize_token_embeddings`).
         saw_loss: was the loss of a sparse step looked at?
-        no_counts: names of numbers in calls that do not count labels (see `supervision.beside`).
+        numbers: in calls so far, that may count labels (see `supervision.beside`).
         note: tells the user something, once.
     """
 
@@ -62,7 +63,7 @@ class Parts:
     readers: Readers = field(init=False)
     head: nn.Module = field(init=False)
     saw_loss: bool = field(init=False, default=False)
-    no_counts: set[str] = field(init=False, default_factory=set)
+    numbers: Numbers = field(init=False, default_factory=Numbers)
     _lazy: LazyHead | None = field(init=False, default=None)
     _found_at: list[str] | None = field(init=False)  # the names by which one comes from `model` to `decoder`
 
@@ -104,9 +105,12 @@ class Parts:
 
     def turns_of(self, layout: Layout, samples: Samples) -> Tensor | None:
         """Those samples of a sparse step that have their full turn now, bool [N]; see `Turns.of`."""
-        return self.turns.of(samples, at_once=self.turns.fills_rows and len(layout.labels) > 1)
+        return self.turns.of(samples, at_once=self.fills_rows(layout))
 
-    @made_on_host()
+    def fills_rows(self, layout: Layout) -> bool:
+        """Will the rows of a sparse step be filled up to the longest, as has been seen?"""
+        return self.turns.fills_rows and len(layout.labels) > 1
+
     def read(self, batch: Batch) -> tuple[Layout, Samples]:
         """The batch as the decoder sees it, [B, S] on the CPU, and its samples.
 
@@ -129,6 +133,11 @@ class Parts:
             layout = self.adapter.layout(self.model, batch)
         if stand_in(self.decoder) is not None and not called_by(self.decoder):
             check_boundaries(batch)
+        with made_on_host():
+            return self._samples(batch, layout)
+
+    def _samples(self, batch: Batch, layout: Layout) -> tuple[Layout, Samples]:
+        """The layout on the CPU, and the samples in it."""
         layout, segments, on_padding = batches.on_host(batch, layout, vocabulary=self.vocabulary, model=self.target)
         alone = segments.unpack_layout(layout)
         text = keys.text_keys(alone, pad=pad_id(self.target))

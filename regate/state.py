@@ -65,7 +65,8 @@ class RunState:
             "guard": scorer.guard.state_dict(),
             "references": 0 if scorer.lazily else store.count("reference"),
             "teacher": dict(scorer.taught_by) if scorer.lazily else {},
-            **({"ahead": turns.ahead, "fills_rows": turns.fills_rows} if turns.interleaved else {}),
+            "fills_rows": turns.fills_rows,
+            **({"ahead": turns.ahead} if turns.interleaved else {}),
             **{table: checkpoint.pack(store.items(table)) for table in tables if of_store},
         }
 

@@ -35,7 +35,7 @@ from regate_patch.errors import (
 from regate_patch.passes.rewrite import Observer, Rewrite, switched_off
 from regate_patch.sharding import is_sharded, uncaptured, usual_linear
 from regate_patch.statistics import Statistics
-from regate_patch.unseen import active_mode, forbidden_by, switched_off_by
+from regate_patch.unseen import SwitchedOffError, active_mode, forbidden_by, switched_off_by
 
 log = logging.getLogger("regate_patch")
 OnUnsupported = Literal["raise", "warn"]
@@ -88,7 +88,7 @@ def tracing(decoder: nn.Module, *, guard_hooks: bool = False) -> Iterator[None]:
         except RuntimeError as error:
             if "no compiled frames" not in str(error) or (cause := switched_off_by()) is None:
                 raise
-            raise NoBlocksError(f"no attention block was found in {type(decoder).__name__}: {cause}") from None
+            raise SwitchedOffError(f"no attention block was found in {type(decoder).__name__}: {cause}") from None
 
 
 class GatedForward:
@@ -133,6 +133,7 @@ class GatedForward:
         chosen.streams.clear()
         if any(self.unhooked):  # Dynamo guards hooks only where some hung: what it captured lacks the new ones
             self._forget()
+        self.statistics.skipped = None
         ran_before, graphs_before = len(chosen.ran), len(self.statistics.graphs) + self.statistics.other_graphs
         try:
             output = self._run(*args, **kwargs)
@@ -144,19 +145,27 @@ class GatedForward:
 
     def captures(self) -> bool:
         """See `Handle.captures`."""
-        if self.statistics.failed is None and (cause := switched_off_by()) is not None:
+        cause = switched_off_by()
+        if cause is not None and self.statistics.failed is None:
             self._give_up(self._unseen(cause))
-        return self.statistics.failed is None
+        return cause is None and self.statistics.failed is None
 
-    def _unseen(self, cause: str) -> NoBlocksError:
-        return NoBlocksError(f"no attention block can be found in {type(self.decoder).__name__}: {cause}")
+    def _unseen(self, cause: str) -> SwitchedOffError:
+        return SwitchedOffError(f"no attention block can be found in {type(self.decoder).__name__}: {cause}")
 
     def _give_up(self, error: PatchError) -> None:
-        """Run every position from now on, if `on_unsupported` allows it."""
+        """Run every position, in this call or from now on, if `on_unsupported` allows it."""
         if self.on_unsupported == "raise":
             raise error
-        self.statistics.failed = str(error)
-        log.warning("%s runs dense from now on: %s", type(self.decoder).__name__, error)
+        once = isinstance(error, SwitchedOffError)
+        if once:
+            self.statistics.skipped = str(error)
+        else:
+            self.statistics.failed = str(error)
+        if str(error) not in self.statistics.causes:
+            self.statistics.causes.append(str(error))
+            since = "where that is so" if once else "from now on"
+            log.warning("%s runs dense %s: %s", type(self.decoder).__name__, since, error)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if active_mode() is not None:  # code that Dynamo has skipped for one it skips ever after
@@ -207,7 +216,7 @@ class GatedForward:
         statistics, name = self.statistics, type(self.decoder).__name__
         blocks, expected = sum(r.attention + r.mlp for r in ran), statistics.attention + statistics.mlp
         if blocks == 0 and (cause := switched_off_by()) is not None:
-            raise NoBlocksError(f"{name} ran, but no attention block was found: {cause}")
+            raise SwitchedOffError(f"{name} ran, but no attention block was found: {cause}")
         if blocks == 0:
             raise NoBlocksError(
                 f"{name} ran, but no attention block was found in the {statistics.other_graphs} graph(s) captured "
@@ -298,7 +307,7 @@ class Handle:
         return self._gated.statistics
 
     def captures(self) -> bool:
-        """Can the decoder be captured, as things are around it? If not, it runs dense from now on.
+        """Can the decoder be captured, as things are around it? If not, it runs dense.
 
         Raises:
             NoBlocksError: it cannot, and `on_unsupported` is "raise".

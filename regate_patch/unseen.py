@@ -14,6 +14,13 @@ import torch
 import torch._dynamo
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from regate_patch.errors import NoBlocksError
+
+
+class SwitchedOffError(NoBlocksError):
+    """Nothing is captured in this call; in another it may be."""
+
+
 _CAPTURES = ("default", "fail_on_recompile")  # stances of torch.compiler that run no code as it is
 _SEEN = ("is_infra_mode", "ignore_compile_internals")  # the modes under which it does capture say so
 _FORBIDS = re.compile(r"torch\.compiler\.disable\(\)`d function.*?<function (\S+) at 0x", re.DOTALL)

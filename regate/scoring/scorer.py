@@ -7,7 +7,7 @@ average of the student's losses, by the sample, and until there is one, what the
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -159,10 +159,10 @@ class Scorer:
                 "without a length, need teacher='copy' or '4bit'. When resuming, give regate.apply the run's store"
             )
 
-    def keep(self, samples: Samples, *, whole: Tensor | None = None) -> Tensor:
-        """The `ceil(keep * n)` labels that are worth most, of each sample or of all, bool [N, L]; after `prepare`.
+    def keep(self, samples: Samples, *, whole: Tensor | None = None, apart: bool = False) -> Tensor:
+        """The `ceil(keep * n)` labels that are worth most, by `Config.budget`, bool [N, L]; after `prepare`.
 
-        Of those in `whole`, bool [N], every label.
+        Of those in `whole`, bool [N], every label. `apart`: a share of each sample in any case.
         """
         config = self.config
         drawn_by = (config.seed * 1_000_003 + self.counters.labels_seen) % 2**63  # torch takes no more bits
@@ -171,7 +171,7 @@ class Scorer:
         scores = draws if config.selection == "random" else self._scores(samples)
         every = torch.zeros_like(samples.candidates) if whole is None else samples.candidates & whole[:, None]
         pools = [scores, samples.candidates & ~every, draws]
-        if config.budget == "batch":
+        if config.budget == "batch" and not apart:
             pools = [x.reshape(1, -1) for x in pools]
         scores, candidates, draws = pools
         kept = keep_highest(scores, candidates, config.keep, explore=config.explore, draws=draws)
@@ -185,7 +185,7 @@ class Scorer:
         """
         config, candidates = self.config, samples.candidates
         prior = self._prior_of(samples)
-        m = _known(self._difficulties(samples), prior)
+        m = _known(self._difficulties(samples.sample, candidates), prior)
         ref = torch.zeros_like(m)
         if self.teacher is not None:
             ref = _spread(self.store.get("reference", samples.text), candidates, 0.0)
@@ -258,11 +258,14 @@ class Scorer:
         """[N, L] float32, what the student's losses on each label's token are on average."""
         return self.prior.expect(torch.where(samples.candidates, samples.layout.labels, 0))
 
-    def _difficulties(self, samples: Samples) -> Tensor:
-        """[N, L] float32, `UNSEEN` where there is none."""
-        rows = self.store.get("difficulty", samples.sample)
-        latest = [self._unwritten.get(name, row) for name, row in zip(samples.sample, rows, strict=True)]
-        return _spread(latest, samples.candidates, difficulty.UNSEEN)
+    def _difficulties(self, names: Sequence[bytes], candidates: Tensor) -> Tensor:
+        """[N, L] float32 of N samples with labels at `candidates`, bool [N, L]; `UNSEEN` where there is none."""
+        return _spread(self._latest(names), candidates, difficulty.UNSEEN)
+
+    def _latest(self, names: Sequence[bytes]) -> list[np.ndarray | None]:
+        """What is known of these samples, each [n_labels]; None of one that was not met."""
+        rows = self.store.get("difficulty", names)
+        return [self._unwritten.get(name, row) for name, row in zip(names, rows, strict=True)]
 
     def observe(self, samples: Samples, kept: Tensor, losses: Tensor, *, whole: Tensor) -> None:
         """The student's `losses` at labels `kept`, bool [N, L], in the order in which they stand.
@@ -275,26 +278,27 @@ class Scorer:
         """Learn from the losses of earlier forwards; waits until they are computed."""
         pending, self._pending = self._pending, []
         for item in pending:
-            candidates, losses = item.samples.candidates, item.losses.cpu()
+            names, candidates, losses = item.samples.sample, item.samples.candidates, item.losses.cpu()
             self.counters.nonfinite_losses += int((~torch.isfinite(losses)).sum())
             prior = self._prior_of(item.samples) if self.guard.looks else None
             self.prior.observe(item.samples.layout.labels[item.kept], losses)
-            m = self._difficulties(item.samples)
-            self._look_out(item.samples, m)
+            latest = self._latest(names)
+            self._look_out(item.samples, [row is not None for row in latest])
+            m = _spread(latest, candidates, difficulty.UNSEEN)
             loss = torch.zeros_like(m)
             loss[item.kept] = losses
             if prior is not None:
                 self.guard.see(_known(m, prior), loss, candidates, item.whole)
-            for n, copies in enumerate(_nth_copies(item.samples.sample)):
-                m = self._difficulties(item.samples) if n else m  # as the copies before left them
-                m = difficulty.update(m, loss, item.kept, decay=self.config.ema_decay)
-                rows = zip(item.samples.sample, m[candidates].split(candidates.sum(1).tolist()), copies, strict=True)
-                self._unwritten |= {name: row.numpy() for name, row, is_nth in rows if is_nth and len(row)}
+            for n, rows in enumerate(_copies(names)):
+                some, there = [names[b] for b in rows], candidates[rows]
+                before = self._difficulties(some, there) if n else m[rows]  # as the copies before left them
+                after = difficulty.update(before, loss[rows], item.kept[rows], decay=self.config.ema_decay)
+                labels = zip(some, after[there].split(there.sum(1).tolist()), strict=True)
+                self._unwritten |= {name: of_name.numpy() for name, of_name in labels if len(of_name)}
 
-    def _look_out(self, samples: Samples, m: Tensor) -> None:
-        """Were these samples seen before?"""
+    def _look_out(self, samples: Samples, known: Sequence[bool]) -> None:
+        """Were these samples seen before? Also those of which no label was kept."""
         rows = samples.candidates.any(1).nonzero().squeeze(1).tolist()
-        known = (m != difficulty.UNSEEN).any(1).tolist()
         text, sample = [samples.text[b] for b in rows], [samples.sample[b] for b in rows]
         self.recurrence.see(text, sample, known=[known[b] for b in rows])
 
@@ -320,17 +324,17 @@ class Scorer:
         self.exchange.add(table, records)
 
 
-def _nth_copies(names: Sequence[bytes]) -> list[list[bool]]:
-    """Which of N samples are the first of their names, which the second, and so on.
+def _copies(names: Sequence[bytes]) -> list[list[int]]:
+    """Which samples are the first of their names, which the second, and so on.
 
     A batch may hold a sample several times, with other labels kept each time: each copy learns on from the last.
     """
     times: Counter[bytes] = Counter()
-    numbers = []
-    for name in names:
-        numbers.append(times[name])
+    rows: defaultdict[int, list[int]] = defaultdict(list)
+    for b, name in enumerate(names):
+        rows[times[name]].append(b)
         times[name] += 1
-    return [[number == n for number in numbers] for n in range(max(numbers, default=-1) + 1)]
+    return list(rows.values())
 
 
 def _known(m: Tensor, prior: Tensor) -> Tensor:

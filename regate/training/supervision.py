@@ -7,7 +7,8 @@ nothing but at labels, or that is their number. Where it says something, at labe
 is laid along them.
 
 A value may be their number by chance, as two seconds per frame are where an answer has two tokens. So one whose name
-does not say what it is counts once the loss was seen to be divided by it, and as long as it always is their number.
+does not say what it is counts them as long as it was their number in every batch, and that cannot be by chance: it is
+large, or the batches had different numbers of labels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal
 
@@ -36,23 +37,65 @@ _COUNTS = re.compile(
 # Of what is no label's: numbers that count none, and weights of other things.
 _SETTINGS = re.compile(r"max|min|keep|step|epoch|size|scale|seed|layer|beam|class|temperature|_id$")
 _OF_POSITIONS = re.compile(r"type|position|seq")  # what they are called, and masks of them
-_OF_IMAGES = re.compile(
-    r"image|img|video|audio|visual|vision|pixel|patch|frame|tile|grid|rope|quer(y|ies)|memory|latent|register"
-)
+_OF_IMAGES = re.compile(r"image|img|video|audio|visual|vision|pixel|patch|frame|tile")
+_OF_PARTS = re.compile(r"(^|_)(grids?|rope|query|queries|memory|latents?|registers?)(_|$)")  # of models; as numbers
 _READ = re.compile(r"_ids?$|types?$|attention|attn|segment|cache|embed|pixel")  # by decoders, whatever it says
+
+_BY_CHANCE = 8  # labels, of which something else may be as many
 
 _Counts = Callable[[], list[Tensor]]
 
 
+@dataclass
+class Numbers:
+    """What numbers were in earlier calls, of those whose names do not say whether they count labels.
+
+    By name, within dicts as `options.total`.
+
+    Attributes:
+        others: those that once were another number than that of labels: they count none.
+        as_many: the values of all others, in every call so far as many as labels.
+    """
+
+    others: set[str] = field(default_factory=set)
+    as_many: dict[str, set[float]] = field(default_factory=dict)
+
+    def see(self, name: str, values: set[float], *, as_many: bool) -> None:
+        """It has these values in this call."""
+        if not as_many:
+            self.others.add(name)
+        elif len(seen := self.as_many.setdefault(name, set())) < 2:
+            seen |= values
+
+    def counts(self, name: str) -> bool:
+        """Does it count labels, and not by chance?"""
+        return name in self._telling - self.others
+
+    @property
+    def given_up(self) -> set[str]:
+        """Those that counted labels until they were another number."""
+        return self._telling & self.others
+
+    @property
+    def _telling(self) -> set[str]:
+        return {name for name, seen in self.as_many.items() if len(seen) > 1 or max(seen) > _BY_CHANCE}
+
+
 @dataclass(frozen=True)
 class _Count:
-    """A number of labels, or one for each row, [B] or [B, 1]; `named` says that its name tells so."""
+    """A number of labels, or one for each row, [B] or [B, 1].
+
+    `guessed` is its name where that does not tell so; `by_chance` says that it may be as many by chance.
+    """
 
     value: Any
-    named: bool
+    guessed: str | None = None
+    by_chance: bool = False
 
     def of(self, kept: Tensor, labels: Tensor) -> Any:
         """Of the kept ones: as many as their share of the labels."""
+        if self.by_chance:
+            return self.value
         labelled = labels[:, 1:] != IGNORED
         if _is_number(self.value):
             return self.value * (int(kept.sum()) / max(int(labelled.sum()), 1))
@@ -69,18 +112,17 @@ class _Within:
     found: dict[str, Any]
 
 
-def beside(call: Mapping[str, Any], labels: Tensor, no_counts: set[str] | None = None) -> dict[str, Any]:
+def beside(call: Mapping[str, Any], labels: Tensor, numbers: Numbers | None = None) -> dict[str, Any]:
     """The entries of a call that name, weigh or count labels [B, S] beside `labels` itself.
 
     Args:
-        no_counts: names of numbers that count none, whatever they are; those that are other numbers here are added.
-            Within dicts they are `options.total`.
+        numbers: those of earlier calls; what they are in this one is added.
 
     Raises:
         LabelsError: one of them has a shape that cannot be laid along labels.
     """
     counts = functools.cache(lambda: _counts(labels, call.get("labels")))
-    return _Search(labels, counts, set() if no_counts is None else no_counts).within(
+    return _Search(labels, counts, Numbers() if numbers is None else numbers).within(
         {name: x for name, x in call.items() if name != "labels"}
     )
 
@@ -91,7 +133,7 @@ class _Search:
 
     labels: Tensor
     counts: _Counts
-    no_counts: set[str]
+    numbers: Numbers
 
     def within(self, call: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         found = ((name, self.entry(name, x, f"{path}{name}")) for name, x in call.items())
@@ -115,34 +157,26 @@ class _Search:
 
     def count(self, name: str, x: Any, path: str) -> _Count | None:
         """The number of labels, of all or of each row."""
-        if _is_number(x) and _COUNTS.search(name):
-            return _Count(x, named=True)
-        if path in self.no_counts or any(pattern.search(name) for pattern in (_SETTINGS, _OF_POSITIONS, _READ)):
+        if _OF_PARTS.search(name) and not _NAMES.search(name):
             return None
-        equal = _are_their_number(x, len(self.labels), self.counts)
-        if equal is False:
-            self.no_counts.add(path)
-        return _Count(x, named=False) if equal else None
+        if _is_number(x) and _COUNTS.search(name):
+            return _Count(x)
+        if any(pattern.search(name) for pattern in (_SETTINGS, _OF_POSITIONS, _READ)):
+            return None
+        as_many = _are_their_number(x, len(self.labels), self.counts)
+        if as_many is None or path in self.numbers.others:
+            return None
+        self.numbers.see(path, _values(x), as_many=as_many)
+        return _Count(x, guessed=path, by_chance=not self.numbers.counts(path)) if as_many else None
 
 
-def doubtful(entries: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Of what `beside` found, the names of numbers of labels that nothing but their value tells."""
-    for name, x in entries.items():
+def guesses(entries: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Of what `beside` found, numbers of labels that nothing but their value tells, and which may be so by chance."""
+    for x in entries.values():
         if isinstance(x, _Within):
-            yield from doubtful(x.found, f"{path}{name}.")
-        elif isinstance(x, _Count) and not x.named:
-            yield f"{path}{name}"
-
-
-def halved(entries: Mapping[str, Any], of: str) -> dict[str, Any]:
-    """The entry of the call in which a number of this name stands, with half of it."""
-    name, _, inside = of.partition(".")
-    x = entries[name]
-    if isinstance(x, _Within):
-        changed = copy.copy(x.whole)
-        changed.update(halved(x.found, inside))
-        return {name: changed}
-    return {name: x.value / 2}
+            yield from guesses(x.found)
+        elif isinstance(x, _Count) and x.guessed is not None:
+            yield x.guessed, x.by_chance
 
 
 def masked(entries: Mapping[str, Any], labels: Tensor, kept: Tensor) -> dict[str, Any]:
@@ -179,6 +213,11 @@ def _is_number(x: Any) -> bool:
     if isinstance(x, (Tensor, np.ndarray)):
         return x.dtype not in (torch.bool, np.bool_) and (x.numel() == 1 if isinstance(x, Tensor) else x.ndim == 0)
     return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def _values(x: Any) -> set[float]:
+    """The numbers in a number, or in one for each row."""
+    return set(x.flatten().tolist()) if isinstance(x, Tensor) else {float(x)}
 
 
 def _counts(labels: Tensor, brought: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import regate
+from regate import gate as gates
 from regate.api import gate_of
 from regate.errors import (
     ConfigError,
@@ -156,6 +157,30 @@ def test_a_decoder_that_is_replaced_later(logits: Any, steps: int) -> None:
 def test_nothing_to_remove_a_gate_from(model: Any) -> None:
     with pytest.raises(GateNotAppliedError, match="no gate is applied to this"):
         regate.remove(model)
+
+
+def test_a_gate_that_was_removed_chooses_and_learns_nothing() -> None:
+    """Its teacher is gone, and other labels would be chosen without one."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch()
+    gate = regate.apply(model)
+    state = gate.state_dict()
+    gate.remove()
+    for call in (lambda: gate.choose(batch), lambda: gate.precompute([batch]), lambda: gate.load_state_dict(state)):
+        with pytest.raises(GateNotAppliedError, match="this gate was taken off LlavaForConditionalGeneration"):
+            call()
+    assert gate.state_dict().keys() == state.keys()
+    assert gate.report()["steps_full"] == 0
+
+
+@pytest.mark.parametrize("part", ["Parts", "Attached", "gather_by_layer"])
+def test_a_gate_that_fails_leaves_the_model_as_it_was(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = CORE["llava"].build()
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    monkeypatch.setattr(gates, part, lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        regate.apply(model)
+    assert "forward" not in vars(model.model.language_model)
+    assert {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()} == hooks
 
 
 def test_precompute_needs_labels() -> None:

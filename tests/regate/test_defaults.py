@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import regate
+from model_adapters import find_adapter
 from regate.scoring.selection import keep_highest
 from tests.zoo import CORE
 
@@ -99,3 +101,18 @@ def test_another_default_dtype_changes_no_count(dtype: torch.dtype) -> None:
     candidates = torch.ones(1, 1001, dtype=torch.bool)
     with _default_dtype(dtype):
         assert int(keep_highest(torch.rand(1, 1001), candidates, 0.5).sum()) == 501
+
+
+def test_adapters_may_count_on_the_default_device() -> None:
+    """Some run the model's encoder to tell where its tokens stand."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    own, seen = find_adapter(model), []
+
+    def layout(of: Any, batch: Any) -> Any:
+        seen.append(torch.zeros(1).device.type)
+        return own.layout(of, batch)
+
+    gate = regate.apply(model, teacher=None, adapter=replace(own, layout=layout))
+    with _default_device("meta"):
+        gate.choose(batch)
+    assert seen == ["meta"]

@@ -45,6 +45,11 @@ def test_a_mode_under_which_the_decoder_may_run_dense(config: regate.Config, lat
     assert "FlopCounterMode" in str(gate.report())
     assert gate.last is not None
     kept = gate.last.labels_left
+    computed = gate.report()["positions_computed"]
+    step(model, batch)
+    assert gate._parts.handle.statistics.last
+    assert not gate._parts.handle.statistics.ran_dense  # any longer
+    assert gate.report()["positions_computed"] > computed
     regate.remove(model)
     assert_same(found, step(model, {**batch, "labels": kept}))
 
@@ -58,7 +63,7 @@ def test_a_transform_of_its_gradient(on_unsupported: Any) -> None:
         return torch.func.functional_call(model, parameters, (), batch).loss
 
     expected = torch.func.grad(loss)(parameters)
-    regate.apply(model, FULL, teacher=None, on_unsupported=on_unsupported)
+    gate = regate.apply(model, FULL, teacher=None, on_unsupported=on_unsupported)
     if on_unsupported == "raise":
         with pytest.raises(NoBlocksError, match=r"transform of torch\.func.*functional_call returns"):
             torch.func.grad(loss)(parameters)
@@ -67,5 +72,9 @@ def test_a_transform_of_its_gradient(on_unsupported: Any) -> None:
         found = dict(zip(learning, made, strict=True))
     else:
         found = torch.func.grad(loss)(parameters)
+        assert gate.report()["forwards_ungated"] == 1
+        model(**batch)
+        assert gate.report()["forwards_ungated"] == 1
+        assert "transform of torch.func" in str(gate.report())
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)

@@ -15,6 +15,7 @@ from torch import Tensor
 import regate
 from regate.errors import LabelsError
 from regate.training import supervision
+from regate.training.supervision import Numbers
 from regate_patch import reference
 from tests import oracle
 from tests.steps import assert_same, step
@@ -158,46 +159,68 @@ def test_what_a_loss_is_divided_by_is_of_kept_labels(name: str, entry: Any, divi
         assert_same(got, step(model, masked))
 
 
-@pytest.mark.parametrize(
-    ("name", "by_chance"),
-    [("margin", True), ("rating", True), ("by_what", False)],
-)
-def test_what_is_as_many_as_labels_by_chance_stays(name: str, by_chance: bool) -> None:
-    """The loss tells: half of its divisor doubles it."""
+def test_what_may_be_as_many_as_labels_by_chance_stays_and_is_told() -> None:
+    """Such as seconds a frame: until another batch has another number of labels, and it is that, too."""
+    model, batch = _made("right")
+    seen: list[Any] = []
+    _with_loss(model, "margin", lambda losses, entry: (seen.append(entry), losses.mean())[1])
+    places = (batch["labels"] != -100).nonzero()
+    gate = regate.apply(model, SPARSE, teacher=None)
+
+    def train(labels: int, margin: int) -> tuple[float, int]:
+        some = torch.full_like(batch["labels"], -100)
+        some[tuple(places[:labels].T)] = batch["labels"][tuple(places[:labels].T)]
+        model(**batch | {"labels": some}, margin=margin)
+        assert gate.last is not None
+        return seen[-1], gate.last.labels_kept
+
+    for _ in range(2):
+        assert train(4, 4) == (4, 2)
+    assert "`margin` was the number of labels in every batch so far, but may be so by chance" in str(gate.report())
+    assert train(6, 6) == (3, 3)
+    assert train(4, 4) == (2, 2)
+    assert "`margin` was the number of labels in every batch so far: where labels are left out" in str(gate.report())
+    assert train(4, 6) == (6, 2)
+    assert train(4, 4) == (4, 2)
+    assert "`margin` no longer is the number of labels" in str(gate.report())
+
+
+@pytest.mark.parametrize("loss", ["with another term", "by a root"])
+def test_a_number_of_labels_counts_whatever_the_loss_does_with_it(loss: str) -> None:
     model, batch = _made("right")
     seen: list[Any] = []
 
-    def loss(losses: Tensor, entry: Tensor) -> Tensor:
+    def made(losses: Tensor, entry: Any) -> Tensor:
         seen.append(entry)
-        return losses.mean() + (entry - 1.0) ** 2 if by_chance else losses.sum() / entry
+        return losses.sum() / entry**0.5 if loss == "by a root" else losses.sum() / entry + 0.2
 
-    _with_loss(model, name, loss)
-    n = int((batch["labels"] != -100).sum())
+    _with_loss(model, "by_what", made)
     gate = regate.apply(model, SPARSE, teacher=None)
-    for _ in range(2):
-        model(**batch, **{name: torch.tensor(n)})
-        assert gate.last is not None
-        assert seen[-1] == (n if by_chance else gate.last.labels_kept)
-    assert (f"the loss is divided by `{name}`" in str(gate.report())) == (not by_chance)
+    model(**batch, by_what=int((batch["labels"] != -100).sum()))
+    assert gate.last is not None
+    assert seen[-1] == gate.last.labels_kept
 
 
 def test_a_number_that_once_was_another_counts_nothing() -> None:
-    labels, none = _labels_of_a_batch(), set[str]()
-    assert [*supervision.beside({"by_what": 5, "deep": {"other": 5}}, labels, none)] == ["by_what", "deep"]
-    assert supervision.beside({"by_what": 4, "deep": {"other": 3}}, labels, none) == {}
-    assert none == {"by_what", "deep.other"}
-    assert supervision.beside({"by_what": 5, "deep": {"other": 5}}, labels, none) == {}
+    labels, numbers = _labels_of_a_batch(), Numbers()
+    assert [*supervision.beside({"by_what": 5, "deep": {"other": 5}}, labels, numbers)] == ["by_what", "deep"]
+    assert supervision.beside({"by_what": 4, "deep": {"other": 3}}, labels, numbers) == {}
+    assert numbers.others == {"by_what", "deep.other"}
+    assert supervision.beside({"by_what": 5, "deep": {"other": 5}}, labels, numbers) == {}
 
 
-@pytest.mark.parametrize("number", [np.int64(5), np.float32(5), np.array(5), torch.tensor(5.0), 5])
-def test_numbers_of_any_kind(number: Any) -> None:
-    labels = _labels_of_a_batch()
-    found = supervision.beside({"num_items_in_batch": number, "by_what": number}, labels)
-    assert {name: float(x) for name, x in supervision.masked(found, labels, labels == 8).items()} == {
-        "num_items_in_batch": 1.0,
-        "by_what": 1.0,
-    }
-    assert [*supervision.doubtful(found)] == ["by_what"]
+@pytest.mark.parametrize("number", [np.int64, np.float32, np.array, torch.tensor, int])
+def test_numbers_of_any_kind(number: Callable[[int], Any]) -> None:
+    labels, numbers = _labels_of_a_batch(), Numbers()
+    for kept, counted in ((labels == 7, 3), (labels == 8, 5)):
+        some = torch.where(labels > 6, labels, -100) if counted == 3 else labels
+        found = supervision.beside({"num_items_in_batch": number(counted), "by_what": number(counted)}, some, numbers)
+        left = 3.0 if counted == 3 else 1.0  # as it was, where it may be by chance
+        assert {name: float(x) for name, x in supervision.masked(found, some, kept).items()} == {
+            "num_items_in_batch": 1.0,
+            "by_what": left,
+        }
+    assert [*supervision.guesses(found)] == [("by_what", False)]
 
 
 def _labels_of_a_batch() -> Tensor:
@@ -237,6 +260,14 @@ def test_what_is_no_supervision_stays(name: str, x: Any) -> None:
     assert supervision.beside({name: x}, _labels_of_a_batch()) == {}
 
 
+@pytest.mark.parametrize("name", ["property_labels", "memory_labels", "latent_targets", "query_loss_weights"])
+def test_names_of_other_things_hide_no_labels(name: str) -> None:
+    labels = _labels_of_a_batch()
+    assert [*supervision.beside({name: torch.where(labels > 6, labels, -100)}, labels)] == [name]
+    weights = {"properties": {name: (labels > 6).float()}, "registered_tokens_count": 12}
+    assert [*supervision.beside(weights, labels)] == ["properties", "registered_tokens_count"]
+
+
 def test_one_label_is_no_telling_number() -> None:
     labels = torch.tensor([[-100, -100, 3]])
     assert supervision.beside({"whatever": 1, "other": torch.tensor([1])}, labels) == {}
@@ -245,13 +276,13 @@ def test_one_label_is_no_telling_number() -> None:
 
 def test_numbers_in_a_dict_are_scaled_in_a_copy() -> None:
     labels = _labels_of_a_batch()
-    options = {"by_what": torch.tensor([2, 3]), "deep": {"total": 5, "mode": "sum"}}
+    options = {"by_what": torch.tensor([2, 3]), "deep": {"num_tokens": 5, "mode": "sum"}}
     found = supervision.beside({"options": options}, labels)
     changed = supervision.masked(found, labels, labels == 8)["options"]
     assert changed["by_what"].tolist() == [0, 1]
-    assert changed["deep"] == {"total": 1.0, "mode": "sum"}
+    assert changed["deep"] == {"num_tokens": 1.0, "mode": "sum"}
     assert options["by_what"].tolist() == [2, 3]
-    assert options["deep"] == {"total": 5, "mode": "sum"}
+    assert options["deep"] == {"num_tokens": 5, "mode": "sum"}
 
 
 @pytest.mark.parametrize("weights", [torch.ones(2, 9), [torch.ones(22)] * 2, [[1.0] * 22] * 2])
