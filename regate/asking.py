@@ -38,8 +38,8 @@ OTHER = (
 
 def ask_for_readers(
     parts: Parts, call: Mapping[str, Any], layout: Layout, beside: Mapping[str, Any], *, owner: Tensor
-) -> Proven | None:
-    """What full steps may leave out of the model's output (see `regate/proof`); None where that cannot be told now.
+) -> Proven:
+    """What full steps may leave out of the model's output (see `regate/proof`).
 
     Args:
         parts: the gate's.
@@ -51,8 +51,8 @@ def ask_for_readers(
     Raises:
         UnsupportedGraphError: its kernels of attention compute something else than the model does.
     """
-    if parts.config.logits == "kept" and not parts.handle.captures():  # before what the proof runs trips over it
-        return None
+    if parts.config.logits == "kept":
+        parts.handle.captures()  # raises before what the proof runs trips over it
     labels, valid, few = layout.labels, layout.valid, few_of(layout.labels)
     some = replace(layout, labels=torch.where(few, labels, IGNORED))
     sharded = is_sharded(parts.target)

@@ -149,9 +149,9 @@ class Attached:
     def _can_gate(self) -> bool:
         """Else `on_unsupported` is "warn", and the decoder runs dense; transforms of `torch.func` know no value."""
         handle = self._parts.handle
-        if torch._C._are_functorch_transforms_active() and not handle.captures():
-            return False
-        return handle.statistics.failed is None
+        if self._on_unsupported == "warn" or torch._C._are_functorch_transforms_active():
+            return handle.captures()
+        return True
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._gating and is_inside(module):

@@ -137,10 +137,11 @@ class Gate:
             )
             if config.visual_keep < 1 and config.elided == "hidden":
                 self.note(HIDDEN.format(share=config.visual_keep))
+            undone.callback(forget_layers, decoder)
             gather_by_layer(decoder)
             copies = taught_by is not None and taught_by.source in ("copy", "4bit")
             self._attached = Attached(self, self._parts, learns_from_copy=copies, on_unsupported=on_unsupported)
-            self._state = RunState(self._attached.steps, self.scorer, self.turns)
+            self._state = RunState(self._attached.steps, self.scorer, self.turns, self._parts.numbers)
             undone.pop_all()
 
     @property
@@ -283,8 +284,7 @@ class Gate:
         self._meet_teacher()
         whole = self._parts.turns_of(layout, samples)
         self.scorer.prepare(samples, full=False, whole=whole, running=False)
-        apart = self._parts.fills_rows(layout)
-        return samples.segments.pack(self.scorer.keep(samples, whole=whole, apart=apart))
+        return samples.segments.pack(self._parts.keep(layout, samples, whole))
 
     def _check_applied(self) -> None:
         if self._removed:

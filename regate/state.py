@@ -20,6 +20,7 @@ from regate.scoring.scorer import Scorer
 from regate.scoring.turns import Turns
 from regate.training.counters import Counters
 from regate.training.steps import Steps
+from regate.training.supervision import Numbers
 from regate_patch import is_sharded
 
 OTHER_TEACHER = (
@@ -40,8 +41,8 @@ NO_STATE = (
 class RunState:
     """The schedule's position, and all that was learnt. What the methods give, take and raise is said at `Gate`'s."""
 
-    def __init__(self, steps: Steps, scorer: Scorer, turns: Turns) -> None:
-        self._steps, self._scorer, self._turns = steps, scorer, turns
+    def __init__(self, steps: Steps, scorer: Scorer, turns: Turns, numbers: Numbers) -> None:
+        self._steps, self._scorer, self._turns, self._numbers = steps, scorer, turns, numbers
         self._loaded_at: int | None = None
 
     @property
@@ -66,6 +67,7 @@ class RunState:
             "references": 0 if scorer.lazily else store.count("reference"),
             "teacher": dict(scorer.taught_by) if scorer.lazily else {},
             "fills_rows": turns.fills_rows,
+            "numbers": self._numbers.state_dict(),
             **({"ahead": turns.ahead} if turns.interleaved else {}),
             **{table: checkpoint.pack(store.items(table)) for table in tables if of_store},
         }
@@ -96,6 +98,7 @@ class RunState:
         scorer.guard.load_state_dict(state.get("guard") or Guard(scorer.config).state_dict())
         # At once: other ranks may share the store, load the same, and be done with it.
         store.replace("difficulty", records["difficulty"])
+        self._numbers.load_state_dict(state.get("numbers") or Numbers().state_dict())
         self._turns.ahead, self._turns.fills_rows = state.get("ahead", 0), state.get("fills_rows", False)
         store.replace("owed", records.get("owed", {}))
         if not store.temporary:
@@ -159,6 +162,16 @@ def _is_guards(value: Any) -> bool:
     return isinstance(told, list | tuple) and len(told) == 3 and all(map(_is_number, told))
 
 
+def _are_numbers(value: Any) -> bool:
+    """Of `supervision.Numbers`."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("others"), list):
+        return False
+    seen = value.get("as_many")
+    return isinstance(seen, Mapping) and all(
+        isinstance(x, list) and x and all(map(_is_number, x)) for x in seen.values()
+    )
+
+
 _OF_GUARD = ("samples", "mean", "square", "lowest", "left")
 _RECORDS = "keys, lengths and losses that fit one another"
 _NEEDED = ("step", "counters", "prior", "difficulty")  # the others came later, or are of some runs alone
@@ -170,5 +183,6 @@ _WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "references": ("a number of texts", _is_count),
     "teacher": ("a fingerprint", lambda value: value is None or isinstance(value, Mapping)),
     "ahead": ("a whole number", lambda value: isinstance(value, int)),
+    "numbers": ("names of numbers, and what they were", _are_numbers),
     **dict.fromkeys(checkpoint.OF_ALL_RANKS, (_RECORDS, checkpoint.is_packed)),
 }

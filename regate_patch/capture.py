@@ -145,7 +145,7 @@ class GatedForward:
 
     def captures(self) -> bool:
         """See `Handle.captures`."""
-        cause = switched_off_by()
+        self.statistics.skipped, cause = None, switched_off_by()
         if cause is not None and self.statistics.failed is None:
             self._give_up(self._unseen(cause))
         return cause is None and self.statistics.failed is None
@@ -170,6 +170,8 @@ class GatedForward:
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if active_mode() is not None:  # code that Dynamo has skipped for one it skips ever after
             raise self._unseen(str(switched_off_by()))
+        if self.compiled is None and (cause := switched_off_by()) is not None:  # what it skips now it skips ever after
+            raise self._unseen(cause)
         if self.compiled is None:  # only now: the decoder may have been sharded since `patch`
             if self.allow_graph_breaks is None:
                 self.allow_graph_breaks = is_sharded(self.decoder)

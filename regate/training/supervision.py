@@ -36,7 +36,7 @@ _COUNTS = re.compile(
 )
 # Of what is no label's: numbers that count none, and weights of other things.
 _SETTINGS = re.compile(r"max|min|keep|step|epoch|size|scale|seed|layer|beam|class|temperature|_id$")
-_OF_POSITIONS = re.compile(r"type|position|seq")  # what they are called, and masks of them
+_OF_POSITIONS = re.compile(r"type|position|seq|length")  # what they are called, and masks of them
 _OF_IMAGES = re.compile(r"image|img|video|audio|visual|vision|pixel|patch|frame|tile")
 _OF_PARTS = re.compile(r"(^|_)(grids?|rope|query|queries|memory|latents?|registers?)(_|$)")  # of models; as numbers
 _READ = re.compile(r"_ids?$|types?$|attention|attn|segment|cache|embed|pixel")  # by decoders, whatever it says
@@ -75,6 +75,13 @@ class Numbers:
     def given_up(self) -> set[str]:
         """Those that counted labels until they were another number."""
         return self._telling & self.others
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"others": sorted(self.others), "as_many": {name: sorted(seen) for name, seen in self.as_many.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.others = set(state["others"])
+        self.as_many = {name: set(seen) for name, seen in state["as_many"].items()}
 
     @property
     def _telling(self) -> set[str]:
@@ -151,22 +158,25 @@ class _Search:
             return count
         if isinstance(x, Tensor) and _per_label(x, self.labels):
             return x if _stands_beside(name, x, self.labels) else None
-        if _WEIGHS.search(name) and not (of_images or _SETTINGS.search(name)) and _is_odd(x, self.labels):
+        others = of_images or _is_of_parts(name) or _SETTINGS.search(name)
+        if _WEIGHS.search(name) and not others and _is_odd(x, self.labels):
             raise _refused(name, list(x.shape) if isinstance(x, Tensor) else "(a list)", self.labels)
         return None
 
     def count(self, name: str, x: Any, path: str) -> _Count | None:
         """The number of labels, of all or of each row."""
-        if _OF_PARTS.search(name) and not _NAMES.search(name):
+        if _is_of_parts(name):
             return None
         if _is_number(x) and _COUNTS.search(name):
             return _Count(x)
-        if any(pattern.search(name) for pattern in (_SETTINGS, _OF_POSITIONS, _READ)):
+        if path in self.numbers.others or any(p.search(name) for p in (_SETTINGS, _OF_POSITIONS, _READ)):
             return None
-        as_many = _are_their_number(x, len(self.labels), self.counts)
-        if as_many is None or path in self.numbers.others:
+        if (values := _values(x, len(self.labels))) is None:
             return None
-        self.numbers.see(path, _values(x), as_many=as_many)
+        as_many = _are_their_number(values, one=_is_number(x), counts=self.counts)
+        if as_many is None:
+            return None
+        self.numbers.see(path, set(values), as_many=as_many)
         return _Count(x, guessed=path, by_chance=not self.numbers.counts(path)) if as_many else None
 
 
@@ -215,9 +225,18 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
-def _values(x: Any) -> set[float]:
-    """The numbers in a number, or in one for each row."""
-    return set(x.flatten().tolist()) if isinstance(x, Tensor) else {float(x)}
+def _values(x: Any, rows: int) -> list[float] | None:
+    """A number, or one for each row, [B] or [B, 1]; None if it is neither."""
+    if _is_number(x):
+        return [float(x)]
+    if not isinstance(x, Tensor) or x.dtype == torch.bool or tuple(x.shape) not in ((rows,), (rows, 1)):
+        return None
+    return [float(n) for n in x.flatten().tolist()]
+
+
+def _is_of_parts(name: str) -> bool:
+    """Has it the name of a part of a model, and not of labels?"""
+    return bool(_OF_PARTS.search(name) and not _NAMES.search(name))
 
 
 def _counts(labels: Tensor, brought: Any) -> list[Tensor]:
@@ -229,17 +248,12 @@ def _counts(labels: Tensor, brought: Any) -> list[Tensor]:
     return ways
 
 
-def _are_their_number(x: Any, rows: int, counts: _Counts) -> bool | None:
-    """Is it as many as all labels, or as those of each row? None if it is no such number, or too small to tell."""
-    if _is_number(x):
-        everything = {float(n.sum()) for n in counts()}
-        return None if max(everything) <= 1 else float(x) in everything - {0.0, 1.0}
-    if not isinstance(x, Tensor) or x.dtype == torch.bool or tuple(x.shape) not in ((rows,), (rows, 1)):
-        return None
-    of_rows, of_labels = x.flatten().tolist(), [n.tolist() for n in counts()]
+def _are_their_number(values: list[float], *, one: bool, counts: _Counts) -> bool | None:
+    """Are they as many as the labels of each row, or is the `one` as many as all? None if these are too few to tell."""
+    of_labels = [[float(n.sum())] if one else n.tolist() for n in counts()]
     if max(max(n) for n in of_labels) <= 1:
         return None
-    return max(of_rows) > 1 and any(of_rows in (n, [max(i, 1) for i in n]) for n in of_labels)
+    return max(values) > 1 and any(values in (n, [max(i, 1) for i in n]) for n in of_labels)
 
 
 # -- along them -------------------------------------------------------------------------------------------
@@ -267,6 +281,8 @@ def _stands_beside(name: str, x: Tensor, labels: Tensor) -> bool:
     """
     elsewhere = _OF_IMAGES.search(name) is not None
     if (_NAMES.search(name) or _WEIGHS.search(name)) and not elsewhere:
+        if _is_of_parts(name) and not _lies_along(x, labels):
+            return False
         _along(name, x, labels, labels)
         return True
     if _READ.search(name):
@@ -306,6 +322,12 @@ def _speaks_at(name: str, x: Tensor, labels: Tensor) -> Literal["labels", "predi
     if not bool((says & ~labelled).any()):
         return "labels"
     return None if bool((says & ~predictors(labelled)).any()) else "predictors"
+
+
+def _lies_along(x: Tensor, labels: Tensor) -> bool:
+    """Has it an entry for each label, or for each but the first of a row?"""
+    rows, length = labels.shape
+    return tuple(_laid(x).shape) in ((rows, length), (rows, length - 1), (rows * length,), (rows * (length - 1),))
 
 
 def _along(name: str, x: Tensor, of_labels: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import regate
-from regate import asking
+from regate import forward
 from regate.errors import HiddenStatesError
 from regate.proof.reads import operations
 from tests import oracle
@@ -179,8 +179,10 @@ def test_a_hook_on_all_modules() -> None:
 
 def _count_proofs(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     proofs: list[None] = []
-    own = asking.prove
-    monkeypatch.setattr(asking, "prove", lambda subject: (proofs.append(None), own(subject))[1])
+    own = forward.ask_for_readers
+    monkeypatch.setattr(
+        forward, "ask_for_readers", lambda *args, **names: (proofs.append(None), own(*args, **names))[1]
+    )
     return proofs
 
 

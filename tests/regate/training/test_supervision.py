@@ -183,6 +183,9 @@ def test_what_may_be_as_many_as_labels_by_chance_stays_and_is_told() -> None:
     assert train(4, 6) == (6, 2)
     assert train(4, 4) == (4, 2)
     assert "`margin` no longer is the number of labels" in str(gate.report())
+    other = regate.apply(CORE["llava"].build(), SPARSE, teacher=None)
+    other.load_state_dict(gate.state_dict())
+    assert other._parts.numbers == gate._parts.numbers  # a run that goes on knows what it knew
 
 
 @pytest.mark.parametrize("loss", ["with another term", "by a root"])
@@ -250,6 +253,9 @@ def _labels_of_a_batch() -> Tensor:
         ("row_ids", torch.tensor([2, 3])),
         ("whatever", torch.tensor([3, 2])),
         ("class_weights", torch.ones(2, 3)),
+        ("query_weights", torch.ones(2, 5)),
+        ("memory_weights", torch.ones(2, 20)),
+        ("answer_lengths", torch.tensor([2, 3])),
         ("loss_weights", [1.0, 0.5]),
         ("loss_weights", [[1.0, 0.5], [1.0, 0.5]]),
         ("loss_type", "sum"),
