@@ -24,15 +24,16 @@ Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How to gate. Defaults are the paper's (arXiv 2507.21420, section 3 and appendix), but for `schedule` and
-    `alignment`, which follow docs/evidence.md; `Config.paper()` has all of the paper's.
+    """How to gate. Defaults are the paper's (arXiv 2507.21420, section 3 and appendix), but for `schedule`, `budget`
+    and `alignment`, which follow docs/evidence.md; `Config.paper()` has all of the paper's.
 
     Attributes:
         full_steps, cycle: how much keeps every label, so many in each of so many: of samples or of optimizer steps, by
             the `schedule`; 0 <= full_steps <= cycle.
         keep: share of the labels kept on the other, sparse steps; 0 < keep <= 1.
-        budget: whose labels that is a share of, each "sample"'s, or those of the "batch", of one forward: then samples
-            with much to learn keep more, and those with little, less or nothing.
+        budget: whose labels that is a share of. Those of the "batch", of one forward: samples with much to learn keep
+            more, and those with little less, but one. Or, as in the paper, each "sample"'s own; so it is, too, where
+            rows cannot be laid end to end, for the one that keeps most would make all as long.
         warmup: full steps at the beginning.
         final_full_steps: full steps at the end of training; needs `total_steps`.
         total_steps: optimizer steps of the whole run, or None.
@@ -81,7 +82,7 @@ class Config:
     cycle: int = 128
     full_steps: int = 16
     keep: float = 0.5
-    budget: Budget = "sample"
+    budget: Budget = "batch"
     warmup: int = 100
     final_full_steps: int = 0
     total_steps: int | None = None

@@ -118,13 +118,12 @@ class Forward:
         self._on_padding = samples.on_padding if full else None
         self._kept = samples.candidates  # [N, L]
         if not full:
-            self._kept = parts.scorer.keep(samples, whole=whole, apart=parts.fills_rows(layout))
+            self._kept = parts.keep(layout, samples, whole)
             self._tell_of_labels()
         kept = samples.segments.pack(self._kept)
         if due:
             owner = samples.segments.owner
-            if (proven := ask_for_readers(parts, self._call, layout, self._beside, owner=owner)) is not None:
-                parts.readers.learn(proven)
+            parts.readers.learn(ask_for_readers(parts, self._call, layout, self._beside, owner=owner))
         self.saving = self._saving_at(kept)
         at_whole, beyond = None, torch.tensor(self._beyond(full), device="cpu")
         if whole is not None:

@@ -105,9 +105,13 @@ class Parts:
 
     def turns_of(self, layout: Layout, samples: Samples) -> Tensor | None:
         """Those samples of a sparse step that have their full turn now, bool [N]; see `Turns.of`."""
-        return self.turns.of(samples, at_once=self.fills_rows(layout))
+        return self.turns.of(samples, at_once=self._fills_rows(layout))
 
-    def fills_rows(self, layout: Layout) -> bool:
+    def keep(self, layout: Layout, samples: Samples, whole: Tensor | None) -> Tensor:
+        """The labels that a sparse step keeps, bool [N, L], all of those in `whole`, bool [N]; see `Scorer.keep`."""
+        return self.scorer.keep(samples, whole=whole, apart=self._fills_rows(layout))
+
+    def _fills_rows(self, layout: Layout) -> bool:
         """Will the rows of a sparse step be filled up to the longest, as has been seen?"""
         return self.turns.fills_rows and len(layout.labels) > 1
 

@@ -25,7 +25,7 @@ from regate.memory.sharing import Exchange
 from regate.memory.store import Store
 from regate.scoring import difficulty
 from regate.scoring.guard import Guard
-from regate.scoring.selection import keep_highest
+from regate.scoring.selection import best_of_each, keep_highest
 from regate.teaching.teacher import Teacher
 from regate.training.counters import Counters
 from regate.training.segments import Segments
@@ -162,7 +162,8 @@ class Scorer:
     def keep(self, samples: Samples, *, whole: Tensor | None = None, apart: bool = False) -> Tensor:
         """The `ceil(keep * n)` labels that are worth most, by `Config.budget`, bool [N, L]; after `prepare`.
 
-        Of those in `whole`, bool [N], every label. `apart`: a share of each sample in any case.
+        Of those in `whole`, bool [N], every label. Of a batch's labels the best of each sample is among them: a loss
+        may be a mean of samples' means, and there is none of no label. `apart`: a share of each sample in any case.
         """
         config = self.config
         drawn_by = (config.seed * 1_000_003 + self.counters.labels_seen) % 2**63  # torch takes no more bits
@@ -171,10 +172,12 @@ class Scorer:
         scores = draws if config.selection == "random" else self._scores(samples)
         every = torch.zeros_like(samples.candidates) if whole is None else samples.candidates & whole[:, None]
         pools = [scores, samples.candidates & ~every, draws]
+        surely = None
         if config.budget == "batch" and not apart:
+            surely = best_of_each(scores, pools[1]).view(1, -1)
             pools = [x.reshape(1, -1) for x in pools]
         scores, candidates, draws = pools
-        kept = keep_highest(scores, candidates, config.keep, explore=config.explore, draws=draws)
+        kept = keep_highest(scores, candidates, config.keep, surely=surely, explore=config.explore, draws=draws)
         return kept.view_as(every) | every
 
     def _scores(self, samples: Samples) -> Tensor:

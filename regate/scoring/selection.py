@@ -13,7 +13,13 @@ from regate.labels import IGNORED, count_of, predictors, up_to_last
 
 
 def keep_highest(
-    scores: Tensor, candidates: Tensor, keep: float, *, explore: float = 0.0, draws: Tensor | None = None
+    scores: Tensor,
+    candidates: Tensor,
+    keep: float,
+    *,
+    surely: Tensor | None = None,
+    explore: float = 0.0,
+    draws: Tensor | None = None,
 ) -> Tensor:
     """The `ceil(keep * n)` candidates of each row with the highest scores, or most of them and some at random.
 
@@ -21,6 +27,7 @@ def keep_highest(
         scores: [B, S] float; read at candidates only.
         candidates: [B, S] bool.
         keep: share, 0 < keep <= 1.
+        surely: [B, S] bool, candidates that are among those kept, if need be more of them than that.
         explore: share of those kept, rounded down, that have the highest `draws` among the others instead.
         draws: [B, S] random, finite; needed where `explore` is not 0.
 
@@ -32,10 +39,18 @@ def keep_highest(
         [[False, True, True]]
     """
     k = count_of(candidates.sum(1, keepdim=True), keep)
+    surely = torch.zeros_like(candidates) if surely is None else surely
+    k = torch.maximum(k, surely.sum(1, keepdim=True))
+    scores = scores.masked_fill(surely, float("inf"))
     if draws is None or not explore:
         return _highest(scores, candidates, k)
-    best = _highest(scores, candidates, k - torch.floor(k * explore + 1e-6))
-    return _highest(draws.masked_fill(best, float("inf")), candidates, k)
+    best = _highest(scores, candidates, k - torch.floor(k.double() * explore + 1e-6))
+    return _highest(draws.masked_fill(best | surely, float("inf")), candidates, k)
+
+
+def best_of_each(scores: Tensor, candidates: Tensor) -> Tensor:
+    """The candidate of each row with the highest score, if it has any, bool [B, S]; arguments as in `keep_highest`."""
+    return _highest(scores, candidates, torch.ones_like(scores[:, :1], dtype=torch.int64))
 
 
 def _highest(scores: Tensor, candidates: Tensor, k: Tensor) -> Tensor:

@@ -295,6 +295,6 @@ def test_every_arm_gives_a_record(name: str, task: Task, tmp_path: Path, monkeyp
 def test_arms_without_a_score_have_no_teacher() -> None:
     gated = {name: arm.settings(Settings(), 0) for name, arm in arms.ARMS.items() if arm.config is not None}
     assert [name for name, config in gated.items() if not config.uses_references] == [
-        "exact", "random", "student", "few-random", "wrong-random", "cycled-random", "paper-random",
+        "exact", "random", "untaught", "student", "few-random", "wrong-random", "cycled-random", "paper-random",
         "paper-student",
     ]  # fmt: skip

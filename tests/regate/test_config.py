@@ -60,6 +60,7 @@ def test_a_score_needs_a_weight() -> None:
 def test_the_papers_settings_by_name() -> None:
     others = {
         "alignment": "predictor",
+        "budget": "sample",
         "schedule": "cycled",
     }  # as the documentation of `Config` says
     assert regate.Config.paper() == regate.Config(**others)

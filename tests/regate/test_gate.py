@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import regate
 from regate.errors import StoreError
 from regate_patch import reference
 from tests import oracle
-from tests.steps import step
+from tests.steps import assert_same, step
 from tests.zoo import CORE
 
 FULL = regate.Config(warmup=1000)
@@ -56,7 +57,7 @@ def test_sparse_step(name: str, checkpointing: bool) -> None:
     assert last is not None
     assert torch.isfinite(loss)
     assert all(torch.isfinite(g).all() for g in grads.values())
-    assert (last.kept.sum(1) == torch.ceil((labels != -100).sum(1) / 2)).all()
+    assert last.labels_kept == math.ceil(int((labels != -100).sum()) / 2)
     assert not last.kept[labels == -100].any()
     report = gate.report()
     assert report["positions_computed"] == last.active.sum() < report["positions_seen"]
@@ -68,18 +69,12 @@ def _all_of_the_last(m: Tensor, ref: Tensor, prior: Tensor) -> Tensor:
     return torch.arange(m.numel()).float().view_as(m)
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_sparse_loss_is_the_oracles(alone: bool) -> None:
-    """Loss and gradients of a sparse step against the per-layer masked reference with masked labels.
-
-    Also where the batch's budget goes to one sample alone.
-    """
+def test_sparse_loss_is_the_oracles() -> None:
+    """Loss and gradients of a sparse step against the per-layer masked reference with masked labels."""
     model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right"))
-    config = replace(SPARSE, budget="batch", keep=0.25, score=_all_of_the_last) if alone else SPARSE
-    gate = regate.apply(model, replace(config, logits="all"))
+    gate = regate.apply(model, replace(SPARSE, logits="all"))
     loss, grads = step(model, batch)
     assert gate.last is not None
-    assert int(gate.last.kept.sum(1).min()) == (0 if alone else 5)
     regate.remove(model)
     batch["labels"] = torch.where(gate.last.kept, batch["labels"], -100)
     with reference.masked(model.model.language_model.layers, gate.last.active):
@@ -87,6 +82,27 @@ def test_sparse_loss_is_the_oracles(alone: bool) -> None:
     torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
     for n, grad in expected_grads.items():
         torch.testing.assert_close(grads[n], grad, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("mean_of_rows", [False, True])
+def test_each_sample_keeps_a_label_of_the_batchs(mean_of_rows: bool) -> None:
+    """Though its budget is for the last rows: of no label there is no mean."""
+    model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right", rows=4))
+    own = model.loss_function
+
+    def by_rows(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+        return sum((own(logits[b, None], labels[b, None], **others) for b in range(4)), torch.zeros(())) / 4
+
+    model.loss_function = by_rows if mean_of_rows else own
+    gate = regate.apply(model, replace(SPARSE, keep=0.25, score=_all_of_the_last), teacher=None)
+    found = step(model, batch)
+    assert gate.last is not None
+    assert gate.last.kept.sum(1).tolist()[:2] == [1, 1]
+    assert gate.last.labels_kept == math.ceil(int((batch["labels"] != -100).sum()) / 4)
+    kept, active = gate.last.labels_left, gate.last.active
+    regate.remove(model)
+    with reference.masked(model.model.language_model.layers, active):
+        assert_same(found, step(model, {**batch, "labels": kept}))
 
 
 @pytest.mark.parametrize("config", [FULL, SPARSE])

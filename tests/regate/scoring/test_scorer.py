@@ -125,7 +125,9 @@ def test_copies_of_a_sample_in_a_batch_add_up() -> None:
     """Of four, one in its full turn shows every label, and the others half of them: both go into the average."""
     model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=1, answer=12)
     batch = {name: x.repeat(4, *[1] * (x.dim() - 1)) for name, x in batch.items()}
-    gate = regate.apply(model, regate.Config(warmup=0, cycle=4, full_steps=1, ema_decay=0.75), teacher=None)
+    gate = regate.apply(
+        model, regate.Config(warmup=0, cycle=4, full_steps=1, ema_decay=0.75, budget="sample"), teacher=None
+    )
     step(model, batch)
     assert gate.last is not None
     assert sorted(gate.last.kept.sum(1).tolist()) == [6, 6, 6, 12]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regate.config import Alignment
 from regate.labels import IGNORED, predicted
-from regate.scoring.selection import active_positions, keep_highest
+from regate.scoring.selection import active_positions, best_of_each, keep_highest
 
 
 def _random(seed: int) -> tuple[Tensor, Tensor]:
@@ -94,3 +94,24 @@ def test_visual_tokens_are_computed_though_labels_stand_on_them(alignment: Align
     kept = torch.tensor([[False, False, False, False, False, False, True]])
     active = active_positions(labels, kept, torch.ones_like(kept), alignment=alignment, visual=visual)
     assert active.tolist() == [[False, True, True, True, False, True, False]]
+
+
+@pytest.mark.parametrize("explore", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.6])
+def test_what_is_surely_kept_is_of_the_share(keep: float, explore: float) -> None:
+    scores, draws = torch.rand(1, 20), torch.rand(1, 20)
+    candidates = torch.ones(1, 20, dtype=torch.bool)
+    surely = torch.zeros_like(candidates)
+    surely[0, [3, 7, 11]] = True
+    kept = keep_highest(scores, candidates, keep, surely=surely, explore=explore, draws=draws)
+    assert kept[surely].all()
+    assert kept.sum() == max(3, round(keep * 20))
+    if not explore:
+        least = scores[kept & ~surely].min() if (kept & ~surely).any() else torch.inf
+        assert least >= scores[~kept].max()
+
+
+def test_the_best_of_each() -> None:
+    scores = torch.tensor([[1.0, 3.0, 2.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
+    candidates = torch.tensor([[True, False, True], [True, True, False], [False, False, False]])
+    assert best_of_each(scores, candidates).int().tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 0]]

@@ -235,7 +235,7 @@ def test_a_step_with_full_rows_is_the_oracles(
         whole = last.whole.all(1)
         had += whole.nonzero().flatten().tolist()
         assert last.kept[whole].sum() == labels[whole].sum()
-        assert (last.kept[~whole].sum(1) == torch.ceil(labels[~whole].sum(1) / 2)).all()
+        assert last.kept[~whole].sum() == math.ceil(int(labels[~whole].sum()) / 2)
         seen = (image & last.active).sum(1) / image.sum(1)
         assert (seen[whole] == 1).all()
         assert (seen[~whole] < 0.7).all() == ("visual_keep" in changes)
@@ -259,7 +259,7 @@ def test_with_logits_at_kept_labels_alone() -> None:
     for logits in ("all", "kept"):
         torch._dynamo.reset()
         model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("right", rows=4))
-        gate = regate.apply(model, replace(HALF, logits=logits), teacher=None)
+        gate = regate.apply(model, replace(HALF, logits=logits, budget="sample"), teacher=None)
         found.append((*_step(model, batch), gate))
     (loss, grads, gate), (short, gradients, other) = found
     torch.testing.assert_close(short, loss, atol=1e-6, rtol=0)  # transformers' losses are float32
@@ -332,6 +332,32 @@ def test_rows_that_are_filled_up_have_their_turns_at_once() -> None:
     assert all(rows in ([False, False], [True, True]) for rows in known)
     assert 1 <= known.count([True, True]) <= 3
     assert "all samples of some forwards keep every label" in str(gate.report())
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "cycled"])
+def test_rows_that_are_filled_up_keep_a_share_of_their_own(schedule: Any) -> None:
+    """Where the batch's whole budget would go to one row, the others would be filled up to it."""
+    torch._dynamo.reset()
+    model, batch = CORE["gemma3"].build(), CORE["gemma3"].batch("right", rows=2)
+    config = regate.Config(warmup=0, full_steps=0, schedule=schedule, score=lambda m, ref, prior: _by_row(m))
+    gate = regate.apply(model, config, teacher=None)
+    labels, found = (batch["labels"][:, 1:] != -100).sum(1), []
+    for _ in range(2):
+        model(**batch).loss.backward()
+        assert gate.last is not None
+        found.append(gate.last.kept.sum(1))
+    half = math.ceil(int(labels.sum()) / 2)
+    assert found[0].tolist() == [1, half - 1]
+    assert found[1].tolist() == torch.ceil(labels / 2).tolist() == gate.choose(batch).sum(1).tolist()
+    assert 'each sample\'s own, as with budget="sample"' in str(gate.report())
+    other = regate.apply(copy.deepcopy(model), config, teacher=None)
+    other.load_state_dict(gate.state_dict())
+    assert other.choose(batch).sum(1).tolist() == found[1].tolist()
+
+
+def _by_row(m: Tensor) -> Tensor:
+    """The last row first."""
+    return torch.arange(len(m))[:, None].expand_as(m).float()
 
 
 def test_stopping_and_resuming(tmp_path: Path) -> None:
