@@ -20,7 +20,7 @@ ARMS = {
     ],
     "captions": [
         ["dense", "regate", "random", "exact", "visible", "reweighted"],
-        ["paper", "student", "reference", "keep25", "keep75", "budget", "cycled"],
+        ["paper", "sample", "keep25", "student", "reference", "cycled"],
     ],
     "clips": [["dense", "regate", "random", "exact"]],
     "captions-large": [["dense", "regate", "random"]],

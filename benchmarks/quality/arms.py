@@ -43,8 +43,9 @@ class Arm:
 
 
 _GUARD = {"guard": 0.1}
-_EVEN = {"alignment": "both", "schedule": "interleaved"}  # as recommended
-_CYCLED = {"alignment": "both"}  # the same in cycles
+_EVEN = {"alignment": "both", "schedule": "interleaved"}  # full samples in every step, a share of each other sample
+_BATCH = _EVEN | {"budget": "batch"}  # as recommended
+_CYCLED = {"alignment": "both"}  # full steps, in cycles
 _HALF, _QUARTER, _TENTH = ({"visual_keep": share} for share in (0.5, 0.25, 0.1))
 _SHORT = {"cycle": 8, "full_steps": 1}
 _VISIBLE = {"elided": "visible"}
@@ -53,66 +54,60 @@ ARMS = {
     "dense": Arm("all tokens, the untouched model", None),
     "exact": Arm("all tokens, with the engine (keep 1)", {"keep": 1.0, "reference_weight": 0.0}),
     "reweighted": Arm("all tokens, grounded words weighted up as ReGATE does", None, reweighted=True),
-    # The default, and what it could be.
+    # The default.
     "regate": Arm(
-        "recommended: m + 0.5 ref, keep 0.5, kept tokens computed with their predictors, full samples in every step",
-        _EVEN,
+        "recommended: m + 0.5 ref, keep 0.5 of the batch, kept tokens computed with their predictors, full samples in "
+        "every step",
+        _BATCH,
     ),
-    "random": Arm("recommended, as many labels at random", _EVEN | {"selection": "random"}),
-    "student": Arm("recommended, the student's losses alone, no teacher", _EVEN | {"reference_weight": 0.0}),
-    "reference": Arm("recommended, reference losses alone", _EVEN | {"student_weight": 0.0, "reference_weight": 1.0}),
-    "equal": Arm("recommended, 0.5 m + 0.5 ref", _EVEN | {"student_weight": 0.5}),
+    "random": Arm("recommended, as many labels of each sample at random", _EVEN | {"selection": "random"}),
+    "keep25": Arm("recommended, keep 0.25", _BATCH | {"keep": 0.25}),
+    "untaught": Arm("recommended, the student's losses alone, no teacher", _BATCH | {"reference_weight": 0.0}),
+    # What the default was until the batch had a budget, and what it could have been.
+    "sample": Arm("`regate`, but half of each sample's labels", _EVEN),
+    "student": Arm("`sample`, the student's losses alone, no teacher", _EVEN | {"reference_weight": 0.0}),
+    "reference": Arm("`sample`, reference losses alone", _EVEN | {"student_weight": 0.0, "reference_weight": 1.0}),
+    "equal": Arm("`sample`, 0.5 m + 0.5 ref", _EVEN | {"student_weight": 0.5}),
     "gain": Arm(
-        "recommended, ref - m: what the image already explains",
+        "`sample`, ref - m: what the image already explains",
         _EVEN | {"student_weight": -1.0, "reference_weight": 1.0},
     ),
     "gainlate": Arm(
-        "recommended, ref - m, from step 160 on, when the image is read",
+        "`sample`, ref - m, from step 160 on, when the image is read",
         _EVEN | {"student_weight": -1.0, "reference_weight": 1.0, "warmup": 160},
     ),
-    "inverse": Arm("recommended, the least of m + 0.5 ref", _EVEN | {"student_weight": -1.0, "reference_weight": -0.5}),
-    "keep25": Arm("recommended, keep 0.25", _EVEN | {"keep": 0.25}),
-    "keep75": Arm("recommended, keep 0.75", _EVEN | {"keep": 0.75}),
-    "explore": Arm("recommended, a third of the kept labels at random", _EVEN | {"explore": 1 / 3}),
-    "full2": Arm("recommended, 1 full sample in 16", _EVEN | {"full_steps": 2}),
-    "full8": Arm("recommended, 1 full sample in 4", _EVEN | {"full_steps": 8}),
-    "lastfull": Arm("recommended, the last 40 steps full", _EVEN | {"final_full_steps": 40}),
-    "budget": Arm("recommended, the most worth keeping of the whole batch", _EVEN | {"budget": "batch"}),
-    "budget25": Arm(
-        "recommended, keep 0.25, the most worth keeping of the whole batch",
-        _EVEN | {"budget": "batch", "keep": 0.25},
-    ),
-    "guarded": Arm("recommended, with a guard at 0.1", _EVEN | _GUARD),
-    "masking": Arm("the recommended choice, loss masking alone", _EVEN, elides=False),
-    "visible": Arm("recommended, what is left out visible", _EVEN | _VISIBLE),
-    "teacher-small": Arm("recommended, with a teacher of one layer, a quarter as wide", _EVEN, teacher="small"),
-    "teacher-large": Arm("recommended, with a teacher twice as deep and as wide", _EVEN, teacher="large"),
+    "inverse": Arm("`sample`, the least of m + 0.5 ref", _EVEN | {"student_weight": -1.0, "reference_weight": -0.5}),
+    "sample25": Arm("`sample`, a quarter of its labels", _EVEN | {"keep": 0.25}),
+    "sample75": Arm("`sample`, three quarters of its labels", _EVEN | {"keep": 0.75}),
+    "explore": Arm("`sample`, a third of the kept labels at random", _EVEN | {"explore": 1 / 3}),
+    "full2": Arm("`sample`, 1 full sample in 16", _EVEN | {"full_steps": 2}),
+    "full8": Arm("`sample`, 1 full sample in 4", _EVEN | {"full_steps": 8}),
+    "lastfull": Arm("`sample`, the last 40 steps full", _EVEN | {"final_full_steps": 40}),
+    "guarded": Arm("`sample`, with a guard at 0.1", _EVEN | _GUARD),
+    "masking": Arm("the choice of `sample`, loss masking alone", _EVEN, elides=False),
+    "visible": Arm("`sample`, what is left out visible", _EVEN | _VISIBLE),
+    "teacher-small": Arm("`sample`, with a teacher of one layer, a quarter as wide", _EVEN, teacher="small"),
+    "teacher-large": Arm("`sample`, with a teacher twice as deep and as wide", _EVEN, teacher="large"),
     # Several epochs.
     "few-dense": Arm("all tokens, a fifth of the samples five times as often", None, samples=0.2),
-    "few-regate": Arm("recommended, a fifth of the samples five times as often", _EVEN, samples=0.2),
+    "few-sample": Arm("`sample`, a fifth of the samples five times as often", _EVEN, samples=0.2),
     "few-random": Arm(
-        "recommended, a fifth of the samples five times as often, as many labels at random",
+        "`random`, a fifth of the samples five times as often",
         _EVEN | {"selection": "random"},
         samples=0.2,
     ),
     # Data as it is gathered: of every fifth sample, text and image do not belong together.
     "wrong-dense": Arm("all tokens, a fifth of the samples with another's text", None, wrong=0.2),
-    "wrong-regate": Arm("recommended, a fifth of the samples with another's text", _EVEN, wrong=0.2),
-    "wrong-budget": Arm(
-        "recommended, a fifth of the samples with another's text, the most worth keeping of the whole batch",
-        _EVEN | {"budget": "batch"},
-        wrong=0.2,
-    ),
+    "wrong-regate": Arm("recommended, a fifth of the samples with another's text", _BATCH, wrong=0.2),
+    "wrong-sample": Arm("`sample`, a fifth of the samples with another's text", _EVEN, wrong=0.2),
     "wrong-random": Arm(
-        "recommended, a fifth of the samples with another's text, as many labels at random",
-        _EVEN | {"selection": "random"},
-        wrong=0.2,
+        "`random`, a fifth of the samples with another's text", _EVEN | {"selection": "random"}, wrong=0.2
     ),
     # Until dense training, too, has learnt what it will.
     "long-dense": Arm("all tokens, twice as many steps", None, longer=2),
-    "long-regate": Arm("recommended, twice as many steps", _EVEN, longer=2),
+    "long-sample": Arm("`sample`, twice as many steps", _EVEN, longer=2),
     # Full steps, and between them sparse ones.
-    "cycled": Arm("recommended, but in cycles: full steps instead of full samples", _CYCLED),
+    "cycled": Arm("`sample`, but in cycles: full steps instead of full samples", _CYCLED),
     "cycled-random": Arm("in cycles, as many labels at random", _CYCLED | {"selection": "random"}),
     "cycled-keep25": Arm("in cycles, keep 0.25", _CYCLED | {"keep": 0.25}),
     "cycled-keep25-guarded": Arm("in cycles, keep 0.25, with a guard at 0.1", _CYCLED | {"keep": 0.25} | _GUARD),
@@ -121,26 +116,26 @@ ARMS = {
     "short": Arm("in short cycles: one full step in 8", _CYCLED | _SHORT),
     # Fewer visual tokens.
     "visual50-visible": Arm(
-        "recommended, 50% of visual tokens of samples that are not full, what is left out visible",
+        "`sample`, 50% of visual tokens of samples that are not full, what is left out visible",
         _EVEN | _HALF | _VISIBLE,
     ),
     "visual25-visible": Arm(
-        "recommended, 25% of visual tokens of samples that are not full, what is left out visible",
+        "`sample`, 25% of visual tokens of samples that are not full, what is left out visible",
         _EVEN | _QUARTER | _VISIBLE,
     ),
     "visual25-visible-random": Arm(
-        "recommended, 25% of visual tokens of samples that are not full, drawn at random, what is left out visible",
+        "`sample`, 25% of visual tokens of samples that are not full, drawn at random, what is left out visible",
         _EVEN | _QUARTER | _VISIBLE,
         visual_by="random",
     ),
     "visual25-visible-gradient": Arm(
-        "recommended, 25% of visual tokens of samples that are not full, those with the largest gradient in a pass of "
+        "`sample`, 25% of visual tokens of samples that are not full, those with the largest gradient in a pass of "
         "its own, what is left out visible",
         _EVEN | _QUARTER | _VISIBLE,
         visual_by="gradient",
     ),
     "visual10-visible": Arm(
-        "recommended, 10% of visual tokens of samples that are not full, what is left out visible",
+        "`sample`, 10% of visual tokens of samples that are not full, what is left out visible",
         _EVEN | _TENTH | _VISIBLE,
     ),
     "cycled-visual50": Arm("in cycles, 50% of visual tokens on sparse steps", _CYCLED | _HALF),

@@ -24,7 +24,7 @@ NOTES = {
     "photos": "Seeds start in turn from {settings[starts]} models, whose parts were linked by {settings[link_steps]} "
     "steps on other pictures, as one fine-tunes a model that sees: else a run's accuracy would tell when it left its "
     "first plateau, which is luck. So seeds are orders of the data more than they are models. Seeds from 12 on start "
-    "from one such model, made on another machine.",
+    "from three others, made on another machine.",
 }
 
 

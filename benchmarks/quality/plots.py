@@ -18,7 +18,7 @@ from benchmarks.quality.summary import ENOUGH
 
 # Arms whose curves are drawn, over the seeds that all of them ran: means over others say nothing beside.
 CURVES = {
-    "dense": "#4a4a4a", "exact": "#9aa5b8", "regate": "#0b7a75", "keep25": "#6cc3bd", "random": "#d1495b",
+    "dense": "#4a4a4a", "exact": "#9aa5b8", "regate": "#0b7a75", "sample": "#6cc3bd", "random": "#d1495b",
     "reweighted": "#edae49", "visual25-visible": "#6a4c93",
 }  # fmt: skip
 _OTHER = "#b08968"
@@ -46,17 +46,17 @@ def draw(result: dict[str, Any], path: Path, part: Part) -> None:
 
 def _curves(panel: Any, runs: list[Record], cost: str) -> None:
     ran = {arm: {run["seed"] for run in runs if run["arm"] == arm} for arm in CURVES}
-    enough = min(ENOUGH, len(ran["regate"] or ran["dense"]))
-    drawn = {arm: seeds for arm, seeds in ran.items() if len(seeds) >= max(enough, 1)}
+    ours = ran["regate"] or ran["dense"]
+    drawn = {arm: seeds for arm, seeds in ran.items() if ours and len(seeds & ours) >= min(ENOUGH, len(ours))}
     shared = set.intersection(*drawn.values()) if drawn else set()
     for arm in drawn if shared else ():
         colour = CURVES[arm]
         curves = [analysis.curve(run, cost) for run in runs if run["arm"] == arm and run["seed"] in shared]
         x, y = (np.mean([c[i] for c in curves], 0) for i in (0, 1))
-        ours = arm == "regate"
+        first = arm == "regate"
         panel.plot(
-            x / (1000 if cost == "answer_tokens" else 1), 100 * y, color=colour, lw=2.4 if ours else 1.4, marker="o",
-            ms=2.5, label=arm, zorder=3 if ours else 2, ls="--" if arm == "exact" else "-",
+            x / (1000 if cost == "answer_tokens" else 1), 100 * y, color=colour, lw=2.4 if first else 1.4, marker="o",
+            ms=2.5, label=arm, zorder=3 if first else 2, ls="--" if arm == "exact" else "-",
         )  # fmt: skip
     panel.set_xlabel(_LABELS[cost])
     panel.grid(alpha=0.25)

@@ -60,12 +60,12 @@ def targets(found: dict[str, dict[str, Any]], part: Part) -> str:
             lambda runs: _above(analysis.paired(runs, "regate", grounded, base="random"), 0.0),
         ),
         (
-            "the sum of both scores is not behind the `student`'s alone",
-            lambda runs: _not_below(analysis.paired(runs, "regate", grounded, base="student")),
+            "the sum of both scores (`sample`) is not behind the `student`'s alone",
+            lambda runs: _not_below(analysis.paired(runs, "sample", grounded, base="student")),
         ),
         (
             "nor behind the `reference`'s alone",
-            lambda runs: _not_below(analysis.paired(runs, "regate", grounded, base="reference")),
+            lambda runs: _not_below(analysis.paired(runs, "sample", grounded, base="reference")),
         ),
         (
             "98% of dense's accuracy by half of its answer tokens",
