@@ -168,9 +168,8 @@ class GatedForward:
             log.warning("%s runs dense %s: %s", type(self.decoder).__name__, since, error)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if active_mode() is not None:  # code that Dynamo has skipped for one it skips ever after
-            raise self._unseen(str(switched_off_by()))
-        if self.compiled is None and (cause := switched_off_by()) is not None:  # what it skips now it skips ever after
+        looks = self.compiled is None or active_mode() is not None  # code that Dynamo skips once it skips ever after
+        if looks and (cause := switched_off_by()) is not None:
             raise self._unseen(cause)
         if self.compiled is None:  # only now: the decoder may have been sharded since `patch`
             if self.allow_graph_breaks is None:
