@@ -159,7 +159,7 @@ def test_a_label_with_which_a_sample_begins_is_no_ones() -> None:
     model = CORE["llava"].build().double()
     batch = packed(model, rows_of("llava", 2, 0))
     start = int((batch["position_ids"][0, 1:] == 0).nonzero()[0]) + 1
-    expected = float(model(**batch, use_cache=False).loss)
+    expected = model(**batch, use_cache=False).loss.item()
     batch["labels"][0, start] = 7
     assert float(model(**batch, use_cache=False).loss) != pytest.approx(expected, abs=1e-4)
     gate = regate.apply(model, regate.Config(warmup=1000), teacher=None)
