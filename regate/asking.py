@@ -59,12 +59,13 @@ def ask_for_readers(
     own_head = bool(call.get("fused_lm_head"))  # which leaves out what has no label by itself
     plain = parts.adapter.with_labels is labels_alone and not own_head
     shortens = plain and not supervision.has_tensors(beside)
-    least = Read.VALID if router.is_balanced(parts.target, call) else Read.KEPT
+    balanced = router.is_balanced(parts.target, call)
+    least = Read.VALID if balanced else Read.KEPT
 
     @contextlib.contextmanager
     def elide(read: Read, tail: bool) -> Iterator[None]:
         decision = Decision.of(some, few, parts.config, full=True, beyond=read >= Read.VALID)
-        with Decoding(parts, call, some, decision, owner, tail).entering():
+        with Decoding(parts, call, some, decision, owner, balanced, tail).entering():
             yield
 
     few_labels = to_device(some.labels, call["labels"].device)

@@ -32,7 +32,8 @@ class Decoding:
         layout: of the batch, [B, S].
         decision: what is kept and computed; once visual tokens are chosen, without those that are left out.
         owner: int64 [B, S] on the CPU, the sample of each position.
-        tail: the decoder's end runs at predictors of kept labels alone.
+        balanced: does the call add a router's loss?
+        tail: the decoder's end runs at predictors of kept labels alone, unless such a loss reads it.
         visible: are positions that are left out seen, but for padding?
         entered: was it to run on less than everything?
         active: what it ran on; None before it was called.
@@ -43,14 +44,11 @@ class Decoding:
     layout: Layout
     decision: Decision
     owner: Tensor
+    balanced: bool
     tail: bool
     visible: bool = False
     entered: bool = field(init=False, default=False)
     active: regate_patch.Active | None = field(init=False, default=None)
-    _balanced: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._balanced = router.is_balanced(self.parts.target, self.call)
 
     @contextlib.contextmanager
     def entering(self) -> Iterator[None]:
@@ -61,7 +59,7 @@ class Decoding:
             scope.enter_context(parts.adapter.followable(parts.model, parts.decoder))
             scope.enter_context(followable_peft())
             scope.enter_context(without_cache(parts.decoder, called_so=called_so))
-            if self._balanced:
+            if self.balanced:
                 scope.enter_context(router.balanced_over(parts.target, parts.decoder, self._computed))
             scope.enter_context(regate_patch.active(self._positions))
             yield
@@ -88,7 +86,7 @@ class Decoding:
                 )
             self.decision = self.decision.thin(found, share)
         device = next(x.device for x in (*kwargs.values(), *args) if isinstance(x, Tensor))
-        tail = self.tail and not self._balanced
+        tail = self.tail and not self.balanced
         self.active = self.decision.positions(device, read=tail, owner=self.owner, visible=self.visible)
         self.parts.counters.gate_seconds += time.perf_counter() - start
         return self.active

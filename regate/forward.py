@@ -122,8 +122,8 @@ class Forward:
             self._tell_of_labels()
         kept = samples.segments.pack(self._kept)
         if due:
-            owner = samples.segments.owner
-            parts.readers.learn(ask_for_readers(parts, self._call, layout, self._beside, owner=owner))
+            proven = ask_for_readers(parts, self._call, layout, self._beside, owner=samples.segments.owner)
+            parts.readers.learn(proven)
         self.saving = self._saving_at(kept)
         at_whole, beyond = None, torch.tensor(self._beyond(full), device="cpu")
         if whole is not None:
@@ -133,7 +133,8 @@ class Forward:
             layout, kept, parts.config, full=full, beyond=beyond, whole=at_whole, on_padding=self._on_padding
         )
         tail, visible = self.saving.read == Read.KEPT, parts.config.elided == "visible" and not all_whole
-        self._decoding = Decoding(parts, self._call, layout, decision, samples.segments.owner, tail, visible)
+        owner, balanced = samples.segments.owner, self._balanced
+        self._decoding = Decoding(parts, self._call, layout, decision, owner, balanced, tail, visible)
         self._reading = Reading.of(layout.labels, kept) if self.saving.short else None
         self._places = Places.of(layout.labels, kept) if self._reading is None else self._reading.places
 

@@ -133,7 +133,7 @@ class GatedForward:
         chosen.streams.clear()
         if any(self.unhooked):  # Dynamo guards hooks only where some hung: what it captured lacks the new ones
             self._forget()
-        self.statistics.skipped = None
+        self.statistics.skipped = False
         ran_before, graphs_before = len(chosen.ran), len(self.statistics.graphs) + self.statistics.other_graphs
         try:
             output = self._run(*args, **kwargs)
@@ -145,7 +145,7 @@ class GatedForward:
 
     def captures(self) -> bool:
         """See `Handle.captures`."""
-        self.statistics.skipped, cause = None, switched_off_by()
+        self.statistics.skipped, cause = False, switched_off_by()
         if cause is not None and self.statistics.failed is None:
             self._give_up(self._unseen(cause))
         return cause is None and self.statistics.failed is None
@@ -157,14 +157,12 @@ class GatedForward:
         """Run every position, in this call or from now on, if `on_unsupported` allows it."""
         if self.on_unsupported == "raise":
             raise error
-        once = isinstance(error, SwitchedOffError)
-        if once:
-            self.statistics.skipped = str(error)
-        else:
+        self.statistics.skipped = isinstance(error, SwitchedOffError)
+        if not self.statistics.skipped:
             self.statistics.failed = str(error)
         if str(error) not in self.statistics.causes:
             self.statistics.causes.append(str(error))
-            since = "where that is so" if once else "from now on"
+            since = "where that is so" if self.statistics.skipped else "from now on"
             log.warning("%s runs dense %s: %s", type(self.decoder).__name__, since, error)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:

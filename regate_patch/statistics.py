@@ -24,7 +24,7 @@ class Statistics:
             them: a wrapped layer or a hook keeps them. They are right where everything is read.
         last: the rewrites that the last such call ran, in order (one graph may run once per layer).
         failed: why the decoder runs dense since (`on_unsupported="warn"`), or None.
-        skipped: why it ran dense in the last such call, where Dynamo was switched off, or None.
+        skipped: did it run dense in the last such call alone, for Dynamo was switched off around it?
         causes: why it ran dense in any call so far.
     """
 
@@ -35,13 +35,13 @@ class Statistics:
     put_elsewhere: int = 0
     last: tuple[Rewrite, ...] = ()
     failed: str | None = None
-    skipped: str | None = None
+    skipped: bool = False
     causes: list[str] = field(default_factory=list)
 
     @property
     def ran_dense(self) -> bool:
         """Did the last such call run every position, as `on_unsupported="warn"` allows?"""
-        return self.skipped is not None or self.failed is not None
+        return self.skipped or self.failed is not None
 
     def forget(self) -> None:
         """The decoder is captured anew: its graphs so far are no longer what runs."""

@@ -281,7 +281,7 @@ def _stands_beside(name: str, x: Tensor, labels: Tensor) -> bool:
     """
     elsewhere = _OF_IMAGES.search(name) is not None
     if (_NAMES.search(name) or _WEIGHS.search(name)) and not elsewhere:
-        if _is_of_parts(name) and not _lies_along(x, labels):
+        if _is_of_parts(name) and _length_along(x, labels) is None:
             return False
         _along(name, x, labels, labels)
         return True
@@ -324,22 +324,22 @@ def _speaks_at(name: str, x: Tensor, labels: Tensor) -> Literal["labels", "predi
     return None if bool((says & ~predictors(labelled)).any()) else "predictors"
 
 
-def _lies_along(x: Tensor, labels: Tensor) -> bool:
-    """Has it an entry for each label, or for each but the first of a row?"""
+def _length_along(x: Tensor, labels: Tensor) -> int | None:
+    """How many labels of a row it has entries for: S, or all but the first, S - 1. None if it is laid otherwise."""
     rows, length = labels.shape
-    return tuple(_laid(x).shape) in ((rows, length), (rows, length - 1), (rows * length,), (rows * (length - 1),))
+    shape = tuple(_laid(x).shape)
+    return next((n for n in (length, length - 1) if shape in ((rows, n), (rows * n,))), None)
 
 
 def _along(name: str, x: Tensor, of_labels: Tensor, labels: Tensor) -> Tensor:
     """Values of labels [B, S] as an entry of this name and shape has them: at labels or at their predictors."""
-    rows, length = of_labels.shape
-    shape = _laid(x).shape
-    if tuple(shape) == (rows, length) or shape == (rows * length,):
-        shifted = name.startswith("shift") or _speaks_at(name, x, labels) == "predictors"
-        return (predictors(of_labels) if shifted else of_labels).reshape(x.shape)
-    if tuple(shape) == (rows, length - 1) or shape == (rows * (length - 1),):
+    length = _length_along(x, labels)
+    if length is None:
+        raise _refused(name, list(x.shape), labels)
+    if length < labels.shape[1]:
         return of_labels[:, 1:].reshape(x.shape)
-    raise _refused(name, list(x.shape), labels)
+    shifted = name.startswith("shift") or _speaks_at(name, x, labels) == "predictors"
+    return (predictors(of_labels) if shifted else of_labels).reshape(x.shape)
 
 
 def _refused(name: str, shape: Any, labels: Tensor) -> LabelsError:

@@ -181,6 +181,7 @@ def test_a_gate_that_fails_leaves_the_model_as_it_was(part: str, monkeypatch: py
         regate.apply(model)
     assert "forward" not in vars(model.model.language_model)
     assert {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()} == hooks
+    assert not any("_z3_leaf" in vars(m) for m in model.modules())
 
 
 def test_precompute_needs_labels() -> None:
