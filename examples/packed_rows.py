@@ -4,8 +4,8 @@
     python -m examples.packed_rows ... --attention flash_attention_2     # on a GPU
 
 Position ids that begin again tell where a sample begins, as with transformers' DataCollatorWithFlattening. To the gate
-each sample is its own: its labels are ranked among themselves, its difficulties are found again whatever row it comes
-in, and in the decoder it sees itself alone.
+each sample is its own: its labels compete with those of the forward's other samples, its difficulties are found again
+whatever row it comes in, and in the decoder it sees itself alone.
 """
 
 from __future__ import annotations

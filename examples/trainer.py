@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> tuple[regate.Report, list[dict[str, f
     # (transformers issue 43701).
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
 
-    # The one line. The teacher's copy and the compiler go where the model is now; the weights are those before
-    # training, also where the trainer goes on to load a checkpoint.
+    # The one line. The teacher has the weights of now, before training, also where the trainer goes on to load a
+    # checkpoint.
     gate = regate.apply(model, config(args))
 
     dataset = Conversations(records, processor)

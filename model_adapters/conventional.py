@@ -210,7 +210,7 @@ def layout(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _fitting(mask: Tensor, shape: torch.Size) -> Tensor:
-    if mask.shape[1] != shape[1] or len(mask) not in (1, shape[0]):
+    if mask.shape != shape:
         raise AdapterError(
             f"attention_mask is {list(mask.shape)}, but the batch has {list(shape)} positions; give one entry each, or "
             "no mask where nothing is padding"
@@ -257,6 +257,13 @@ def position_ids(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
         return compute(**arguments)
     finally:
         inner.rope_deltas = before  # generation state of the model, not ours to change
+
+
+def has_planes(model: nn.Module) -> bool:
+    """Are its positions [n, B, S], in time, height and width (multimodal rotary embeddings)?"""
+    inner = getattr(language_model(model), "model", None)
+    told = getattr(text_config(model), "rope_parameters", None) or {}
+    return hasattr(inner, "compute_3d_position_ids") or "mrope_section" in told
 
 
 def run_decoder(

@@ -21,7 +21,7 @@ from model_adapters.replaced import replaced
 def _by_modality(
     self: Any, hidden_states: Tensor, moe_mm_token_type_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Ernie 4.5 VL: text tokens go to the text experts, visual ones to the others. [B, S, D] -> the same."""
+    """Ernie 4.5 VL: text tokens go to the text experts, visual ones to the others. [B, S, D] -> the same, scores."""
     if moe_mm_token_type_ids is None:
         output, scores = self.text_moe(hidden_states)
         output, scores = output.reshape(hidden_states.shape), scores.reshape(-1, self.num_experts)

@@ -1,4 +1,4 @@
-"""What a model is asked in its first forward: what may full steps leave out?"""
+"""What a model is asked, in its first forward and where its loss has changed: what may full steps leave out?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import regate_patch
 from model_adapters import Layout
@@ -17,10 +17,9 @@ from model_adapters.base import labels_alone
 from model_adapters.flash import called_by
 from regate.decoding import Decoding
 from regate.labels import IGNORED, predictors, up_to_last
-from regate.output import router
 from regate.parts import Parts
 from regate.proof.prove import Proven, few_of, prove
-from regate.proof.reads import Read
+from regate.proof.reads import Read, least
 from regate.proof.trial import Subject
 from regate.ranks import highest
 from regate.scoring.decision import Decision
@@ -37,7 +36,13 @@ OTHER = (
 
 
 def ask_for_readers(
-    parts: Parts, call: Mapping[str, Any], layout: Layout, beside: Mapping[str, Any], *, owner: Tensor
+    parts: Parts,
+    call: Mapping[str, Any],
+    layout: Layout,
+    beside: Mapping[str, Any],
+    *,
+    owner: Tensor,
+    balanced: bool,
 ) -> Proven:
     """What full steps may leave out of the model's output (see `regate/proof`).
 
@@ -47,6 +52,7 @@ def ask_for_readers(
         layout: of the batch, [B, S].
         beside: what `supervision.beside` found.
         owner: int64 [B, S] on the CPU, the sample of each position.
+        balanced: does a router's loss read every position that is no padding?
 
     Raises:
         UnsupportedGraphError: its kernels of attention compute something else than the model does.
@@ -59,8 +65,6 @@ def ask_for_readers(
     own_head = bool(call.get("fused_lm_head"))  # which leaves out what has no label by itself
     plain = parts.adapter.with_labels is labels_alone and not own_head
     shortens = plain and not supervision.has_tensors(beside)
-    balanced = router.is_balanced(parts.target, call)
-    least = Read.VALID if balanced else Read.KEPT
 
     @contextlib.contextmanager
     def elide(read: Read, tail: bool) -> Iterator[None]:
@@ -85,9 +89,10 @@ def ask_for_readers(
                 live=valid & up_to_last(predictors(few)),
                 valid=valid,
                 elide=elide,
+                beside=_around(parts),
                 lazy=None if sharded else parts.lazy_head(),
                 short=shortens and parts.config.logits == "kept",
-                at_least=Read.ALL if parts.config.logits == "all" else least,
+                at_least=Read.ALL if parts.config.logits == "all" else least(balanced=balanced),
                 backward=not sharded,
                 in_step=parts.readers.in_step,
                 highest=highest if parts.readers.in_step else int,
@@ -98,6 +103,14 @@ def ask_for_readers(
     for note in (*proven.notes, *([OTHER] if proven.other else [])):
         parts.note(note)
     return proven
+
+
+def _around(parts: Parts) -> list[nn.Parameter]:
+    """What is trained beside the language model."""
+    adapter = parts.adapter
+    known = (parts.decoder, adapter.embeddings(parts.model), parts.head)
+    of_text = {id(p) for part in known for p in part.parameters()}
+    return [p for p in parts.target.parameters() if p.requires_grad and id(p) not in of_text]
 
 
 @contextlib.contextmanager

@@ -13,25 +13,21 @@ import sys
 from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
-from typing import get_args
 
 from torch import nn
 from transformers import AutoConfig
 
-from regate import run
-from regate.config import Alignment, Config, Elided, Logits, Schedule
+from regate import options, run
 from regate.errors import ConfigError, RegateError
 from regate.insight.estimate import build_on_meta, costs_of, estimate, inspect
 
-_NUMBERS = ("keep", "visual_keep", "cycle", "full_steps", "warmup", "reference_weight")  # of the config
-_CHOICES = {"alignment": Alignment, "elided": Elided, "schedule": Schedule, "logits": Logits}
 _SAMPLES = 100_000  # of each kind, where nobody says
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 where the input is of no use. `run` has the exit code of what it runs."""
-    options, script = run.split(sys.argv[1:] if argv is None else argv)
-    parser = run.Parser(prog="regate", description="Train a multimodal LLM on fewer tokens.")
+    words, script = options.split(sys.argv[1:] if argv is None else argv)
+    parser = options.Parser(prog="regate", description="Train a multimodal LLM on fewer tokens.")
     commands = parser.add_subparsers(dest="command", required=True)
     estimating = commands.add_parser("estimate", help="what gating can gain on this data, before training")
     inspecting = commands.add_parser("inspect", help="what would be found in a model, without its weights")
@@ -62,17 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     estimating.add_argument(
         "--rows", type=_positive(int), help="of one forward on one device, for the peak of memory (default: many)"
     )
-    for name in _NUMBERS:
-        default = getattr(Config(), name)
-        estimating.add_argument(run.flag(name), type=type(default), default=default, help=run.told(name))
-    for name, kind in _CHOICES.items():
-        default = getattr(Config(), name)
-        estimating.add_argument(run.flag(name), choices=get_args(kind), default=default, help=run.told(name))
-    args = parser.parse_args(options)
+    estimating.add_argument(
+        "--teacher",
+        metavar="PATH",
+        help="a Hugging Face id or local path of another model that gives the reference losses; only its config is "
+        "read (default: the language model itself)",
+    )
+    options.add_options(estimating, options.FIELDS)
+    args = parser.parse_args(words)
     if args.command == "run":
         return run.from_options(args, script)
     try:
-        model = _model(args)
+        model = _model(args, args.model)
         print(_estimate(model, args) if args.command == "estimate" else _inspect(model))
     except (RegateError, OSError, ValueError) as error:
         print(f"regate {args.command}: {error}", file=sys.stderr)
@@ -80,26 +77,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _model(args: argparse.Namespace) -> nn.Module:
-    """The model of a command, without weights.
+def _model(args: argparse.Namespace, name: str) -> nn.Module:
+    """The model of that name, without weights.
 
     Raises:
         ConfigError: transformers cannot read its config, or make a model of it.
         UnknownArchitectureError: it is of no use here.
     """
     try:
-        return build_on_meta(AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code))
+        return build_on_meta(AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code))
     except RegateError:
         raise
     except Exception as error:  # of any type: remote code, too, is run here
         told = " ".join(str(error).split())
-        raise ConfigError(
-            f"transformers makes no model of --model {args.model}: {type(error).__name__}: {told}"
-        ) from error
+        raise ConfigError(f"transformers makes no model of {name}: {type(error).__name__}: {told}") from error
 
 
 def _estimate(model: nn.Module, args: argparse.Namespace) -> str:
-    config = Config(**{name: getattr(args, name) for name in (*_NUMBERS, *_CHOICES)})
+    config = options.Settings.of(options.given(args, options.FIELDS)).config
+    teacher = None if args.teacher is None else _model(args, args.teacher)
     if args.counts:
         samples: list[Sequence[int]] = _counts(args.counts)
         copies = 1 if args.samples is None else args.samples / len(samples)
@@ -110,7 +106,7 @@ def _estimate(model: nn.Module, args: argparse.Namespace) -> str:
     throughput = None if args.tflops is None else args.tflops * 1e12
     found = estimate(
         model, samples, config, epochs=args.epochs, steps=steps, copies=copies, rows=args.rows,
-        flops_per_second=throughput,
+        teacher=teacher, flops_per_second=throughput,
     )  # fmt: skip
     return str(found)
 
@@ -168,13 +164,15 @@ def _inspect(model: nn.Module) -> str:
     found = inspect(model)
     costs = costs_of(model, found)
     parameters = sum(p.numel() for p in model.parameters())
+    linear = sum(graph.flops_linear for graph in found.graphs)
+    quadratic = sum(graph.flops_quadratic for graph in found.graphs)
     recurrences = sum(graph.recurrences for graph in found.graphs)
     return "\n".join(
         [
             f"model      {type(model).__name__}, {parameters / 1e9:.2f} billion parameters",
             f"decoder    {found.attention} attention and {found.mlp} MLP blocks in {len(found.graphs)} graph(s)"
             + (f", {recurrences} operations that run along the sequence" if recurrences else ""),
-            f"FLOPs      {costs.linear / 1e9:.2f} G per position, {costs.quadratic:,.0f} per pair of positions",
+            f"FLOPs      {linear / 1e9:.2f} G per position, {quadratic:,.0f} per pair of positions",
             f"head       {costs.head / 1e9:.2f} GFLOPs per position, {costs.vocabulary:,} tokens",
         ]
     )

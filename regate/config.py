@@ -31,9 +31,9 @@ class Config:
         full_steps, cycle: how much keeps every label, so many in each of so many: of samples or of optimizer steps, by
             the `schedule`; 0 <= full_steps <= cycle.
         keep: share of the labels kept on the other, sparse steps; 0 < keep <= 1.
-        budget: whose labels that is a share of. Those of the "batch", of one forward: samples with much to learn keep
-            more, and those with little less, but one. Or, as in the paper, each "sample"'s own; so it is, too, where
-            rows cannot be laid end to end, for the one that keeps most would make all as long.
+        budget: what `keep` is a share of. "batch": all labels of one forward of one process, so that samples with much
+            to learn keep more; each keeps one at least. "sample", as in the paper: each sample's own labels. So it is,
+            too, where rows cannot be laid end to end, because the one that keeps most would make all as long.
         warmup: full steps at the beginning.
         final_full_steps: full steps at the end of training; needs `total_steps`.
         total_steps: optimizer steps of the whole run, or None.
@@ -63,10 +63,10 @@ class Config:
             makes their keys and values: little work where heads share these (grouped-query attention).
         visual_keep: share of a sample's visual tokens computed on sparse steps; 0 < visual_keep <= 1. Those left out
             have embeddings most like another's (see `regate.scoring.visual`). Hiding them costs quality; with
-            elided="visible" computing a quarter of them cost 1.3 points (docs/evidence.md).
-        guard: how many nats the mean loss of a sample's easiest labels, which sparse steps leave out, may rise above
-            the lowest it was; beyond, steps are full until half of that is gone, a `cycle` at most, and the report says
-            so (`regate.scoring.guard`). None does not look. It is read off samples that keep every label, so
+            elided="visible" computing a quarter of them cost 1.3 points of accuracy (docs/evidence.md).
+        guard: how many nats the mean loss of the easiest labels, which sparse steps leave out, may rise above the
+            lowest it was; beyond, steps are full until half of that is gone, a `cycle` at most, and the report says so
+            (`regate.scoring.guard`). None does not look. It is read off samples that keep every label, so
             `full_steps` must not be 0, and only where the easiest are what is left out: by a sum with a positive
             `student_weight`. While it is open, steps take the memory of full ones.
         logits: where training forwards compute them: at positions that predict "kept" labels, a chunk at a time, or,
@@ -181,13 +181,30 @@ class Config:
         """Does it depend on reference losses which labels are kept?"""
         return self.keep < 1 and self.selection == "score" and self.reference_weight != 0
 
+    @property
+    def leaves_out(self) -> bool:
+        """Do sparse steps leave out labels or visual tokens?"""
+        return self.keep < 1 or self.visual_keep < 1
+
+    @property
+    def shows(self) -> bool:
+        """Is what they leave out seen?"""
+        return self.elided == "visible" and self.leaves_out
+
+    @property
+    def first_sparse(self) -> int | None:
+        """The first optimizer step that leaves something out, in a run long enough; None where none does."""
+        if not self.leaves_out or self.full_steps == self.cycle:
+            return None
+        return self.warmup + (self.full_steps if self.schedule == "cycled" else 0)
+
     def is_full(self, step: int) -> bool:
         """Does optimizer step `step` (from 0) keep every label?"""
         return self.full_share(step) == 1
 
     def full_share(self, step: int) -> float:
         """Of the samples of optimizer step `step` (from 0), the share that keeps every label."""
-        if step < self.warmup or self.keep == self.visual_keep == 1:
+        if step < self.warmup or not self.leaves_out:
             return 1.0
         if self.total_steps is not None and step >= self.total_steps - self.final_full_steps:
             return 1.0

@@ -31,7 +31,7 @@ class LabelsError(RegateError, ValueError):
 
 
 class LogitsError(RegateError):
-    """Logits were read that a gated training forward did not make."""
+    """Logits were read that a gated training forward did not make; or the model's do not fit its labels."""
 
 
 class HiddenStatesError(RegateError):

@@ -34,7 +34,7 @@ from regate.output.outputs import get, kept_losses, rescale, with_logits
 from regate.output.withheld import WithheldLogits, watched
 from regate.parts import Parts
 from regate.proof.readers import Saving
-from regate.proof.reads import Read
+from regate.proof.reads import Read, least
 from regate.scoring.decision import Decision
 from regate.scoring.scorer import Samples
 from regate.training import supervision
@@ -70,7 +70,14 @@ BY_CHANCE = (
     "same: sparse steps leave it as it is. If the loss is divided by it, call it `num_items_in_batch` or the like, or "
     "the gradient is too small by the share that is kept"
 )
-GIVEN_UP = "`{name}` no longer is the number of labels: since then the model is given it as it is"
+NO_LONGER = "`{name}` no longer is the number of labels: since then the model is given it as it is"
+TOO_SMALL = (
+    "`{name}` has the name of a number of labels, but is less than half of a batch's: the model is given it as it is"
+)
+DIVIDED = (
+    "the model's loss is divided by `{name}`, which sparse steps leave as it is, for it is not the number of labels in "
+    "this batch: the gradient is too small by the share that is kept. Call it `num_items_in_batch`, and it is scaled"
+)
 SUMMED = (
     "the model's loss is the sum of its labels' losses, on sparse steps of those kept: divide it by the number of "
     "these, gate.last.labels_kept, and not by all labels of the batch, or the gradient is too small by the share "
@@ -104,7 +111,8 @@ class Forward:
         self.parts, self.layout, self._samples, self._batch, self._whole = parts, layout, samples, batch, whole
         self._target, self._decoder, self._head = parts.target, parts.decoder, parts.head
         self._call: dict[str, Any] = {k: v for k, v in (layout.call or batch).items() if k != "sample_ids"}
-        self._device: torch.device = batch["labels"].device
+        given = (batch.get(name) for name in ("input_ids", "inputs_embeds", "labels"))
+        self._device: torch.device = next(x.device for x in given if isinstance(x, Tensor))
         all_whole = full or (whole is not None and bool(whole[samples.candidates.any(1)].all()))
         self._balanced = router.is_balanced(self._target, self._call)
         self._beside = self._beside_labels() if parts.config.keep < 1 else {}
@@ -122,7 +130,9 @@ class Forward:
             self._tell_of_labels()
         kept = samples.segments.pack(self._kept)
         if due:
-            proven = ask_for_readers(parts, self._call, layout, self._beside, owner=samples.segments.owner)
+            proven = ask_for_readers(
+                parts, self._call, layout, self._beside, owner=samples.segments.owner, balanced=self._balanced
+            )
             parts.readers.learn(proven)
         self.saving = self._saving_at(kept)
         at_whole, beyond = None, torch.tensor(self._beyond(full), device="cpu")
@@ -181,7 +191,9 @@ class Forward:
         for name, by_chance in supervision.guesses(self._beside):
             parts.note((BY_CHANCE if by_chance else COUNTED).format(name=name))
         for name in sorted(parts.numbers.given_up):
-            parts.note(GIVEN_UP.format(name=name))
+            parts.note(NO_LONGER.format(name=name))
+        for name in sorted(parts.numbers.small):
+            parts.note(TOO_SMALL.format(name=name))
 
     # -- what is read ---------------------------------------------------------------------------------
 
@@ -191,8 +203,10 @@ class Forward:
             self.parts.note(ON_PADDING)
         if self._on_padding is not None:
             return Saving(Read.ALL)
-        least = Read.VALID if self._balanced else Read.KEPT
-        return self.parts.readers.saving(kept, asked=self._asked, inside=self._inside, head=self._head, least=least)
+        in_any_case = least(balanced=self._balanced)
+        return self.parts.readers.saving(
+            kept, asked=self._asked, inside=self._inside, head=self._head, least=in_any_case
+        )
 
     def _beyond(self, full: bool) -> bool:
         """Compute what follows the last label, too? A router's loss reads it on full steps."""
@@ -279,7 +293,8 @@ class Forward:
         )
         parts.scorer.write()
         whole = torch.full((len(self._kept),), decision.full, device="cpu") if self._whole is None else self._whole
-        parts.scorer.observe(self._samples, self._kept, losses, whole=whole)
+        apart = parts.fills_rows_of(self.layout)
+        parts.scorer.observe(self._samples, self._kept, losses, whole=whole, apart=apart)
         if self._whole is not None:
             self._end_turns(self._whole)
         if not decision.full:
@@ -298,8 +313,11 @@ class Forward:
             parts.note(NOT_ONE)
         elif isinstance(loss, Tensor) and losses.numel() > 1 and not parts.saw_loss:
             parts.saw_loss = True
-            if bool(torch.isclose(loss.detach().float(), losses.sum().to(loss.device), rtol=1e-3)):
+            ratio = float(losses.sum()) / (float(loss.detach()) or 1.0)
+            if abs(ratio - 1) < 1e-3:
                 parts.note(SUMMED)
+            elif abs(ratio - losses.numel()) > 0.5 and (name := supervision.divides(self._call, self._beside, ratio)):
+                parts.note(DIVIDED.format(name=name))
 
     def _end_turns(self, whole: Tensor) -> None:
         """Of the samples of a sparse step, those in `whole`, bool [N], had their full turn."""
@@ -315,7 +333,7 @@ class Forward:
         active, laid = self._decoding.active, all(rewritten.end_to_end for rewritten in parts.handle.statistics.last)
         if laid or len(self.layout.labels) == 1 or active is None or active.empty:
             return
-        parts.turns.fills_rows = True
+        parts.fills_rows = True
         if parts.turns.interleaved:
             parts.note(AT_ONCE)
         if parts.config.budget == "batch":

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,8 @@ class Gate:
             training set must be computed before? A Trainer does it (`regate/trainer.py`).
     """
 
+    _all: ClassVar[weakref.WeakSet[Gate]] = weakref.WeakSet()
+
     def __init__(
         self,
         model: nn.Module,
@@ -110,7 +113,7 @@ class Gate:
                 backend=backend,
                 on_unsupported=on_unsupported,
                 padding_elided=True,
-                visible=config.elided == "visible" and config.keep * config.visual_keep < 1,
+                visible=config.shows,
                 disable=config.disable,
             )
             undone.callback(handle.remove)
@@ -122,26 +125,18 @@ class Gate:
             undone.callback(outer.remove)
             undone.callback(pace.remove)
             self._parts = Parts(
-                model,
-                target,
-                decoder,
-                outer,
-                pace,
-                adapter,
-                config,
-                handle,
-                self.scorer,
-                self.turns,
-                self.counters,
+                model=model, target=target, decoder=decoder, outer=outer, pace=pace, adapter=adapter, config=config,
+                handle=handle, scorer=self.scorer, turns=self.turns, counters=self.counters,
                 note=call_weakly(self.note),
-            )
+            )  # fmt: skip
             if config.visual_keep < 1 and config.elided == "hidden":
                 self.note(HIDDEN.format(share=config.visual_keep))
             undone.callback(forget_layers, decoder)
             gather_by_layer(decoder)
-            copies = taught_by is not None and taught_by.source in ("copy", "4bit")
+            copies = taught_by is not None and taught_by.is_copy
             self._attached = Attached(self, self._parts, learns_from_copy=copies, on_unsupported=on_unsupported)
-            self._state = RunState(self._attached.steps, self.scorer, self.turns, self._parts.numbers)
+            self._state = RunState(self._attached.steps, self._parts)
+            self._all.add(self)
             undone.pop_all()
 
     @property
@@ -214,7 +209,7 @@ class Gate:
     def replaces(self, other: Gate) -> None:
         """Tell the user if the teacher is what the model has learnt under another gate, which was taken off."""
         made, teacher = other._attached.steps.made, self._teacher
-        own = teacher is not None and (teacher.source in ("copy", "4bit") or not teacher.lasts)
+        own = teacher is not None and (teacher.is_copy or not teacher.lasts)
         if own and made and self.scorer.taught_by != other.scorer.taught_by:
             self.note(TRAINED.format(n=made))
 
@@ -319,7 +314,7 @@ class Gate:
             for cause in statistics.causes
         ]
         config, step = self.config, self.step
-        warming_up = config.keep * config.visual_keep < 1 and step < config.warmup and not self.counters.steps_sparse
+        warming_up = config.leaves_out and step < config.warmup and not self.counters.steps_sparse
         return Report(self.counters, found, notes, warmup=config.warmup if warming_up else None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -361,6 +356,20 @@ class Gate:
     def just_loaded(self) -> bool:
         """Was a state loaded, and has no step been made since?"""
         return self._state.just_loaded
+
+    @classmethod
+    def waiting(cls) -> list[Gate]:
+        """Those on models that were not trained yet."""
+        return [gate for gate in cls._all if not gate._removed and gate.last is None]
+
+    @property
+    def made(self) -> int:
+        """Optimizer steps of the schedule that are complete."""
+        return self._attached.steps.made
+
+    def set_to(self, step: int) -> bool:
+        """Was the schedule moved there by hand, or by what was loaded, and has no forward run since?"""
+        return self._attached.steps.set_by_hand and self.step == step
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continue from what `save` wrote, with as many ranks as there are now, every one of which must call it.

@@ -44,6 +44,8 @@ class Parts:
         readers: of the decoder's output.
         head: hidden states to logits, as of the batch read last; it may be replaced (`resize_token_embeddings`).
         saw_loss: was the loss of a sparse step looked at?
+        fills_rows: does the decoder fill the rows of sparse steps up to the longest, as has been seen? Then whatever
+            would make one longer is given up: turns are given all at once, and each sample keeps a share of its own.
         numbers: in calls so far, that may count labels (see `supervision.beside`).
         note: tells the user something, once.
     """
@@ -63,6 +65,7 @@ class Parts:
     readers: Readers = field(init=False)
     head: nn.Module = field(init=False)
     saw_loss: bool = field(init=False, default=False)
+    fills_rows: bool = field(init=False, default=False)
     numbers: Numbers = field(init=False, default_factory=Numbers)
     _lazy: LazyHead | None = field(init=False, default=None)
     _found_at: list[str] | None = field(init=False)  # the names by which one comes from `model` to `decoder`
@@ -105,15 +108,15 @@ class Parts:
 
     def turns_of(self, layout: Layout, samples: Samples) -> Tensor | None:
         """Those samples of a sparse step that have their full turn now, bool [N]; see `Turns.of`."""
-        return self.turns.of(samples, at_once=self._fills_rows(layout))
+        return self.turns.of(samples, at_once=self.fills_rows_of(layout))
 
     def keep(self, layout: Layout, samples: Samples, whole: Tensor | None) -> Tensor:
         """The labels that a sparse step keeps, bool [N, L], all of those in `whole`, bool [N]; see `Scorer.keep`."""
-        return self.scorer.keep(samples, whole=whole, apart=self._fills_rows(layout))
+        return self.scorer.keep(samples, whole=whole, apart=self.fills_rows_of(layout))
 
-    def _fills_rows(self, layout: Layout) -> bool:
+    def fills_rows_of(self, layout: Layout) -> bool:
         """Will the rows of a sparse step be filled up to the longest, as has been seen?"""
-        return self.turns.fills_rows and len(layout.labels) > 1
+        return self.fills_rows and len(layout.labels) > 1
 
     def read(self, batch: Batch) -> tuple[Layout, Samples]:
         """The batch as the decoder sees it, [B, S] on the CPU, and its samples.

@@ -18,122 +18,32 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import functools
 import inspect
 import json
 import os
-import re
 import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
-import yaml
 from torch import nn
 from transformers import Trainer
 
 from model_adapters.conventional import unwrap
+from regate import options
 from regate.api import apply, gate_of
-from regate.config import Config
 from regate.errors import ConfigError, NoTrainerError, RegateError
 from regate.gate import Gate
+from regate.options import Settings, in_environment, in_file
 from regate.trainer import GateCallback
 
 FOLDER = "REGATE_RUN"  # where processes leave a file once they train
 _PYTHON = ("python", "python3")
-_FIELDS = {field.name: field.default for field in fields(Config) if field.name != "score"}  # a function: not for YAML
-_OPTIONS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(apply).parameters.items()
-    if name not in ("model", "config", "adapter", "others")
-}
-_TYPES = get_type_hints(Config) | get_type_hints(apply)
-
-
-# -- settings -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `apply` is called with."""
-
-    config: Config
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, given: Mapping[str, object]) -> Settings:
-        """From values as YAML reads them, by name; what is not given has its default.
-
-        Raises:
-            ConfigError: a name that is no setting, a value of another type or out of its range.
-        """
-        if unknown := sorted(given.keys() - _FIELDS.keys() - _OPTIONS.keys()):
-            raise ConfigError(f"no such setting: {', '.join(unknown)}; there are {', '.join([*_FIELDS, *_OPTIONS])}")
-        typed = {name: _typed(name, value) for name, value in given.items()}
-        config = Config(**{name: value for name, value in typed.items() if name in _FIELDS})
-        return cls(config, {name: value for name, value in typed.items() if name in _OPTIONS})
-
-    def __str__(self) -> str:
-        config = self.config
-        told = {"keep", "warmup", "cycle", "full_steps", "schedule"}
-        others = {name: getattr(config, name) for name in _FIELDS if name not in told}
-        others = {name: value for name, value in others.items() if value != _FIELDS[name]} | self.options
-        schedule = f"warm-up {config.warmup}, cycles of {config.cycle} steps with {config.full_steps} full"
-        if config.schedule == "interleaved":
-            schedule = f"warm-up {config.warmup}, then {config.full_steps} of {config.cycle} samples full in each step"
-        return ", ".join([f"keep {config.keep}", schedule, *(f"{name} {value}" for name, value in others.items())])
-
-
-def _typed(name: str, value: object) -> Any:
-    hint = _TYPES[name]
-    if get_origin(hint) is tuple and isinstance(value, str | list | tuple):  # names, in a list or with commas between
-        names = value.split(",") if isinstance(value, str) else value
-        return tuple(str(part).strip() for part in names)
-    for arm in get_args(hint) if get_origin(hint) is not Literal and get_args(hint) else (hint,):
-        if arm is NoneType and value in (None, "none", "None"):
-            return None
-        if get_origin(arm) is Literal and value in get_args(arm):
-            return value
-        if arm is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            with contextlib.suppress(ValueError):  # YAML reads 1e-3 as text
-                return float(value)
-        if arm in (int, bool, str) and type(value) is arm:
-            return value
-    raise ConfigError(f"{name} must be {_plain(hint)}, got {value!r}")
-
-
-def _plain(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def in_environment(environment: Mapping[str, str]) -> dict[str, object]:
-    """Settings among the environment's variables: `REGATE_KEEP` for `keep`."""
-    names = {_variable(name): name for name in (*_FIELDS, *_OPTIONS)}
-    return {names[key]: yaml.safe_load(text) for key, text in environment.items() if key in names}
-
-
-def in_file(path: Path) -> dict[str, object]:
-    """Settings of a YAML file, a mapping of names to values."""
-    try:
-        read = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(read, dict):
-        raise ConfigError(f"--config {path} must hold `name: value` lines, such as `keep: 0.5`; got {read!r}")
-    return read
-
-
-def _variable(name: str) -> str:
-    return f"REGATE_{name.upper()}"
-
-
 # -- a trainer ----------------------------------------------------------------------------------------
 
 
@@ -262,7 +172,7 @@ def _environment(folder: str, settings: Mapping[str, object]) -> Iterator[None]:
     startup = str(Path(__file__).with_name("startup"))
     os.environ[FOLDER] = folder
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (startup, before.get("PYTHONPATH"))))
-    os.environ.update({_variable(name): json.dumps(value) for name, value in settings.items()})
+    os.environ.update({options.variable(name): json.dumps(value) for name, value in settings.items()})
     try:
         yield
     finally:
@@ -290,61 +200,17 @@ def _in_process(words: Sequence[str]) -> int:
     return 0
 
 
-class Parser(argparse.ArgumentParser):
-    """Where an option is unknown, it names the nearest one; so do those that it makes for commands."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, unknown = super().parse_known_args(args, namespace)
-        for word in unknown:
-            option = word.partition("=")[0]
-            if near := difflib.get_close_matches(option, [x for x in self._option_string_actions if x[:2] == "--"], 1):
-                self.error(f"there is no option {option}; the nearest is {near[0]}")
-        return found, unknown
-
-
-def flag(name: str) -> str:
-    """`--full-steps` for `full_steps`."""
-    return f"--{name.replace('_', '-')}"
-
-
-def told(name: str) -> str:
-    """What a setting means, for argparse: the first sentence that its docstring has on it, and its default."""
-    default = (_FIELDS | _OPTIONS)[name]
-    return f"{_SENTENCES[name]} (default: {default})".replace("%", "%%")
-
-
-def _sentences(documented: Any) -> dict[str, str]:
-    """By name, the first sentence on each attribute or argument in a docstring."""
-    found: dict[str, str] = {}
-    for names, text in re.findall(r"^ {4}([a-z_, ]+): (.+(?:\n {8}.+)*)", inspect.getdoc(documented) or "", re.M):
-        sentence = re.split(r"\.(?:\s|$)", " ".join(text.split()))[0]
-        found |= dict.fromkeys(names.split(", "), sentence)
-    return found
-
-
-_SENTENCES = dict.fromkeys([*_FIELDS, *_OPTIONS], "") | _sentences(Config) | _sentences(apply)  # -OO leaves none
-
-
-def _metavar(name: str) -> str | None:
-    """The words that may stand there, if it takes some."""
-    hints = (_TYPES[name], *get_args(_TYPES[name]))
-    words = [word for hint in hints if get_origin(hint) is Literal for word in get_args(hint)]
-    return f"{{{','.join(words)}}}" if words else None
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="a YAML file of settings")
-    for name in (*_FIELDS, *_OPTIONS):
-        parser.add_argument(flag(name), type=yaml.safe_load, metavar=_metavar(name), help=told(name))
+    options.add_options(parser)
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="-- SCRIPT ...", help="what to run")
 
 
 def from_options(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Run `command`, or the words that the options left over; 2 where nothing was gated."""
     command = command or args.script
-    flags = {name: value for name in (*_FIELDS, *_OPTIONS) if (value := getattr(args, name)) is not None}
     try:
-        settings = (in_file(args.config) if args.config else {}) | in_environment(os.environ) | flags
+        settings = (in_file(args.config) if args.config else {}) | in_environment(os.environ) | options.given(args)
         check(command, settings)
     except ConfigError as error:
         return _refuse(error)
@@ -359,17 +225,13 @@ def _refuse(error: RegateError) -> int:
     return 2
 
 
-def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(options, command): what stands before and behind the first `--`."""
-    place = list(argv).index("--") if "--" in argv else len(argv)
-    return list(argv[:place]), list(argv[place + 1 :])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    options, command = split(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="regate run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words, command = options.split(sys.argv[1:] if argv is None else argv)
+    parser = options.Parser(
+        prog="regate run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_options(parser)
-    return from_options(parser.parse_args(options), command)
+    return from_options(parser.parse_args(words), command)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ from regate.errors import CheckpointError, StoreError, StoreMismatchError
 from regate.memory import checkpoint
 from regate.memory.files import Table
 from regate.memory.store import differences
+from regate.parts import Parts
 from regate.scoring.guard import Guard
-from regate.scoring.scorer import Scorer
-from regate.scoring.turns import Turns
 from regate.training.counters import Counters
 from regate.training.steps import Steps
 from regate.training.supervision import Numbers
@@ -41,8 +40,8 @@ NO_STATE = (
 class RunState:
     """The schedule's position, and all that was learnt. What the methods give, take and raise is said at `Gate`'s."""
 
-    def __init__(self, steps: Steps, scorer: Scorer, turns: Turns, numbers: Numbers) -> None:
-        self._steps, self._scorer, self._turns, self._numbers = steps, scorer, turns, numbers
+    def __init__(self, steps: Steps, parts: Parts) -> None:
+        self._steps, self._parts, self._scorer = steps, parts, parts.scorer
         self._loaded_at: int | None = None
 
     @property
@@ -52,7 +51,7 @@ class RunState:
 
     def state_dict(self, *, of_store: bool = True) -> dict[str, Any]:
         """Of now, with what earlier forwards taught; of the store's records only if so asked."""
-        scorer, store, turns = self._scorer, self._scorer.store, self._turns
+        scorer, store, turns = self._scorer, self._scorer.store, self._parts.turns
         scorer.flush()
         tables: list[Table] = ["difficulty"]
         if turns.interleaved:
@@ -66,8 +65,8 @@ class RunState:
             "guard": scorer.guard.state_dict(),
             "references": 0 if scorer.lazily else store.count("reference"),
             "teacher": dict(scorer.taught_by) if scorer.lazily else {},
-            "fills_rows": turns.fills_rows,
-            "numbers": self._numbers.state_dict(),
+            "fills_rows": self._parts.fills_rows,
+            "numbers": self._parts.numbers.state_dict(),
             **({"ahead": turns.ahead} if turns.interleaved else {}),
             **{table: checkpoint.pack(store.items(table)) for table in tables if of_store},
         }
@@ -79,7 +78,7 @@ class RunState:
     def _take(self, state: Mapping[str, Any], what: str) -> None:
         """Whatever can be wrong with the state itself is found before anything is changed, and before ranks meet."""
         records = _records(state, what)
-        scorer, store = self._scorer, self._scorer.store
+        parts, scorer, store = self._parts, self._scorer, self._scorer.store
         if scorer.teacher is not None and is_sharded(scorer.teacher.model):
             scorer.meet_teacher(state["step"])
         had, has = state.get("teacher"), scorer.taught_by
@@ -98,8 +97,8 @@ class RunState:
         scorer.guard.load_state_dict(state.get("guard") or Guard(scorer.config).state_dict())
         # At once: other ranks may share the store, load the same, and be done with it.
         store.replace("difficulty", records["difficulty"])
-        self._numbers.load_state_dict(state.get("numbers") or Numbers().state_dict())
-        self._turns.ahead, self._turns.fills_rows = state.get("ahead", 0), state.get("fills_rows", False)
+        parts.numbers.load_state_dict(state.get("numbers") or Numbers().state_dict())
+        parts.turns.ahead, parts.fills_rows = state.get("ahead", 0), state.get("fills_rows", False)
         store.replace("owed", records.get("owed", {}))
         if not store.temporary:
             scorer.exchange.meet()  # nobody goes on to write into a store that another still replaces
@@ -166,6 +165,8 @@ def _are_numbers(value: Any) -> bool:
     """Of `supervision.Numbers`."""
     if not isinstance(value, Mapping) or not isinstance(value.get("others"), list):
         return False
+    if not isinstance(value.get("small", []), list):
+        return False
     seen = value.get("as_many")
     return isinstance(seen, Mapping) and all(
         isinstance(x, list) and x and all(map(_is_number, x)) for x in seen.values()
@@ -183,6 +184,7 @@ _WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "references": ("a number of texts", _is_count),
     "teacher": ("a fingerprint", lambda value: value is None or isinstance(value, Mapping)),
     "ahead": ("a whole number", lambda value: isinstance(value, int)),
+    "fills_rows": ("true or false", lambda value: isinstance(value, bool)),
     "numbers": ("names of numbers, and what they were", _are_numbers),
     **dict.fromkeys(checkpoint.OF_ALL_RANKS, (_RECORDS, checkpoint.is_packed)),
 }

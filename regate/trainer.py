@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_callback import ExportableState
 
+from model_adapters.conventional import unwrap
 from regate.api import gate_of
 from regate.errors import CheckpointError, ConfigError
 from regate.gate import Gate
@@ -28,6 +29,16 @@ from regate.undisturbed import random_numbers_kept
 from regate_patch import is_sharded
 
 log = logging.getLogger("regate")
+
+
+AGAIN = (
+    "this training begins at step 0, and the gate's schedule goes on at step {step}, where the last one ended: without "
+    "another warm-up. gate.step = 0 before trainer.train() begins it anew"
+)
+ANOTHER = (
+    "a gate is on another %s than the one that is trained now, which is trained dense. With model_init a Trainer makes "
+    "its model anew in train(): call regate.apply in model_init"
+)
 
 
 class GateCallback(TrainerCallback, ExportableState):
@@ -60,6 +71,7 @@ class GateCallback(TrainerCallback, ExportableState):
         gate = _gate(model)
         self.gated = gate is not None
         if gate is None:
+            _warn_of_another(model)
             return
         kind = _of_trl(args)
         if kind not in (None, "SFTConfig"):
@@ -74,9 +86,11 @@ class GateCallback(TrainerCallback, ExportableState):
                 f"loss_type={loss_type!r} weighs labels by what is summed over them, and sparse steps rescale "
                 "that sum; use loss_type='nll', or regate.Config(keep=1.0)"
             )
-        if state.global_step not in (0, gate.step) and not gate.just_loaded:
+        if state.global_step > 0 and not (gate.just_loaded or gate.set_to(state.global_step)):
             _resume(gate, args, state)
         elif state.global_step == 0:
+            if gate.made and not gate.set_to(gate.made):
+                gate.note(AGAIN.format(step=gate.made))
             # Ranks with more room on their device keep a copy; teaching first is for all of them or none.
             if (is_sharded(gate.model) or any_rank(gate.first)) and has_length(train_dataloader):
                 gate.teach_first()
@@ -144,6 +158,13 @@ class GateCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"gated": self.gated}}
 
 
+def _warn_of_another(model: nn.Module | None) -> None:
+    """Is there a gate that waits for its first forward, on another model of this class?"""
+    kind = type(unwrap(model))
+    if any(type(unwrap(gate.model)) is kind for gate in Gate.waiting()):
+        log.warning(ANOTHER, kind.__name__)
+
+
 def _resume(gate: Gate, args: TrainingArguments, state: TrainerState) -> None:
     folders = [_folder(args, state)]
     if isinstance(args.resume_from_checkpoint, str):
@@ -171,11 +192,10 @@ def _written(path: Path) -> float:
 def _see_that_a_step_is_sparse(gate: Gate, state: TrainerState) -> None:
     """Or the user is told: a short run may end before the schedule's first sparse step."""
     config, steps = gate.config, state.max_steps
-    cycles = config.schedule == "cycled"
-    first = config.warmup + config.full_steps * cycles
-    if config.keep < 1 and not any(not config.is_full(step) for step in range(min(steps, first + 1))):
+    first, cycles = config.first_sparse, config.schedule == "cycled"
+    if first is not None and (first >= steps or config.is_full(first)):
         gate.note(
-            f"all {steps} steps of this run are full, and no label is left out: the first sparse step would be step "
+            f"all {steps} steps of this run are full, and nothing is left out: the first sparse step would be step "
             f"{first} (Config.warmup={config.warmup}"
             + (f", then full_steps={config.full_steps} of each cycle" if cycles else "")
             + f"). For a run of this length set, say, regate.Config(warmup={steps // 10}"

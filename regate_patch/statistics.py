@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from regate_patch.context import Active
@@ -63,11 +62,12 @@ class Statistics:
         """Did that call keep samples of one row apart?"""
         return bool(self.last) and all(rewritten.apart for rewritten in self.last)
 
-    def flops(self, positions: int, read: int | None = None) -> int:
-        """Forward FLOPs of all blocks for one row that computes this many positions, of which so many are read."""
-        return self._flops([positions], positions if read is None else read)
+    def flops(self, positions: float, read: float | None = None, seen: float | None = None) -> float:
+        """Forward FLOPs of all blocks for a row that computes so many positions, reads so many, and sees so many."""
+        read = positions if read is None else read
+        return sum(rewritten.flops(positions, read, seen) for rewritten in self.last)
 
-    def flops_of(self, active: Active) -> int:
+    def flops_of(self, active: Active) -> float:
         """The same for a call on these positions, the filling of short rows included where it is computed."""
         rows = len(active.index)
         read = active if active.read is None else active.read
@@ -77,22 +77,6 @@ class Statistics:
             computed, of_read = list(active.counts), list(read.counts)
             if self.apart and active.samples:
                 computed = list(active.samples)
-        if active.visible is not None:
-            seen = active.visible.shape[1]
-            return sum(self._flops_seeing(seen, n, m) for n, m in zip(computed, of_read, strict=True))
-        return self._flops(computed, sum(of_read))
-
-    def _flops(self, lengths: Sequence[int], read: int) -> int:
-        positions, squares = sum(lengths), sum(n * n for n in lengths)
-        return sum(
-            r.flops_linear * positions + r.flops_quadratic * squares - r.flops_tail * (positions - read)
-            for r in self.last
-        )
-
-    def _flops_seeing(self, seen: int, computed: int, read: int) -> int:
-        """Of one row."""
-        return sum(
-            each * computed + pair * computed * seen + still * seen - r.flops_tail * (computed - read)
-            for r in self.last
-            for each, pair, still in [r.flops_visible]
-        )
+        seen = None if active.visible is None else active.visible.shape[1]
+        unread = sum(computed) - sum(of_read)  # at once: what is computed may be told of samples, what is read of rows
+        return sum(self.flops(n, seen=seen) for n in computed) - unread * sum(r.flops_tail for r in self.last)

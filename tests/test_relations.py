@@ -2,7 +2,7 @@
 
     keep=1 is dense                   a step that keeps every label has the unpatched model's loss and gradients
     sparse is the masked reference    a sparse step has those of the per-layer eager reference, labels masked
-    a sample is itself in any batch   what is kept of it and what is learnt of it, alone or among others, packed or not
+    a sample is itself in any batch   what is learnt of it, alone or among others, packed or not
 
 Batches are drawn at random: rows, lengths, padding, which positions are labelled, samples laid end to end. A few cases
 run by default, hundreds in `make matrix`, every exact type of the zoo with `-m slow`. How many ran is told at the end.

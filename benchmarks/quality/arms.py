@@ -60,7 +60,7 @@ ARMS = {
         "every step",
         _BATCH,
     ),
-    "random": Arm("recommended, as many labels of each sample at random", _EVEN | {"selection": "random"}),
+    "random": Arm("`sample`, but labels at random", _EVEN | {"selection": "random"}),
     "keep25": Arm("recommended, keep 0.25", _BATCH | {"keep": 0.25}),
     "untaught": Arm("recommended, the student's losses alone, no teacher", _BATCH | {"reference_weight": 0.0}),
     # What the default was until the batch had a budget, and what it could have been.

@@ -1,9 +1,9 @@
 """What gating can gain on given data, before anything is trained: arithmetic alone, and an honest verdict.
 
-A sample is V visual, P prompt and A answer tokens. A sparse step computes visual_keep*V + P + keep*A positions, a full
-step all of them, as dense training does. Of these, keep*A or A are read: projected onto the vocabulary, and computed
-after the last attention; with `logits="all"` all are. The teacher reads P + A tokens once per sample, forward only. The
-decoder's cost is read off its captured graph.
+A sample is V visual, P prompt and A answer tokens. A sparse step computes visual_keep*V + P positions and those of the
+answer that kept labels need (`answer_positions`), a full step all of them, as dense training does. Of these, keep*A or
+A are read: projected onto the vocabulary, and computed after the last attention; with `logits="all"` all are. The
+teacher reads P + A tokens once per sample, forward only. The decoder's cost is read off its captured graph.
 """
 
 from __future__ import annotations
@@ -43,24 +43,16 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """Forward FLOPs of a language model: `linear*n + quadratic*n**2` for a row of n positions, `tail` less for each of
-    them that is not read, and `head` for each position that is projected onto the vocabulary, computed or not. Where n
-    positions see S, computed or not, a*n + b*n*S + c*S with a, b, c in `visible`."""
+    """Forward FLOPs of a language model: of a row, by what was found in its decoder, and `head` for each position that
+    is projected onto the vocabulary, computed or not."""
 
-    linear: float
-    quadratic: float
-    tail: float
+    found: regate_patch.Statistics
     head: float
     vocabulary: int
-    visible: tuple[float, float, float] = (0, 0, 0)
 
     def forward(self, positions: float, projected: float, seen: float | None = None) -> float:
-        if seen is None:
-            blocks = self.linear * positions + self.quadratic * positions**2
-        else:
-            each, pair, still = self.visible
-            blocks = each * positions + pair * positions * seen + still * seen
-        return blocks - self.tail * max(positions - projected, 0) + self.head * projected
+        """Of a row that computes so many positions and sees so many, where it sees more."""
+        return self.found.flops(positions, min(projected, positions), seen) + self.head * projected
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,8 @@ class Estimate:
     Attributes:
         tokens: per sample, on average.
         answers_share: answer tokens over all tokens.
-        full, sparse, schedule: how many times cheaper a full and a sparse step are, and the schedule's average.
+        full, sparse, schedule: how many times cheaper a full and a sparse step are, and the schedule's average; full is
+            what exact mode gains (`Config.exact`).
         teacher: cost of all reference losses, over that of one dense epoch.
         run: how many times cheaper the whole run is, teacher included.
         break_even_epochs: after how many epochs the teacher's cost is regained; infinite if never.
@@ -82,7 +75,7 @@ class Estimate:
         logits_bytes_dense, logits_bytes_full: float32 logits of the longest sample that exist at once, in a dense
             and in a full step.
         steps: optimizer steps of the run.
-        all_warmup: the warm-up of a gate that leaves labels out, where the whole run is no longer; else None.
+        first_sparse: the first step that leaves something out.
     """
 
     tokens: float
@@ -101,27 +94,33 @@ class Estimate:
     logits_bytes_dense: int
     logits_bytes_full: int
     steps: int
-    all_warmup: int | None
+    first_sparse: int | None
 
     @property
     def verdict(self) -> str:
         told = f"{self.run:.2f}x on the language model over the whole run"
-        if self.all_warmup is not None:
-            told += f". All {self.steps} steps are warm-up (--warmup {self.all_warmup}), and no label is left out"
+        if self._all_full:
+            told += f". All {self.steps} steps are full, and nothing is left out: the first sparse one would be step "
+            told += f"{self.first_sparse} (--warmup)"
         if self.run >= _WORTH:
             return f"worth it: {told}"
         if self.run >= _LITTLE:
             return f"a little: {told}"
         return f"not worth it here, for speed: {told}{self._why_not()}"
 
+    @property
+    def _all_full(self) -> bool:
+        return self.first_sparse is not None and self.first_sparse >= self.steps
+
     def _why_not(self) -> str:
-        """What the loss of time comes from, a sentence; nothing where warm-up has been named."""
+        """What the loss of time comes from, and what would cost less; nothing where warm-up has been named."""
         if self.schedule >= _LITTLE:  # which is what the run is where no teacher is paid
             return (
-                f". The teacher costs {self.teacher:.0%} of a dense epoch, once, and is regained after {self._pays()}; "
-                f"without one (reference_weight=0) the run is {self.schedule:.2f}x"
+                f". The teacher costs {self.teacher:.0%} of a dense epoch, once, and is regained after {self._pays()}. "
+                f"A smaller one costs less (--teacher); without one (reference_weight=0) the run is "
+                f"{self.schedule:.2f}x, and in exact mode (keep=1) {self.full:.2f}x"
             )
-        if self.all_warmup is not None:
+        if self._all_full:
             return ""
         return f". Answers are {self.answers_share:.0%} of the tokens, and only answers can be elided"
 
@@ -157,6 +156,7 @@ def estimate(
     steps: int | None = None,
     copies: float = 1,
     rows: int | None = None,
+    teacher: nn.Module | PretrainedConfig | None = None,
     flops_per_second: float | None = None,
 ) -> Estimate:
     """What `config` gains on `samples` with this model.
@@ -170,6 +170,7 @@ def estimate(
         copies: how many samples of the data each of `samples` stands for.
         rows: of one forward on one device, for `peak_activations`; None is many. Where rows cannot be laid end to
             end, all of them are full at once (`gate.report()` says so), and the peak is that of a full step.
+        teacher: another model that gives the reference losses; None is the language model itself.
         flops_per_second: that dense training sustains, all devices together, for `hours`.
 
     Raises:
@@ -184,6 +185,10 @@ def estimate(
     visible = config.elided == "visible"
     found = inspect(model, visible=visible)
     costs, laid = costs_of(model, found), all(graph.end_to_end for graph in found.graphs)
+    of_teacher = costs
+    if teacher is not None:
+        teacher = build_on_meta(teacher) if isinstance(teacher, PretrainedConfig) else teacher
+        of_teacher = costs_of(teacher, inspect(teacher))
     kept = [int(count_of(s.answer, config.keep)) for s in counted]
     dense = 3 * sum(costs.forward(s.total, s.total) for s in counted)
     everywhere = config.logits == "all"
@@ -199,13 +204,13 @@ def estimate(
     steps = max(round(epochs * len(counted) * copies) if steps is None else steps, 1)
     full_share = sum(map(config.full_share, range(steps))) / steps
     asked = counted if config.uses_references else []
-    teacher = float(sum(costs.forward(s.prompt + s.answer, s.answer) for s in asked))
+    reading = float(sum(of_teacher.forward(s.prompt + s.answer, s.answer) for s in asked))
     whole = _most_full(config, rows, laid=laid)
     epoch = full_share * full + (1 - full_share) * sparse
     longest = max(counted, key=lambda s: s.total)
     positions = sum(s.total for s in counted)
     sparse_activations = sum(computed) / positions
-    taught = teacher if full_share < 1 else 0.0  # steps that are all full ask it nothing
+    taught = reading if full_share < 1 else 0.0  # steps that are all full ask it nothing
     run = epochs * dense / (epochs * epoch + taught)
     hours = None if flops_per_second is None else epochs * copies * dense / flops_per_second / 3600
     return Estimate(
@@ -214,9 +219,9 @@ def estimate(
         full=dense / full,
         sparse=dense / sparse,
         schedule=dense / epoch,
-        teacher=teacher / dense,
+        teacher=reading / dense,
         run=run,
-        break_even_epochs=teacher / (dense - epoch) if dense > epoch else float("inf"),
+        break_even_epochs=reading / (dense - epoch) if dense > epoch else float("inf"),
         dense_flops=copies * dense,
         hours_dense=hours,
         hours=None if hours is None else hours / run,
@@ -226,7 +231,7 @@ def estimate(
         logits_bytes_full=4
         * (longest.total * costs.vocabulary if everywhere else min(longest.answer * costs.vocabulary, CHUNK)),
         steps=steps,
-        all_warmup=config.warmup if steps <= config.warmup and config.keep * config.visual_keep < 1 else None,
+        first_sparse=config.first_sparse,
     )
 
 
@@ -251,15 +256,7 @@ def _most_full(config: Config, rows: int | None, *, laid: bool) -> float:
 def costs_of(model: nn.Module, found: regate_patch.Statistics) -> Costs:
     """The costs of a model's decoder, from what was found in it, and of its head."""
     weight = _projection(model)
-    of_visible = [sum(graph.flops_visible[i] for graph in found.graphs) for i in range(3)]
-    return Costs(
-        linear=sum(graph.flops_linear for graph in found.graphs),
-        quadratic=sum(graph.flops_quadratic for graph in found.graphs),
-        tail=sum(graph.flops_tail for graph in found.graphs),
-        visible=(of_visible[0], of_visible[1], of_visible[2]),
-        head=2.0 * weight.numel(),
-        vocabulary=weight.shape[0],
-    )
+    return Costs(found, head=2.0 * weight.numel(), vocabulary=weight.shape[0])
 
 
 def inspect(model: nn.Module, *, visible: bool = False) -> regate_patch.Statistics:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,7 +66,7 @@ def sample_keys(text: Sequence[bytes], visual: Sequence[bytes] | None, sample_id
     """
     if sample_ids is not None:
         listed = getattr(sample_ids, "tolist", None)  # of a tensor or an array: plain numbers in any run
-        ids: list[Any] = listed() if listed is not None else list(sample_ids)  # type: ignore[call-overload]
+        ids: list[Any] = listed() if listed is not None else list(map(_plain, sample_ids))  # type: ignore[call-overload]
         if len(ids) != len(text) and sample_ids is not NO_IDS:
             raise StoreError(
                 f"the call brings {len(ids)} `sample_ids` and {len(text)} samples; give one id per sample, in the "
@@ -75,6 +76,11 @@ def sample_keys(text: Sequence[bytes], visual: Sequence[bytes] | None, sample_id
     if visual is None:
         return list(text)
     return [blake2b(t + v, digest_size=16).digest() if v else t for t, v in zip(text, visual, strict=True)]
+
+
+def _plain(sample_id: Any) -> Any:
+    """As Python has it, wherever it lies."""
+    return sample_id.tolist() if isinstance(sample_id, Tensor | np.generic | np.ndarray) else sample_id
 
 
 def visual_keys(model: nn.Module, adapter: ModelAdapter, batch: Batch, layout: Layout) -> list[bytes] | None:

@@ -55,10 +55,13 @@ class _Packed:
         """As they are sent."""
         return len(self.keys) + self.lengths.nbytes + self.losses.nbytes
 
+    def names(self) -> Iterator[bytes]:
+        return (self.keys[i : i + KEY_BYTES] for i in range(0, len(self.keys), KEY_BYTES))
+
     def records(self) -> Iterator[tuple[bytes, np.ndarray]]:
         ends = self.lengths.cumsum().tolist()
-        for i, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            yield self.keys[KEY_BYTES * i : KEY_BYTES * (i + 1)], self.losses[begin:end]
+        for name, begin, end in zip(self.names(), [0, *ends], ends, strict=False):
+            yield name, self.losses[begin:end]
 
 
 class Beside(Protocol):
@@ -82,11 +85,24 @@ class _Message:
 
 @dataclass
 class _Flight:
-    """An exchange on its way."""
+    """An exchange on its way.
+
+    Attributes:
+        received: what each rank passed on.
+        last: by key, the last rank that passed a record on. Its one is everybody's, where several did.
+    """
 
     thread: threading.Thread
     received: list[_Message] = field(default_factory=list)
+    last: dict[Table, dict[bytes, int]] = field(default_factory=dict)
     error: Exception | None = None
+
+    def arrive(self, received: list[_Message]) -> None:
+        self.last = {
+            table: {key: rank for rank, message in enumerate(received) for key in message.records[table].names()}
+            for table in TABLES
+        }
+        self.received = received
 
 
 def _claimed(store: Store) -> BaseFileLock | None:
@@ -230,7 +246,7 @@ class Exchange:
         try:
             received: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(received, message, group=self._group)
-            flight.received = received
+            flight.arrive(received)
         except Exception as error:  # handed to the training thread, which is the one that can raise it
             flight.error = error
 
@@ -244,10 +260,17 @@ class Exchange:
             raise RankError(GONE.format(error=flight.error)) from flight.error
         own = flight.received[dist.get_rank()].home
         here = [rank for rank, message in enumerate(flight.received) if message.home == own]
-        others = [message.records for message in flight.received if message.home != own]
+        others = [rank for rank, message in enumerate(flight.received) if message.home != own]
         mine = others[here.index(dist.get_rank()) :: len(here)]
         for table in TABLES:
-            self.store.put(table, dict(one for records in mine for one in records[table].records()))
+            last = flight.last[table]
+            taken = {
+                key: losses
+                for rank in mine
+                for key, losses in flight.received[rank].records[table].records()
+                if last[key] == rank and key not in self._outgoing[table]  # which is of later
+            }
+            self.store.put(table, taken)
         self._one_file = not others
         if self.beside is not None:
             self.beside.take([message.beside for message in flight.received])

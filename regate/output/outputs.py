@@ -8,7 +8,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
-from regate.errors import LabelsError
+from regate.errors import LogitsError
 from regate.output.loss import Places, label_losses
 from regate_patch import to_device
 
@@ -50,7 +50,7 @@ def kept_losses(
     the decoder's `hidden_states` [B, S, D] through `head`.
 
     Raises:
-        LabelsError: none of them fits labels [B, S].
+        LogitsError: none of them fits labels [B, S].
     """
     logits, log_probs = get(output, "logits"), get(output, "log_probs")
     rows, length = kept.shape
@@ -65,8 +65,10 @@ def kept_losses(
     if logits is None and hidden_states is not None and hidden_states.shape[:2] == kept.shape:
         return label_losses(hidden_states.detach(), kept, head=head)
     got = {name: list(x.shape) for name, x in (("logits", logits), ("log_probs", log_probs)) if x is not None}
-    raise LabelsError(
-        f"difficulties need the model's logits [B, S, V] = [{rows}, {length}, V]; its output has {got or 'none'}"
+    raise LogitsError(
+        f"difficulties need the model's logits [B, S, V] = [{rows}, {length}, V]; its output has {got or 'none'}. "
+        "Return logits at every position of the decoder, or none: then they are made of its hidden states, by the "
+        "adapter's head"
     )
 
 

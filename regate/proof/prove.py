@@ -24,6 +24,7 @@ from torch import Tensor
 
 from regate.errors import LabelsError
 from regate.labels import predicted, predictors
+from regate.names import is_of_others
 from regate.output.head import Reading
 from regate.proof.reads import GIVEN_UP, LEFT_OUT, Read
 from regate.proof.trial import (
@@ -40,7 +41,6 @@ from regate.proof.trial import (
     untouched,
 )
 
-_OF_IMAGES = ("image", "pixel", "video", "audio", "grid", "second")  # in the names of what is no row's
 FEW = 64  # labels of each row that a proof looks at: enough to tell, and few enough to fit wherever training does
 _ELSEWHERE = "another rank's batch asks for it"
 _REENTRANT = "its head or its loss is checkpointed with use_reentrant=True, through which no gradient can be compared"
@@ -106,7 +106,7 @@ def tells_rows(labels: Tensor, call: Mapping[str, Any]) -> bool:
     counts = counts[counts > 0]
     if len(counts) < 2 or bool(counts.min() == counts.max()):
         return False
-    of_rows = (x for name, x in call.items() if not any(word in name for word in _OF_IMAGES) and _is_of_rows(x, labels))
+    of_rows = (x for name, x in call.items() if not is_of_others(name) and _is_of_rows(x, labels))
     return not any(bool((x == x[0]).all()) for x in (x if isinstance(x, Tensor) else torch.tensor(x) for x in of_rows))
 
 

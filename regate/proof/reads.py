@@ -31,6 +31,11 @@ class Read(IntEnum):
     """Padding, too: full steps run the decoder as it is."""
 
 
+def least(*, balanced: bool) -> Read:
+    """What is computed in any case, `balanced` by a router's loss, which reads every position that is no padding."""
+    return Read.VALID if balanced else Read.KEPT
+
+
 LEFT_OUT = (
     "on sparse steps positions that are left out have the value with which the residual stream enters the first layer"
 )

@@ -37,6 +37,7 @@ class Subject:
         live, valid: [B, S] bool on the CPU: positions up to the last of few labels; positions that are no padding.
         elide: `(read, tail)`: a context in which the decoder computes what this level asks for, with `tail` its last
             layer's tail only where few labels are predicted.
+        beside: parameters around the decoder, its embeddings and its head, that are trained.
         lazy: of the model's head; None if its logits must be computed at once anyway.
         short: may the head be asked to run at kept labels alone?
         at_least: computed in any case.
@@ -53,6 +54,7 @@ class Subject:
     live: Tensor
     valid: Tensor
     elide: Callable[[Read, bool], contextlib.AbstractContextManager[Any]]
+    beside: list[nn.Parameter]
     lazy: LazyHead | None
     short: bool
     at_least: Read
@@ -73,6 +75,7 @@ class Run:
         loss: of few labels; not always reduced to one number.
         by_hidden: [B, S, D], its gradient by the decoder's output.
         by_head: by the head's parameters, where they are compared.
+        beside: by the subject's `beside`: of an auxiliary head that begins at zero nothing else tells.
         behind: by the decoder's input and some of its parameters, where the decoder ran.
         output: of the decoder, detached.
         eps: of the narrowest numbers that the decoder computed in.
@@ -81,6 +84,7 @@ class Run:
     loss: Tensor
     by_hidden: Tensor
     by_head: list[Tensor | None]
+    beside: list[Tensor | None]
     behind: list[Tensor | None]
     output: Any
     eps: float
@@ -161,11 +165,13 @@ def run(
             return None
         head = [*s.lazy.trained().values()] if s.lazy is not None and s.backward and reading is not None else []
         scaled = loss.sum() * (_SCALE if seen["dtype"] == torch.float16 else 1)
-        by_hidden, *by_head = torch.autograd.grad(scaled, [seen["leaf"], *head], allow_unused=True, retain_graph=True)
+        wanted = [seen["leaf"], *head, *(s.beside if s.backward else [])]
+        by_hidden, *by_others = torch.autograd.grad(scaled, wanted, allow_unused=True, retain_graph=True)
         if by_hidden is None:
             by_hidden = torch.zeros_like(seen["leaf"])
         behind = [] if output is not None else _behind(s, scaled, seen["hidden"], by_hidden, seen["input"])
-    return Run(loss.detach(), by_hidden, list(by_head), behind, seen["output"], seen["eps"])
+    rest: list[Tensor | None] = list(by_others)
+    return Run(loss.detach(), by_hidden, rest[: len(head)], rest[len(head) :], behind, seen["output"], seen["eps"])
 
 
 def _behind(s: Subject, loss: Tensor, hidden: Tensor, by_hidden: Tensor, entered: Tensor | None) -> list[Tensor | None]:
@@ -209,8 +215,8 @@ def agree(a: Run, b: Run) -> bool:
 
 
 def agree_on_output(a: Run, b: Run) -> bool:
-    """As `agree`, of the loss and its gradients by the decoder's output and the head."""
-    pairs = [(a.loss, b.loss), (a.by_hidden, b.by_hidden), *_paired(a.by_head, b.by_head)]
+    """As `agree`, of the loss and its gradients by the decoder's output, the head and what else is around it."""
+    pairs = [(a.loss, b.loss), (a.by_hidden, b.by_hidden), *_paired(a.by_head, b.by_head), *_paired(a.beside, b.beside)]
     return all(close(x, y, tolerance(b)) for x, y in pairs)
 
 
@@ -239,7 +245,7 @@ def tolerance(run: Run) -> float:
 
 
 def is_finite(run: Run) -> bool:
-    found = [run.loss, run.by_hidden, *run.by_head, *run.behind]
+    found = [run.loss, run.by_hidden, *run.by_head, *run.beside, *run.behind]
     return all(bool(x.isfinite().all()) for x in found if x is not None)
 
 

@@ -1,1 +1,1 @@
-"""What an answer token is worth: difficulties, keys of samples, labels kept, positions computed."""
+"""What an answer token is worth: difficulties, labels kept, positions computed, turns to be full, and a guard."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model_adapters import Layout
 from regate.config import Config
-from regate.labels import IGNORED, count_of, predictors
+from regate.labels import IGNORED, count_of, predicted, predictors
 from regate.scoring.selection import active_positions
 from regate.scoring.visual import thinned
 from regate_patch import Active, to_device
@@ -80,7 +80,7 @@ class Decision:
             n = spare.sum(1)
             computed -= n - count_of(n, config.visual_keep)
             spare = spare if bool(spare.any()) else None
-        seen, labels_kept = int((layout.labels[:, 1:] != IGNORED).sum()), int(kept.sum())
+        seen, labels_kept = int(predicted(layout.labels).sum()), int(kept.sum())
         return cls(
             full, layout.labels, layout.valid, kept, whole, active, spare, computed.tolist(), kept.sum(1).tolist(),
             seen, labels_kept, int(layout.valid.sum()), on_padding if full else None,

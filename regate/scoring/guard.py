@@ -1,8 +1,8 @@
 """Does what sparse steps leave out get worse? Then steps are full until it is learnt again (`Config.guard`).
 
-Samples that keep every label tell, in full steps and in their full turns: each by the mean loss of its easiest labels,
-as many as a sparse step leaves out. Of these means there is a running average, over the latest `WINDOW` samples of all
-ranks, and the lowest that it ever was. Where it stands more than `guard` above that,
+Samples that keep every label tell, in full steps and in their full turns: each by the mean loss of those of its labels
+that a sparse step would leave out by their difficulties. Of these means there is a running average, over the latest
+`WINDOW` samples of all ranks, and the lowest that it ever was. Where it stands more than `guard` above that,
 
     it opens      if that is sure: steps that would be sparse are full
     it closes     when half of the rise is gone. After one cycle in any case: what full steps do not cure was not the
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from regate.config import Config
-from regate.scoring.selection import keep_highest
+from regate.scoring.selection import keep_share
 
 WINDOW = 128  # samples
 _SURE = 8  # standard errors that a running average may stand above the lowest of many by chance
@@ -53,7 +53,7 @@ class Guard:
         """Are steps full now?"""
         return self.looks and self._left > 0
 
-    def see(self, m: Tensor, losses: Tensor, candidates: Tensor, whole: Tensor) -> None:
+    def see(self, m: Tensor, losses: Tensor, candidates: Tensor, whole: Tensor, *, apart: bool = False) -> None:
         """What a forward of this rank said of samples that kept every label.
 
         Args:
@@ -61,10 +61,10 @@ class Guard:
             losses: float [N, L].
             candidates: bool [N, L], the labels.
             whole: bool [N], samples that kept all of theirs.
+            apart: does a sparse step keep a share of each sample in any case?
         """
         pool = candidates & whole[:, None]
-        shape = (1, -1) if self._pooled else pool.shape
-        kept = keep_highest(m.reshape(shape), pool.reshape(shape), self._keep).view_as(pool)
+        kept = keep_share(m, pool, self._keep, pooled=self._pooled and not apart)
         easy = pool & ~kept & torch.isfinite(losses)
         means = torch.where(easy, losses, 0.0).sum(1)[easy.any(1)] / easy.sum(1)[easy.any(1)]
         for i, number in enumerate((len(means), float(means.sum()), float(means.square().sum()))):

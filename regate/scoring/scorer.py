@@ -25,7 +25,7 @@ from regate.memory.sharing import Exchange
 from regate.memory.store import Store
 from regate.scoring import difficulty
 from regate.scoring.guard import Guard
-from regate.scoring.selection import best_of_each, keep_highest
+from regate.scoring.selection import keep_share
 from regate.teaching.teacher import Teacher
 from regate.training.counters import Counters
 from regate.training.segments import Segments
@@ -59,13 +59,13 @@ class Samples:
 
 @dataclass
 class _Pending:
-    """Losses of one forward at its kept labels, bool [N, L], on the device and perhaps still being computed; `whole`,
-    bool [N], kept all of theirs."""
+    """What `Scorer.observe` was told; the losses are on the device and perhaps still being computed."""
 
     samples: Samples
     kept: Tensor
     losses: Tensor
     whole: Tensor
+    apart: bool
 
 
 class Scorer:
@@ -162,8 +162,7 @@ class Scorer:
     def keep(self, samples: Samples, *, whole: Tensor | None = None, apart: bool = False) -> Tensor:
         """The `ceil(keep * n)` labels that are worth most, by `Config.budget`, bool [N, L]; after `prepare`.
 
-        Of those in `whole`, bool [N], every label. Of a batch's labels the best of each sample is among them: a loss
-        may be a mean of samples' means, and there is none of no label. `apart`: a share of each sample in any case.
+        Of those in `whole`, bool [N], every label. `apart`: a share of each sample in any case.
         """
         config = self.config
         drawn_by = (config.seed * 1_000_003 + self.counters.labels_seen) % 2**63  # torch takes no more bits
@@ -171,14 +170,10 @@ class Scorer:
         draws = torch.rand(samples.candidates.shape, generator=generator, dtype=torch.float32, device="cpu")
         scores = draws if config.selection == "random" else self._scores(samples)
         every = torch.zeros_like(samples.candidates) if whole is None else samples.candidates & whole[:, None]
-        pools = [scores, samples.candidates & ~every, draws]
-        surely = None
-        if config.budget == "batch" and not apart:
-            surely = best_of_each(scores, pools[1]).view(1, -1)
-            pools = [x.reshape(1, -1) for x in pools]
-        scores, candidates, draws = pools
-        kept = keep_highest(scores, candidates, config.keep, surely=surely, explore=config.explore, draws=draws)
-        return kept.view_as(every) | every
+        pooled = config.budget == "batch" and not apart
+        others = samples.candidates & ~every
+        kept = keep_share(scores, others, config.keep, pooled=pooled, explore=config.explore, draws=draws)
+        return kept | every
 
     def _scores(self, samples: Samples) -> Tensor:
         """[N, L] float32, read at candidates only: `student_weight*m + reference_weight*ref`, or the user's function.
@@ -270,12 +265,13 @@ class Scorer:
         rows = self.store.get("difficulty", names)
         return [self._unwritten.get(name, row) for name, row in zip(names, rows, strict=True)]
 
-    def observe(self, samples: Samples, kept: Tensor, losses: Tensor, *, whole: Tensor) -> None:
+    def observe(self, samples: Samples, kept: Tensor, losses: Tensor, *, whole: Tensor, apart: bool) -> None:
         """The student's `losses` at labels `kept`, bool [N, L], in the order in which they stand.
 
-        `whole`, bool [N], are the samples that kept every label because their step or their turn was full.
+        `whole`, bool [N], are the samples that kept every label because their step or their turn was full; `apart` as
+        in `keep`.
         """
-        self._pending.append(_Pending(samples, kept, losses, whole))
+        self._pending.append(_Pending(samples, kept, losses, whole, apart))
 
     def collect(self) -> None:
         """Learn from the losses of earlier forwards; waits until they are computed."""
@@ -291,7 +287,7 @@ class Scorer:
             loss = torch.zeros_like(m)
             loss[item.kept] = losses
             if prior is not None:
-                self.guard.see(_known(m, prior), loss, candidates, item.whole)
+                self.guard.see(_known(m, prior), loss, candidates, item.whole, apart=item.apart)
             for n, rows in enumerate(_copies(names)):
                 some, there = [names[b] for b in rows], candidates[rows]
                 before = self._difficulties(some, there) if n else m[rows]  # as the copies before left them

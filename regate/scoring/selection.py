@@ -12,6 +12,33 @@ from regate.config import Alignment
 from regate.labels import IGNORED, count_of, predictors, up_to_last
 
 
+def keep_share(
+    scores: Tensor,
+    candidates: Tensor,
+    keep: float,
+    *,
+    pooled: bool,
+    explore: float = 0.0,
+    draws: Tensor | None = None,
+) -> Tensor:
+    """`keep_highest`; or, `pooled`, of the candidates of all rows together, the best of each row among them.
+
+    Why that: a loss may be a mean of rows' means, and there is none of no label.
+    """
+    if not pooled:
+        return keep_highest(scores, candidates, keep, explore=explore, draws=draws)
+    best = best_of_each(scores, candidates)
+    kept = keep_highest(
+        scores.reshape(1, -1),
+        candidates.reshape(1, -1),
+        keep,
+        surely=best.view(1, -1),
+        explore=explore,
+        draws=None if draws is None else draws.reshape(1, -1),
+    )
+    return kept.view_as(candidates)
+
+
 def keep_highest(
     scores: Tensor,
     candidates: Tensor,
@@ -38,10 +65,11 @@ def keep_highest(
         >>> keep_highest(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[True, True, True]]), 0.5).tolist()
         [[False, True, True]]
     """
-    k = count_of(candidates.sum(1, keepdim=True), keep)
+    n = candidates.sum(1, keepdim=True)
+    k = torch.maximum(count_of(n, keep), n.clamp(max=1))  # a share may be too small for what rounding takes off
     surely = torch.zeros_like(candidates) if surely is None else surely
     k = torch.maximum(k, surely.sum(1, keepdim=True))
-    scores = scores.masked_fill(surely, float("inf"))
+    scores = scores.float().masked_fill(surely, float("inf"))
     if draws is None or not explore:
         return _highest(scores, candidates, k)
     best = _highest(scores, candidates, k - torch.floor(k.double() * explore + 1e-6))

@@ -55,13 +55,12 @@ class Turns:
 
     Attributes:
         ahead: see the module's description; whole number of `1 / share.denominator` turns, as all that is owed is.
-        fills_rows: does the decoder fill rows up to the longest, as has been seen? Then turns are given all at once.
     """
 
     def __init__(self, config: Config, exchange: Exchange) -> None:
         self.interleaved = config.schedule == "interleaved" and config.full_steps > 0
         self.share, self.cycle, self.seed = Fraction(config.full_steps, config.cycle), config.cycle, config.seed
-        self.exchange, self.ahead, self.fills_rows = exchange, 0, False
+        self.exchange, self.ahead = exchange, 0
         self._step, self._micro = -1, 0
 
     def forward(self, step: int) -> None:
@@ -112,7 +111,7 @@ class Turns:
             change = had[i] * turn - self.share.numerator
             owed[samples.sample[i]] -= change
             self.ahead += change
-        records = {key: np.array([number / turn], np.float32) for key, number in owed.items()}
+        records = {key: _halves(number / turn) for key, number in owed.items()}
         self.exchange.store.put("owed", records)
         self.exchange.add("owed", records)
 
@@ -121,12 +120,22 @@ class Turns:
         turn = self.share.denominator
         owed = dict(zip(keys, self.exchange.store.get("owed", keys), strict=True))
         first = {key: _drawn(key, self.seed) % turn for key, turns in owed.items() if turns is None}
-        return first | {key: round(float(turns[0]) * turn) for key, turns in owed.items() if turns is not None}
+        known = {
+            key: round(float(turns.astype(np.float64).sum()) * turn) for key, turns in owed.items() if turns is not None
+        }
+        return first | known
 
 
 def _labelled(samples: Samples) -> list[int]:
     """The samples with something to keep."""
     return [i for i, has in enumerate(samples.candidates.any(1).tolist()) if has]
+
+
+def _halves(owed: float) -> np.ndarray:
+    """As it is stored, in 16 bits; and what these round off, which a small share may be."""
+    high = np.float16(owed)
+    low = np.float16(owed - float(high))
+    return np.array([high, low] if low else [high], np.float16)
 
 
 def _drawn(what: bytes, seed: int) -> int:

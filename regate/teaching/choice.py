@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, modeling_utils
 
 import regate_patch
 from model_adapters import ModelAdapter, find_adapter
 from model_adapters.conventional import language_model, text_config, unwrap
+from model_adapters.replaced import replaced
 from regate.config import Config
 from regate.errors import ConfigError, served
 from regate.teaching.teacher import Source, Teacher
 from regate.teaching.translated import CrossTokenizerTeacher, Translated
 from regate.teaching.weights import is_tight, lacks_weights, uses_peft
+from regate.undisturbed import random_numbers_kept
 from regate_patch import is_sharded
 
 Named = Literal["auto", "copy", "4bit", "first", "precomputed"]
-TeacherChoice = Named | nn.Module | CrossTokenizerTeacher | None
+_CHOICES = f"teacher must be one of {get_args(Named)}, a model, the path or hub id of one, or None"
+TeacherChoice = Named | str | nn.Module | CrossTokenizerTeacher | None
 
 
 def teacher_of(
@@ -35,21 +39,24 @@ def teacher_of(
         ConfigError: it is none of those that can be asked for.
         UnknownArchitectureError: no adapter serves the model that was given.
     """
-    if not (choice is None or isinstance(choice, (nn.Module, CrossTokenizerTeacher)) or choice in get_args(Named)):
-        raise ConfigError(f"teacher must be one of {get_args(Named)}, a model, or None, got {choice!r}")
+    if not (choice is None or isinstance(choice, str | nn.Module | CrossTokenizerTeacher)):
+        raise ConfigError(f"{_CHOICES}, got {choice!r}")
     if choice is None or not config.uses_references:
         return None
+    source: Source = "copy"
+    trained, of_trained = model, adapter
+    if isinstance(choice, str) and choice not in get_args(Named):
+        choice, source = _loaded(choice), "named"
     given = choice.model if isinstance(choice, CrossTokenizerTeacher) else choice
     if isinstance(given, nn.Module):
         _refuse_shared(given, model)
     waits = lacks_weights(given if isinstance(given, nn.Module) else model)
-    source: Source = "copy"
     if isinstance(given, nn.Module):
         with served("this is no teacher: "):
             own = find_adapter(given)
         if isinstance(choice, CrossTokenizerTeacher) and not choice.agree:
             return Translated(choice, own, ends_of(model), backend=backend, waits=waits, on_unsupported=on_unsupported)
-        model, adapter, source = given, own, "given"
+        model, adapter, source = given, own, "named" if source == "named" else "given"
     elif given == "4bit" and not uses_peft(model, adapter):
         source = "4bit"
     elif (
@@ -58,7 +65,31 @@ def teacher_of(
         or (given == "auto" and (waits or is_sharded(model) or is_tight(model, adapter)))
     ):
         source = "live"
-    return Teacher(model, adapter, backend=backend, source=source, waits=waits, on_unsupported=on_unsupported)
+    return Teacher(
+        model, adapter, backend=backend, source=source, follows=lambda: of_trained.embeddings(trained), waits=waits,
+        on_unsupported=on_unsupported,
+    )  # fmt: skip
+
+
+def _loaded(name: str) -> nn.Module:
+    """The model at a path or of a hub id, whole on every rank, whatever the trained one will be split by.
+
+    Raises:
+        ConfigError: transformers loads none.
+    """
+    whole: Any = {"is_fsdp_enabled": lambda: False, "is_deepspeed_zero3_enabled": lambda: False}
+    try:
+        config = AutoConfig.from_pretrained(name)
+        sees = type(config) in AutoModelForImageTextToText._model_mapping
+        kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        with random_numbers_kept(), replaced(modeling_utils, **whole):
+            model: nn.Module = kind.from_pretrained(name, dtype="auto")
+    except Exception as error:  # of any type: transformers has many
+        told = " ".join(str(error).split())
+        raise ConfigError(
+            f"{_CHOICES}, got {name!r}, from where transformers loads none: {type(error).__name__}: {told}"
+        ) from error
+    return model
 
 
 def _refuse_shared(teacher: nn.Module, model: nn.Module) -> None:

@@ -11,26 +11,24 @@ good where they are the frozen base of adapters, and else until the first optimi
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
 import regate_patch
 from model_adapters import Batch, Layout, ModelAdapter
-from model_adapters.conventional import text_config
+from model_adapters.conventional import has_planes, text_config
 from model_adapters.flash import takes_one_row
 from regate.errors import NonFiniteLossError, StoreMismatchError, UnsupportedShardingError
 from regate.labels import IGNORED, predicted, predictors, up_to_last
 from regate.output.loss import Places, label_losses
 from regate.ranks import alone, any_rank
+from regate.teaching.fingerprint import fingerprint_of
 from regate.teaching.quantize import to_4bit, unpacked
 from regate.teaching.rows import end_to_end
 from regate.teaching.weights import (
@@ -39,7 +37,7 @@ from regate.teaching.weights import (
     carries_adapters,
     copied,
     halve_on_cuda,
-    some_values,
+    sampled,
     split_root,
     uses_peft,
 )
@@ -48,7 +46,7 @@ from regate.training.sharding import refuse_sharded
 from regate_patch import is_sharded
 
 log = logging.getLogger("regate")
-Source = Literal["copy", "4bit", "live", "given"]
+Source = Literal["copy", "4bit", "live", "given", "named"]
 NO_WEIGHTS = (
     "ranks have no weights of the teacher yet, or others than one another, and what it answers before training is what "
     "counts. Let every rank read them (fsdp_cpu_ram_efficient_loading: false in accelerate's config); or leave the "
@@ -66,13 +64,6 @@ NO_ADAPTERS = (
     "model, which gives the reference losses, cannot be told from what is trained. Call regate.apply anew, on the "
     "model that merge_and_unload returned and with another store; or merge after regate.remove(model)"
 )
-# What is in the names of a text config's settings that change numbers while weights stay as they are: of rotary
-# positions, norms, windows, soft caps, scales and multipliers, activations, heads, experts and kinds of layers.
-_SETTINGS = (
-    "rope", "rotary", "theta", "norm", "eps", "window", "attention_chunk", "cap", "scal", "multiplier", "_act",
-    "activation", "heads", "per_tok", "layer_types", "bidirectional",
-)  # fmt: skip
-_IN_TRAINING = ("dropout", "init", "loss")  # in names of others, which change nothing that a teacher says
 _STRANGE = 0.02  # the share of labels without an id in the teacher's vocabulary from which on it is doubted
 
 
@@ -86,7 +77,9 @@ class Teacher:
         source: "copy" takes a frozen copy of the language model now (in bfloat16 once it is on CUDA), "4bit" one
             whose linear layers are quantised. "live" uses the model's own,
             which the gate has patched, as it is at each call: before training starts, or with PEFT adapters, which
-            are switched off for the call. "given" freezes and patches the language model of `model`, another one.
+            are switched off for the call. "given" freezes and patches the language model of `model`, another one,
+            which stays where it is; "named" is one that nobody else has, and follows what is trained.
+        follows: its embeddings, on the device where this teacher is to be; None asks for those of `model`.
 
     Attributes:
         lasts: may it be asked after the first optimizer step? Else its weights are those that learn.
@@ -100,10 +93,12 @@ class Teacher:
         *,
         backend: regate_patch.Backend,
         source: Source,
+        follows: Callable[[], nn.Module] | None = None,
         waits: bool = False,
         on_unsupported: regate_patch.OnUnsupported = "raise",
     ) -> None:
         self.model, self.adapter, self.source = model, adapter, source
+        self._follows = follows or (lambda: adapter.embeddings(model))
         self.waits = waits and source == "live"
         self._values: dict[Any, Tensor] = {}  # of the parameters when they last answered, and marks of them
         self._marks: list[tuple[int, int, int]] = []
@@ -113,7 +108,7 @@ class Teacher:
         self.handle: regate_patch.Handle | None = None
         if not self.waits and (waits or any(p.is_meta for part in parts for p in part.parameters())):
             raise UnsupportedShardingError(_without_weights(parts))
-        if source in ("copy", "4bit"):
+        if self.is_copy:
             refuse_sharded(model)
             parts = copied(parts)
             halve_on_cuda(parts)
@@ -131,6 +126,11 @@ class Teacher:
             self._given = _modes(parts) if source == "given" else []
             for part in parts:
                 part.requires_grad_(False).eval()
+
+    @property
+    def is_copy(self) -> bool:
+        """Has it weights of its own that were the model's?"""
+        return self.source in ("copy", "4bit")
 
     @property
     def together(self) -> bool:
@@ -163,16 +163,24 @@ class Teacher:
         self.losses(batch, replace(layout, labels=labels, valid=pair, visual=torch.zeros_like(pair)), [0])
 
     def _device(self) -> torch.device:
-        """Where it computes; a copy made before the model was moved goes where the model is by now."""
+        """Where it computes; what nobody else has goes where the trained model is by now."""
         device = next(self.embeddings.parameters()).device
-        if self.source not in ("copy", "4bit"):
+        if self.source in ("live", "given"):
             return device
-        followed = next(self.adapter.embeddings(self.model).parameters()).device
+        followed = next(self._follows().parameters()).device
         if followed != device:
             parts = [part.to(followed) for part in (self.embeddings, self.decoder, self.head)]
-            if self.source == "copy":
+            if self.source != "4bit":
                 halve_on_cuda(parts)
         return followed
+
+    def _positions(self, batch: Batch) -> Tensor | None:
+        """As the decoder takes them, [B, S] or [n, B, S]; None where it counts by itself."""
+        positions = self.adapter.position_ids(self.model, batch)
+        another = self.source in ("given", "named")
+        if another and positions is not None and positions.dim() > 2 and not has_planes(self.model):
+            return None  # the student's, in time, height and width
+        return positions
 
     @torch.no_grad()
     def losses(self, batch: Batch, layout: Layout, rows: Sequence[int] | None = None) -> list[Tensor]:
@@ -204,7 +212,7 @@ class Teacher:
         padding = self.adapter.padding
         known = layout.input_ids[chosen] < self._vocabulary()
         ids = torch.where(visual | ~known, self.placeholder(), layout.input_ids[chosen])
-        positions = self.adapter.position_ids(self.model, batch)
+        positions = self._positions(batch)
         if positions is not None and positions.shape[-2] == len(layout.labels):
             positions = positions.index_select(-2, chosen.to(positions.device))
         seen = valid if padding.attend else valid & ~visual
@@ -234,7 +242,7 @@ class Teacher:
 
     def _doubt(self, labels: int, answered: int) -> None:
         """A model that somebody gave may have another tokenizer, and its numbers no meaning."""
-        if self.source == "given" and not self._doubted and labels - answered > _STRANGE * labels:
+        if self.source in ("given", "named") and not self._doubted and labels - answered > _STRANGE * labels:
             self._doubted = True
             log.warning(
                 "%d of %d answer tokens of this batch are none of the teacher's %d: where its tokenizer is not "
@@ -289,24 +297,15 @@ class Teacher:
         It is of the weights that answer: of a model with adapters, those that `disable_adapter` leaves in play, under
         the names that they have without PEFT and without checkpoints around layers.
         """
-        digest = blake2b(digest_size=16)
-        for part in (self.embeddings, self.decoder, self.head):
-            parameters = (
-                answering(part) if self.source == "live" else part.named_parameters()
-            )  # a copy keeps adapters on
-            for name, parameter in sorted(parameters):
-                # As a copy has them on CUDA: one teacher is the same wherever it was copied, and uncopied.
-                values = some_values(parameter).bfloat16().view(torch.int16)
-                digest.update(name.replace(_CHECKPOINT_PREFIX, "").encode() + values.numpy().tobytes())
-        config = text_config(self.model)
-        padding = self.adapter.padding
-        return {
-            "weights": digest.hexdigest(),
-            "settings": json.dumps(settings(config), sort_keys=True),
-            "architecture": type(self.decoder).__name__,
-            "vocabulary": str(getattr(config, "vocab_size", None)),
-            "padding": json.dumps({"token_id": self.placeholder(), "attend": padding.attend}),
-        }
+        parts = (self.embeddings, self.decoder, self.head)
+        # A copy has adapters only where it keeps them on.
+        parameters = (answering(part) if self.source == "live" else part.named_parameters() for part in parts)
+        return fingerprint_of(
+            parameters,
+            text_config(self.model),
+            architecture=type(self.decoder).__name__,
+            padding={"token_id": self.placeholder(), "attend": self.adapter.padding.attend},
+        )
 
     def check(self) -> None:
         """The model's own weights, where they are the teacher's, are still those of the references in the store.
@@ -323,7 +322,7 @@ class Teacher:
         marks = [(id(p), p._version, p.data_ptr()) for p in parameters]
         if marks == self._marks:
             return
-        values = {(id(p), p.dtype, p.shape): some_values(p) for p in parameters}
+        values = {(id(p), p.dtype, p.shape): sampled(p) for p in parameters}
         # A cast or a resized table makes others of them, which are as good; the same ones must have their values.
         if any(not torch.equal(sample, self._values.get(key, sample)) for key, sample in values.items()):
             raise StoreMismatchError(
@@ -346,32 +345,6 @@ def _without_weights(parts: Sequence[nn.Module]) -> str:
     """What to do about it: one process lacks what nobody has read, a rank what another one may have."""
     missing = sum(p.is_meta for part in parts for p in part.parameters())
     return ON_META.format(n=missing) if missing and alone() else NO_WEIGHTS
-
-
-def settings(config: Any) -> dict[str, Any]:
-    """Those of a text config on which a teacher's numbers depend beside its weights.
-
-    What is off, or zero, is left out: releases of transformers bring new settings, which are off for what there was.
-    """
-    told = config.to_dict() if hasattr(config, "to_dict") else {}
-    return {name: value for name, value in told.items() if value and _is_setting(name) and _is_plain(value)}
-
-
-def _is_setting(name: str) -> bool:
-    return (
-        not name.startswith("_")
-        and any(part in name for part in _SETTINGS)
-        and not any(part in name for part in _IN_TRAINING)
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    """Numbers, text, and lists and mappings of them, which are told alike by any process."""
-    if isinstance(value, Mapping):
-        return all(isinstance(name, str) and _is_plain(inner) for name, inner in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _modes(parts: Sequence[nn.Module]) -> list[tuple[Any, str, bool]]:

@@ -55,7 +55,7 @@ def copied(parts: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
     return parts
 
 
-def some_values(parameter: Tensor) -> Tensor:
+def sampled(parameter: Tensor) -> Tensor:
     """Some values, float32 on the CPU; of a parameter that is split over ranks, those of the whole: all must ask."""
     with gathered([parameter]):
         whole: Any = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
@@ -117,7 +117,7 @@ def lacks_weights(model: nn.Module) -> bool:
         return False
     digest = blake2b(digest_size=7)
     for parameter in model.parameters():
-        digest.update(b"meta" if parameter.is_meta else some_values(parameter).numpy().tobytes())
+        digest.update(b"meta" if parameter.is_meta else sampled(parameter).numpy().tobytes())
     number = int.from_bytes(digest.digest())
     return highest(number) != -highest(-number)
 

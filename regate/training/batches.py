@@ -50,7 +50,7 @@ def on_host(
     fields = [layout.input_ids, layout.labels, layout.valid, layout.visual]
     begins = starts(batch, layout)
     input_ids, labels, valid, visual, *rest = torch.stack(
-        [x.long() for x in (*fields, *([] if begins is None else [begins]))]
+        [x.to(layout.input_ids.device, torch.int64) for x in (*fields, *([] if begins is None else [begins]))]
     ).cpu()
     _check_labels(labels, vocabulary)
     _check_ignored(batch, labels, model)

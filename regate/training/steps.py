@@ -67,6 +67,7 @@ class Steps:
 
     Attributes:
         step: the step that forwards now contribute to, from 0.
+        set_by_hand: was it set, and has no gated forward run since?
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Steps:
         on_missed: Callable[[str, bool], None],
         note: Callable[[str], None],
     ) -> None:
-        self.step = 0
+        self.step, self.set_by_hand = 0, False
         self._model, self._module, self._on_step, self._on_missed = model, module, on_step, on_missed
         self._note = note
         self._unseen: int | None = 0  # gated forwards while no step was seen; None once one was, or that was noted
@@ -112,13 +113,14 @@ class Steps:
 
     def restart(self, step: int) -> None:
         """Go on at `step`, whatever was before."""
-        self.step, self._unseen = step, None
+        self.step, self.set_by_hand, self._unseen = step, True, None
         self._stepped.clear()
         self._forget()
         self._leave()
 
     def gated_forward(self) -> None:
         """A forward with labels: the first after an optimizer step begins the next one."""
+        self.set_by_hand = False
         if self._stepping and not _within_a_step():
             self._stepping.clear()
         if self._stepped:

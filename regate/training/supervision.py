@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from numbers import Real
@@ -26,20 +25,8 @@ import torch
 from torch import Tensor
 
 from regate.errors import LabelsError
-from regate.labels import IGNORED, predictors
-
-_NAMES = re.compile(r"label|target")
-_WEIGHS = re.compile(r"weight|loss|completion_mask|assistant|advantage|reward")
-_COUNTS = re.compile(
-    r"^(num|n|total|count|valid|avg|average|mean|global|local)_\w*(items|tokens|labels|targets)"
-    r"|(item|token|label|target)s?_(count|counts|num|sum|total)$|denominator|normali[sz]er|divisor"
-)
-# Of what is no label's: numbers that count none, and weights of other things.
-_SETTINGS = re.compile(r"max|min|keep|step|epoch|size|scale|seed|layer|beam|class|temperature|_id$")
-_OF_POSITIONS = re.compile(r"type|position|seq|length")  # what they are called, and masks of them
-_OF_IMAGES = re.compile(r"image|img|video|audio|visual|vision|pixel|patch|frame|tile")
-_OF_PARTS = re.compile(r"(^|_)(grids?|rope|query|queries|memory|latents?|registers?)(_|$)")  # of models; as numbers
-_READ = re.compile(r"_ids?$|types?$|attention|attn|segment|cache|embed|pixel")  # by decoders, whatever it says
+from regate.labels import IGNORED, predicted, predictors
+from regate.names import Name, of_name
 
 _BY_CHANCE = 8  # labels, of which something else may be as many
 
@@ -54,10 +41,12 @@ class Numbers:
 
     Attributes:
         others: those that once were another number than that of labels: they count none.
+        small: of these, those whose names say that they count labels.
         as_many: the values of all others, in every call so far as many as labels.
     """
 
     others: set[str] = field(default_factory=set)
+    small: set[str] = field(default_factory=set)
     as_many: dict[str, set[float]] = field(default_factory=dict)
 
     def see(self, name: str, values: set[float], *, as_many: bool) -> None:
@@ -66,6 +55,11 @@ class Numbers:
             self.others.add(name)
         elif len(seen := self.as_many.setdefault(name, set())) < 2:
             seen |= values
+
+    def too_small(self, name: str) -> None:
+        """It is called so, but is less than half of the labels."""
+        self.others.add(name)
+        self.small.add(name)
 
     def counts(self, name: str) -> bool:
         """Does it count labels, and not by chance?"""
@@ -77,10 +71,14 @@ class Numbers:
         return self._telling & self.others
 
     def state_dict(self) -> dict[str, Any]:
-        return {"others": sorted(self.others), "as_many": {name: sorted(seen) for name, seen in self.as_many.items()}}
+        return {
+            "others": sorted(self.others),
+            "small": sorted(self.small),
+            "as_many": {name: sorted(seen) for name, seen in self.as_many.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.others = set(state["others"])
+        self.others, self.small = set(state["others"]), set(state.get("small", ()))
         self.as_many = {name: set(seen) for name, seen in state["as_many"].items()}
 
     @property
@@ -103,7 +101,7 @@ class _Count:
         """Of the kept ones: as many as their share of the labels."""
         if self.by_chance:
             return self.value
-        labelled = labels[:, 1:] != IGNORED
+        labelled = predicted(labels)
         if _is_number(self.value):
             return self.value * (int(kept.sum()) / max(int(labelled.sum()), 1))
         share = torch.where(labelled.any(1), kept.sum(1).double() / labelled.sum(1).clamp(min=1), 1.0)
@@ -143,41 +141,62 @@ class _Search:
     numbers: Numbers
 
     def within(self, call: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-        found = ((name, self.entry(name, x, f"{path}{name}")) for name, x in call.items())
+        of_names = ((name, x) for name, x in call.items() if isinstance(name, str))  # keys of a dict may be anything
+        found = ((name, self.entry(name, x, f"{path}{name}")) for name, x in of_names)
         return {name: entry for name, entry in found if entry is not None}
 
     def entry(self, name: str, x: Any, path: str) -> Any:
         """What is masked of it, or None."""
-        of_images = _OF_IMAGES.search(name) is not None
+        named = of_name(name)
         if x is None or isinstance(x, (bool, str)):
             return None
         if isinstance(x, MutableMapping):
-            inside = {} if of_images or _READ.search(name) else self.within(x, f"{path}.")
+            inside = self.within(x, f"{path}.") if named.holds else {}
             return _Within(x, inside) if inside else None
-        if not of_images and (count := self.count(name, x, path)) is not None:
+        if (count := self.count(named, x, path)) is not None:
             return count
         if isinstance(x, Tensor) and _per_label(x, self.labels):
-            return x if _stands_beside(name, x, self.labels) else None
-        others = of_images or _is_of_parts(name) or _SETTINGS.search(name)
-        if _WEIGHS.search(name) and not others and _is_odd(x, self.labels):
+            return x if self.lies_along(name, x) else None
+        if named.weighs and _is_odd(x, self.labels):
             raise _refused(name, list(x.shape) if isinstance(x, Tensor) else "(a list)", self.labels)
         return None
 
-    def count(self, name: str, x: Any, path: str) -> _Count | None:
+    def count(self, named: Name, x: Any, path: str) -> _Count | None:
         """The number of labels, of all or of each row."""
-        if _is_of_parts(name):
+        if path in self.numbers.others:
             return None
-        if _is_number(x) and _COUNTS.search(name):
+        if named.counts == "yes" and _is_number(x):
             return _Count(x)
-        if path in self.numbers.others or any(p.search(name) for p in (_SETTINGS, _OF_POSITIONS, _READ)):
+        if named.counts == "if not too small" and _is_number(x):
+            if 2 * float(x) >= min(float(n.sum()) for n in self.counts()):
+                return _Count(x)
+            self.numbers.too_small(path)
             return None
-        if (values := _values(x, len(self.labels))) is None:
+        if named.counts == "no" or (values := _values(x, len(self.labels))) is None:
             return None
         as_many = _are_their_number(values, one=_is_number(x), counts=self.counts)
         if as_many is None:
             return None
         self.numbers.see(path, set(values), as_many=as_many)
         return _Count(x, guessed=path, by_chance=not self.numbers.counts(path)) if as_many else None
+
+    def lies_along(self, name: str, x: Tensor) -> bool:
+        """By its name; or by what it says, where its name does not say that it is of something else.
+
+        What has the name of masks of positions or of images must say something at all labels: then it is their mask.
+        """
+        named = of_name(name)
+        if named.lies in ("must", "if it can"):
+            can = _length_along(x, self.labels) is not None
+            if not can and named.lies == "must":
+                raise _refused(name, list(x.shape), self.labels)
+            return can
+        if named.lies == "no" or _speaks_at(named, x, self.labels) is None:
+            return False
+        says = x[x != _nothing(named, x)]
+        at_all = says.numel() == int(predicted(self.labels).sum())
+        alike = named.lies != "if alike at all" or bool((says == says[0]).all())
+        return named.lies == "if it says so" or (at_all and alike)
 
 
 def guesses(entries: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
@@ -187,6 +206,18 @@ def guesses(entries: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
             yield from guesses(x.found)
         elif isinstance(x, _Count) and x.guessed is not None:
             yield x.guessed, x.by_chance
+
+
+def divides(call: Mapping[str, Any], entries: Mapping[str, Any], ratio: float) -> str | None:
+    """The name of a number of the call, about `ratio`, that `beside` did not find."""
+    for name, x in call.items():
+        inside = entries.get(name)
+        if isinstance(x, Mapping):
+            if found := divides(x, inside.found if isinstance(inside, _Within) else {}, ratio):
+                return f"{name}.{found}"
+        elif inside is None and _is_number(x) and abs(float(x) - ratio) <= 1e-3 * ratio:
+            return str(name)
+    return None
 
 
 def masked(entries: Mapping[str, Any], labels: Tensor, kept: Tensor) -> dict[str, Any]:
@@ -205,8 +236,9 @@ def masked(entries: Mapping[str, Any], labels: Tensor, kept: Tensor) -> dict[str
         elif isinstance(x, _Count):
             changed[name] = x.of(kept, labels)
         else:
-            stays = _along(name, x, kept, labels).to(x.device)
-            changed[name] = x.masked_fill(~stays, _nothing(name, x))
+            named = of_name(name)
+            stays = _along(named, x, kept, labels).to(x.device)
+            changed[name] = x.masked_fill(~stays, _nothing(named, x))
     return changed
 
 
@@ -234,14 +266,9 @@ def _values(x: Any, rows: int) -> list[float] | None:
     return [float(n) for n in x.flatten().tolist()]
 
 
-def _is_of_parts(name: str) -> bool:
-    """Has it the name of a part of a model, and not of labels?"""
-    return bool(_OF_PARTS.search(name) and not _NAMES.search(name))
-
-
 def _counts(labels: Tensor, brought: Any) -> list[Tensor]:
     """How many labels each row has, int64 [B], by each way to count them: shifted, as brought, and unshifted."""
-    ways = [(labels[:, 1:] != IGNORED).sum(1)]
+    ways = [predicted(labels).sum(1)]
     if isinstance(brought, Tensor) and brought.dim() == 2 and len(brought) == len(labels):
         labelled = (brought != IGNORED).cpu()
         ways += [labelled[:, 1:].sum(1), labelled.sum(1)]
@@ -273,27 +300,6 @@ def _per_label(x: Tensor, labels: Tensor) -> bool:
     return x.dim() == 2 and x.shape[0] == rows and x.shape[1] > length // 2
 
 
-def _stands_beside(name: str, x: Tensor, labels: Tensor) -> bool:
-    """By its name; or by what it says, where its name does not say that it is of something else.
-
-    What has the name of masks of positions or of images must say something at all labels, and the same of all: then it
-    is their mask.
-    """
-    elsewhere = _OF_IMAGES.search(name) is not None
-    if (_NAMES.search(name) or _WEIGHS.search(name)) and not elsewhere:
-        if _is_of_parts(name) and _length_along(x, labels) is None:
-            return False
-        _along(name, x, labels, labels)
-        return True
-    if _READ.search(name):
-        return False
-    speaks_at = _speaks_at(name, x, labels)
-    if speaks_at is None or not (elsewhere or _OF_POSITIONS.search(name)):
-        return speaks_at is not None
-    says = x[x != _nothing(name, x)]
-    return says.numel() == int((labels[:, 1:] != IGNORED).sum()) and (elsewhere or bool((says == says[0]).all()))
-
-
 def _is_odd(x: Any, labels: Tensor) -> bool:
     """Has it, in no form that can be laid along labels, entries for more than half of a row's?"""
     rows, most = len(labels), int((labels != IGNORED).sum(1).max())
@@ -307,14 +313,14 @@ def _is_odd(x: Any, labels: Tensor) -> bool:
     return min(row.numel() if isinstance(row, Tensor) else len(row) for row in of_rows) > max(most // 2, 2)
 
 
-def _nothing(name: str, x: Tensor) -> int:
+def _nothing(named: Name, x: Tensor) -> int:
     """What an entry says where it says nothing."""
-    return IGNORED if _NAMES.search(name) and not x.is_floating_point() else 0
+    return 0 if x.is_floating_point() else named.nothing
 
 
-def _speaks_at(name: str, x: Tensor, labels: Tensor) -> Literal["labels", "predictors"] | None:
+def _speaks_at(named: Name, x: Tensor, labels: Tensor) -> Literal["labels", "predictors"] | None:
     """Where an entry of [B, S] or [B, S - 1] says something: at labels alone, at their predictors alone, or neither."""
-    says, labelled = (_laid(x) != _nothing(name, x)).cpu(), labels != IGNORED
+    says, labelled = (_laid(x) != _nothing(named, x)).cpu(), labels != IGNORED
     if tuple(says.shape) == (len(labels), labels.shape[1] - 1):
         return "labels" if bool(says.any()) and not bool((says & ~labelled[:, 1:]).any()) else None
     if says.shape != labels.shape or not bool(says.any()):
@@ -331,14 +337,11 @@ def _length_along(x: Tensor, labels: Tensor) -> int | None:
     return next((n for n in (length, length - 1) if shape in ((rows, n), (rows * n,))), None)
 
 
-def _along(name: str, x: Tensor, of_labels: Tensor, labels: Tensor) -> Tensor:
-    """Values of labels [B, S] as an entry of this name and shape has them: at labels or at their predictors."""
-    length = _length_along(x, labels)
-    if length is None:
-        raise _refused(name, list(x.shape), labels)
-    if length < labels.shape[1]:
+def _along(named: Name, x: Tensor, of_labels: Tensor, labels: Tensor) -> Tensor:
+    """Values of labels [B, S] as an entry that lies along them has them: at labels or at their predictors."""
+    if _length_along(x, labels) == labels.shape[1] - 1:
         return of_labels[:, 1:].reshape(x.shape)
-    shifted = name.startswith("shift") or _speaks_at(name, x, labels) == "predictors"
+    shifted = named.shifted or _speaks_at(named, x, labels) == "predictors"
     return (predictors(of_labels) if shifted else of_labels).reshape(x.shape)
 
 

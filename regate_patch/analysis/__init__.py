@@ -1,1 +1,1 @@
-"""What a captured graph says: its token axes, where tokens mix, blocks, what cannot be followed. Changes nothing."""
+"""What a captured graph says: its token axes, where tokens mix, blocks, what cannot be followed; and small changes."""

@@ -267,7 +267,8 @@ def _probes(longest: int, tokens: Tokens, *, padding: bool, samples: bool, numbe
     for mask in seen:
         yield _Probe(mask, mask, torch.zeros(mask.shape))
     if numbers:  # of documents, which keep them apart where the input is no padding mask
-        yield _Probe(torch.randint(1, 4, mask.shape, generator=random) * mask, mask, torch.zeros(mask.shape))
+        last = seen[-1]
+        yield _Probe(torch.randint(1, 4, last.shape, generator=random) * last, last, torch.zeros(last.shape))
 
 
 def _run(

@@ -8,7 +8,6 @@ which an eager run executes as it is and which an inner compiler captures again.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regate_patch.analysis.graph import sort_topologically, where
 from regate_patch.errors import UnsupportedGraphError
+from regate_patch.passes.layers import Slice, body_of, replace_by
 
 _HOP = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -84,35 +84,18 @@ def outline(gm: fx.GraphModule) -> fx.GraphModule:
         if "checkpoint" in node.meta and node.op != "get_attr":
             regions.setdefault(node.meta["checkpoint"], []).append(node)
     for number, (region, nodes) in enumerate(regions.items()):
-        _cut(gm, f"checkpoint_{number}", region, nodes)
+        _cut(gm, f"checkpoint_{number}", region, Slice(nodes))
     sort_topologically(gm.graph)
     gm.graph.lint()
     return gm
 
 
-def _cut(gm: fx.GraphModule, name: str, region: Region, nodes: list[fx.Node]) -> None:
-    inside = set(nodes)
-    inputs = list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
-    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-    if not outputs:
+def _cut(gm: fx.GraphModule, name: str, region: Region, part: Slice) -> None:
+    if not part.outputs:
         return
-    body, copied = fx.Graph(), {}
-    for source in inputs:
-        copied[source] = body.placeholder(source.name)
-    for node in nodes:
-        copied[node] = body.node_copy(node, lambda n: copied[n])
-    body.output(tuple(copied[n] for n in outputs))
-    gm.add_submodule(name, fx.GraphModule(gm, body))
-    with gm.graph.inserting_after(nodes[-1]):
+    gm.add_submodule(name, body_of(gm, part))
+    with gm.graph.inserting_after(part.nodes[-1]):
         module = gm.graph.get_attr(name)
     with gm.graph.inserting_after(module):
-        call = gm.graph.call_function(checkpoint, (module, *inputs), dict(region.options))
-    last = call
-    for position, node in enumerate(outputs):
-        with gm.graph.inserting_after(last):
-            last = gm.graph.call_function(operator.getitem, (call, position))
-        for user in list(node.users):
-            if user not in inside:
-                user.replace_input_with(node, last)
-    for node in reversed(nodes):
-        gm.graph.erase_node(node)
+        call = gm.graph.call_function(checkpoint, (module, *part.inputs), dict(region.options))
+    replace_by(gm.graph, part, call)

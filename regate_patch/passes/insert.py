@@ -147,7 +147,7 @@ class Inserter:
         if not is_tensor(node):
             return self.scalar_outside(node)
         sizes, entry = shape(node), self.span.entry
-        axes = [d for d, size in enumerate(sizes) if size == self.tokens.length]
+        axes = self.tokens.on(node)
         if not self.tokens.mentioned_by(node) and not value(node).is_floating_point():
             return node  # a record of what was computed, such as the outlier columns of an 8-bit product
         with self.graph.inserting_after(node):
@@ -265,7 +265,7 @@ class Inserter:
         sizes = shape(v)
         if not any(map(self.mentions, sizes)):
             return v
-        axes = [d for d, size in enumerate(sizes) if size == self.tokens.length]
+        axes = self.tokens.on(v)
         others = [d for d, size in enumerate(sizes) if d not in axes and self.mentions(size)]
         chosen = [d for d in others if sizes[d] in self.chosen]
         if len(chosen) == len(others) == 1 and not axes:

@@ -54,7 +54,10 @@ _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode
 
 @dataclass(frozen=True)
 class Slice:
-    """Nodes that follow one another, and what goes in and out, in the order in which it is met."""
+    """Nodes that follow one another, and what goes in and out, in the order in which it is met.
+
+    Both are read anew: what goes in changes as earlier slices are replaced.
+    """
 
     nodes: list[fx.Node]
 
@@ -96,8 +99,10 @@ def outline_layers(gm: fx.GraphModule, span: Span, tokens: Tokens) -> tuple[str,
         for part, kind in members:
             if kind not in names:
                 names[kind] = f"layers_{len(names)}"
-                gm.add_submodule(names[kind], _function(gm, part))
-            _call(graph, names[kind], part)
+                gm.add_submodule(names[kind], body_of(gm, part))
+            with graph.inserting_after(part.nodes[-1]):
+                call = graph.call_module(names[kind], tuple(part.inputs))
+            replace_by(graph, part, call)
     graph.lint()
     return tuple(names.values())
 
@@ -264,23 +269,22 @@ def _form(node: fx.Node) -> Hashable:
 # -- what stands there instead ------------------------------------------------------------------------
 
 
-def _function(gm: fx.GraphModule, part: Slice) -> fx.GraphModule:
+def body_of(gm: fx.GraphModule, part: Slice) -> fx.GraphModule:
+    """The function that a slice is, of its inputs; its outputs in a tuple."""
     body = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for source in part.inputs:
         copied[source] = body.placeholder(source.name)
-        copied[source].meta = dict(source.meta)
+        copied[source].meta = {k: v for k, v in source.meta.items() if k != "checkpoint"}
     for node in part.nodes:
         copied[node] = body.node_copy(node, lambda n: copied[n])
     body.output(tuple(copied[node] for node in part.outputs))
     return fx.GraphModule(gm, body)
 
 
-def _call(graph: fx.Graph, name: str, part: Slice) -> None:
-    inside, outputs = set(part.nodes), part.outputs
-    with graph.inserting_after(part.nodes[-1]):
-        call = graph.call_module(name, tuple(part.inputs))
-    last = call
+def replace_by(graph: fx.Graph, part: Slice, call: fx.Node) -> None:
+    """Let `call`, which gives the outputs of a slice in a tuple, stand in its place."""
+    inside, outputs, last = set(part.nodes), part.outputs, call
     for place, node in enumerate(outputs):
         with graph.inserting_after(last):
             last = graph.call_function(operator.getitem, (call, place))

@@ -281,6 +281,15 @@ class Rewrite:
     handed_out: int = 0
     layers: tuple[str, ...] = ()
 
+    def flops(self, computed: float, read: float, seen: float | None = None) -> float:
+        """Forward FLOPs of its blocks for a row; `seen`: how many positions it sees, where that is more."""
+        if seen is None:
+            blocks = self.flops_linear * computed + self.flops_quadratic * computed**2
+        else:
+            each, pair, still = self.flops_visible
+            blocks = each * computed + pair * computed * seen + still * seen
+        return blocks - self.flops_tail * (computed - read)
+
 
 Observer = Callable[[str, fx.GraphModule], None]
 

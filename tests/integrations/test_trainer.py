@@ -197,6 +197,52 @@ def test_a_dense_run_goes_on_gated(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "without a gate" in caplog.text
 
 
+def test_resumes_where_the_gate_stands_by_chance(tmp_path: Path) -> None:
+    """In the same process, after the checkpoint: what was learnt since is forgotten."""
+    model = MODEL.build()
+    gate = regate.apply(model, CONFIG, teacher=None)
+    trainer(tmp_path, model, save_strategy="steps", save_steps=1).train()
+    learnt, counted = weights(model), gate.report()["labels_kept"]
+    assert gate.step == 5
+    trainer(tmp_path, model).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert_equal(weights(model), learnt)
+    assert gate.report()["labels_kept"] == counted
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_training_again_says_where_the_schedule_goes_on(tmp_path: Path, anew: bool) -> None:
+    model = MODEL.build()
+    gate = regate.apply(model, CONFIG, teacher=None)
+    full = []
+    for _ in range(2):
+        trainer(tmp_path, model, max_steps=3).train()
+        full.append(gate.report()["steps_full"])
+        if anew:
+            gate.step = 0
+    assert full == ([2, 4] if anew else [2, 3])
+    assert ("the gate's schedule goes on at step 3" in str(gate.report())) is not anew
+
+
+def test_a_model_made_in_train_is_trained_dense_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = trainer(tmp_path, MODEL.build(), max_steps=1).args
+    ours = Trainer(args=arguments, model_init=MODEL.build, train_dataset=Rows(4))
+    gate = regate.apply(ours.model, CONFIG, teacher=None)
+    ours.train()
+    assert gate.last is None
+    assert "call regate.apply in model_init" in caplog.text
+
+    def gated() -> Any:
+        model = MODEL.build()
+        regate.apply(model, CONFIG, teacher=None)
+        return model
+
+    caplog.clear()
+    Trainer(args=arguments, model_init=gated, train_dataset=Rows(4)).train()
+    assert "model_init" not in caplog.text
+
+
 def test_evaluation_early_stopping_and_saving_the_best(tmp_path: Path) -> None:
     model = MODEL.build()
     gate = regate.apply(model, CONFIG, teacher=None)

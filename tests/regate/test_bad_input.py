@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import functools
 from typing import Any
 
@@ -189,10 +190,11 @@ def test_unknown_architecture() -> None:
 def test_a_mask_of_another_length() -> None:
     model, batch = CORE["llava"].build(), CORE["llava"].batch("none", rows=2)
     regate.apply(model, teacher=None)
-    short = batch["attention_mask"][:, :-1]
-    said = rf"attention_mask is \[2, {short.shape[1]}\], but the batch has \[2, {short.shape[1] + 1}\] positions"
-    with pytest.raises(UnknownArchitectureError, match=said):
-        model(**batch | {"attention_mask": short})
+    mask = batch["attention_mask"]
+    for other in (mask[:, :-1], mask[:1]):
+        said = f"attention_mask is {list(other.shape)}, but the batch has {list(mask.shape)} positions"
+        with pytest.raises(UnknownArchitectureError, match=re.escape(said)):
+            model(**batch | {"attention_mask": other})
 
 
 def test_decoder_that_is_never_called() -> None:

@@ -19,6 +19,8 @@ from transformers import Trainer, TrainingArguments
 import regate
 from regate import cli, run
 from regate.errors import ConfigError
+from regate.options import _SENTENCES
+from regate.options import told as meaning
 from tests.zoo import CORE
 
 STARTUP = Path(run.__file__).with_name("startup")
@@ -186,8 +188,8 @@ def test_options_say_what_they_mean(capsys: pytest.CaptureFixture[str]) -> None:
         told = " ".join(capsys.readouterr().out.split())
         assert "share of the labels kept on the other, sparse steps; 0 < keep <= 1 (default: 0.5)" in told
         assert "--schedule {cycled,interleaved}" in told
-    assert all(run._SENTENCES.values())
-    assert run.told("store").startswith("where reference losses and difficulties are kept: ")
+    assert all(_SENTENCES.values())
+    assert meaning("store").startswith("where reference losses and difficulties are kept: ")
 
 
 @pytest.mark.parametrize("words", [["--kepe", "0.5"], ["--kepe=0.5"], ["--warmup", "3", "--kepe", "1"]])

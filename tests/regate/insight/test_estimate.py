@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -80,20 +81,40 @@ def test_the_verdict_names_the_teacher_where_it_is_the_cause() -> None:
     assert found.run < 1.05 < found.schedule
     told = f"The teacher costs {found.teacher:.0%} of a dense epoch, once, and is regained after "
     assert found.verdict.endswith(
-        f"{told}{found.break_even_epochs:.2f} epochs; without one (reference_weight=0) the run is {found.schedule:.2f}x"
+        f"{told}{found.break_even_epochs:.2f} epochs. A smaller one costs less (--teacher); without one "
+        f"(reference_weight=0) the run is {found.schedule:.2f}x, and in exact mode (keep=1) {found.full:.2f}x"
     )
     without = regate.estimate(LLAMA, [(0, 100, 900)], regate.Config(reference_weight=0), steps=10_000)
     assert without.run == pytest.approx(found.schedule)
 
 
+def test_a_smaller_teacher_costs_its_own_passes() -> None:
+    small = LlamaConfig(**SIZES | {"hidden_size": SIZES["hidden_size"] // 2, "intermediate_size": 32})
+    own, other = (regate.estimate(LLAMA, [(0, 100, 900)], steps=10_000, teacher=teacher) for teacher in (LLAMA, small))
+    assert own == regate.estimate(LLAMA, [(0, 100, 900)], steps=10_000)
+    alone = regate.estimate(small, [(0, 100, 900)], steps=10_000)
+    assert other.teacher == pytest.approx(alone.teacher * alone.dense_flops / own.dense_flops)
+    assert other.run > own.run
+    assert other.schedule == own.schedule
+
+
+def test_exact_mode_is_a_run_of_full_steps() -> None:
+    for sample in ((1352, 60, 110), (0, 100, 900)):
+        exact = regate.estimate(LLAMA, [sample], regate.Config.exact(), epochs=3)
+        assert exact.run == exact.full == regate.estimate(LLAMA, [sample]).full
+
+
 def test_a_run_that_is_all_warm_up_is_said_to_be_one() -> None:
     """Unless the warm-up is nothing else than what follows."""
     short = regate.estimate(LLAMA, [(1352, 60, 20)], steps=30)
-    assert short.verdict.endswith("All 30 steps are warm-up (--warmup 100), and no label is left out")
+    assert short.verdict.endswith("All 30 steps are full, and nothing is left out: the first sparse one would be step "
+                                  "100 (--warmup)")  # fmt: skip
     assert short.run == short.schedule == short.full  # and the teacher is not asked
-    assert "All 100 steps are warm-up" in str(regate.estimate(LLAMA, [(0, 100, 900)], steps=100))
+    assert "All 100 steps are full" in str(regate.estimate(LLAMA, [(0, 100, 900)], steps=100))
     for config, steps in ((None, 101), (regate.Config.exact(), 30)):
-        assert "warm-up (" not in regate.estimate(LLAMA, [(0, 100, 900)], config, steps=steps).verdict
+        assert "steps are full" not in regate.estimate(LLAMA, [(0, 100, 900)], config, steps=steps).verdict
+    cycled = regate.estimate(LLAMA, [(0, 100, 900)], regate.Config.paper(), steps=110)
+    assert "the first sparse one would be step 116" in cycled.verdict
 
 
 def test_what_needs_no_teacher_pays_for_none() -> None:
@@ -174,11 +195,19 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: An
     counts.write_text("[576, 60, 300]\n[0, 10, 30]\n")
     assert cli.main(["estimate", "--model", str(tmp_path), "--counts", str(counts), "--reference-weight", "0"]) == 0
     told = capsys.readouterr().out
-    assert "All 1 steps are warm-up" in told
+    assert "All 1 steps are full" in told
     assert "teacher    0.0% of a dense epoch" in told
     whole = ["--counts", str(counts), "--samples", "64000"]
     assert cli.main(["estimate", "--model", str(tmp_path), *whole]) == 0
-    assert "warm-up (" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "steps are full" not in told
+    small, others = tmp_path / "small", ["--budget", "sample", "--keep", "1", "--total-steps", "2000"]
+    LlamaConfig(**SIZES).save_pretrained(small)
+    assert cli.main(["estimate", "--model", str(tmp_path), *whole, "--teacher", str(small)]) == 0
+    cost = [float(re.findall(r"teacher +([\d.]+)%", text)[0]) for text in (told, capsys.readouterr().out)]
+    assert cost[0] > cost[1]
+    assert cli.main(["estimate", "--model", str(tmp_path), *whole, *others]) == 0
+    assert "teacher    0.0%" in capsys.readouterr().out
     assert cli.main(["inspect", "--model", str(tmp_path)]) == 0
     assert "2 attention and 2 MLP blocks in 1 graph(s)\n" in capsys.readouterr().out
 

@@ -28,15 +28,42 @@ def test_ranks_of_one_file_take_over_a_part_each(homes: str, monkeypatch: pytest
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         with Store() as store:
             exchange: Any = Exchange(store)
-            thread = threading.Thread(target=lambda: None)
-            thread.start()
-            exchange._flight = _Flight(thread, received=messages)
-            exchange._land()
+            _arrive(exchange, messages)
             taken[home] += [key for key, _ in store.items("difficulty")]
             assert exchange._one_file == (len(set(homes)) == 1)
     for home, keys in taken.items():
         expected = sorted(key for i, of in enumerate(homes) if of != home for key in made[i])
         assert sorted(keys) == expected
+
+
+def _arrive(exchange: Any, messages: list[_Message]) -> None:
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    exchange._flight = _Flight(thread)
+    exchange._flight.arrive(messages)
+    exchange._land()
+
+
+def test_what_a_rank_learnt_since_stays_and_of_several_records_one_is_everybodys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    met_later, met_by_both, new = (name.ljust(16) for name in (b"met later", b"met by both", b"new"))
+    sent: list[dict[bytes, float]] = [{met_later: 5.0, met_by_both: 0.0, new: 0.0}, {met_by_both: 1.0}]
+    packed = [_Packed.of({key: np.full(1, x, np.float16) for key, x in of.items()}) for of in sent]
+    none = _Packed.of({})
+    messages = [_Message((i,), {t: packed[i] if t == "difficulty" else none for t in TABLES}) for i in range(2)]
+    monkeypatch.setattr(sharing, "ranks", lambda: 2)
+    for rank, expected in ((0, [5.0, 1.0, 0.0]), (1, [2.0, 1.0, 0.0])):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        with Store() as store:
+            exchange: Any = Exchange(store)
+            own = {key: np.full(1, x, np.float32) for key, x in sent[rank].items()}
+            own |= {met_later: np.full(1, 2.0, np.float32)} if rank == 1 else {}  # after its message was sent
+            store.put("difficulty", own)
+            if rank == 1:
+                exchange.add("difficulty", {met_later: own[met_later]})
+            _arrive(exchange, messages)
+            assert [float(x[0]) for x in store.get("difficulty", [met_later, met_by_both, new])] == expected
 
 
 def test_another_store_may_be_a_file_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:

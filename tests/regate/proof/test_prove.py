@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutput
 
 import regate
 from regate import asking
@@ -47,6 +49,36 @@ def _made(returned: Callable[[Any], Any] = lambda output: output) -> tuple[Any, 
 
     model.__class__ = Own
     return model, oracle.double(CORE["llava"].batch("right"))
+
+
+def test_a_head_that_begins_at_zero_is_seen_to_read_what_it_reads() -> None:
+    """Its own gradient tells, and nothing else does before its first step."""
+    model, batch = CORE["llava"].build().double(), oracle.double(CORE["llava"].batch("none"))
+    model.aux = nn.Linear(model.lm_head.in_features, 3).double()
+    nn.init.zeros_(model.aux.weight)
+    own = type(model).forward
+
+    @functools.wraps(own)
+    def forward(**call: Any) -> Any:
+        labels = call.pop("labels")
+        hidden = model.model(**call).last_hidden_state
+        loss = model.loss_function(model.lm_head(hidden), labels, vocab_size=model.lm_head.out_features)
+        kinds = torch.arange(len(hidden)) % 3
+        return CausalLMOutput(loss=loss + F.cross_entropy(model.aux(hidden.mean(1)), kinds))
+
+    model.forward = forward
+    start = copy.deepcopy(model.state_dict())
+    found = []
+    for gated in (False, True):
+        model.load_state_dict(start)
+        if gated:
+            regate.apply(model, FULL, teacher=None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            found.append(step(model, batch))
+            optimizer.step()
+    assert_same(found[2], found[0])
+    assert_same(found[3], found[1])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ FULL = regate.Config(warmup=1000)
 
 
 def _ran(*behind: Tensor, eps: float = 2.0**-7) -> Run:
-    return Run(torch.ones(()), torch.ones(1, 2, 3), [], list(behind), None, eps)
+    return Run(torch.ones(()), torch.ones(1, 2, 3), [], [], list(behind), None, eps)
 
 
 def test_gradients_that_are_noise_are_held_to_as_much_noise() -> None:

@@ -100,14 +100,20 @@ def test_what_full_steps_do_not_cure_is_the_lowest_from_then_on() -> None:
 
 
 def test_a_budget_of_the_batch_leaves_out_the_easiest_of_all() -> None:
-    """Also all of a sample, as where each has one label."""
-    some = Guard(regate.Config(guard=0.1, budget="batch"))
-    m = torch.tensor([[0.1], [0.9]])
-    for easy in (0.2, 0.5):
-        for _ in range(ENOUGH * ROWS):
-            some.see(m, torch.tensor([[easy], [2.0]]), torch.ones(2, 1, dtype=torch.bool), torch.tensor([True, True]))
-            some.take([some.give()])
-    assert some.step(sparse_next=True)
+    """But for the hardest of each sample, and unless each keeps a share of its own."""
+    m = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.6, 0.7, 0.8, 0.9]])
+    kept, left = torch.full((2, 4), 2.0), torch.ones(2, 4, dtype=torch.bool)
+    easy = {False: [(0, 0), (0, 1), (0, 2), (1, 0)], True: [(0, 0), (0, 1), (1, 0), (1, 1)]}
+    for apart, places in easy.items():
+        some = Guard(regate.Config(guard=0.1, budget="batch"))
+        for low in (0.2, 0.5):
+            losses = kept.clone()
+            losses[tuple(zip(*places, strict=True))] = low
+            for _ in range(ENOUGH * ROWS):
+                some.see(m, losses, left, torch.tensor([True, True]), apart=apart)
+                some.take([some.give()])
+            assert some.state_dict()["mean"] == pytest.approx(low, abs=0.01)
+        assert some.step(sparse_next=True)
 
 
 def test_ranks_see_together() -> None:

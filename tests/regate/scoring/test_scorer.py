@@ -66,6 +66,16 @@ def test_scores_by_a_function() -> None:
         assert not torch.equal(m[row, labels], prior[row, labels])
 
 
+@pytest.mark.parametrize("budget", ["batch", "sample"])
+def test_scores_may_be_of_any_dtype(budget: Any) -> None:
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right", rows=2)
+    harder = regate.Config(warmup=0, full_steps=0, budget=budget, score=lambda m, ref, prior: m.argsort().argsort())
+    gate = regate.apply(model, harder, teacher=None)
+    model(**batch).loss.backward()
+    assert gate.last is not None
+    assert 0 < gate.last.labels_kept < int((batch["labels"] != -100).sum())
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regate.config import Alignment
 from regate.labels import IGNORED, predicted
-from regate.scoring.selection import active_positions, best_of_each, keep_highest
+from regate.scoring.selection import active_positions, best_of_each, keep_highest, keep_share
 
 
 def _random(seed: int) -> tuple[Tensor, Tensor]:
@@ -40,6 +40,15 @@ def test_keeps_the_highest(keep: float) -> None:
         k = math.ceil(keep * len(at) - 1e-9)
         best = sorted(at, key=lambda i: -float(scores[row, i]))[:k]
         assert sorted(best) == kept[row].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_share_may_be_as_small_as_it_likes(pooled: bool) -> None:
+    """One label is kept; integers are scores, too."""
+    candidates = predicted(_random(0)[0])
+    kept = keep_share(candidates.cumsum(1), candidates, 1e-9, pooled=pooled)
+    assert torch.equal(kept.sum(1), candidates.sum(1).clamp(max=1))
+    assert not bool((kept & ~candidates).any())
 
 
 @pytest.mark.parametrize("explore", [0.0, 0.3, 0.5, 1.0])

@@ -110,6 +110,14 @@ def test_an_epoch_that_divides_the_cycle(rows: int) -> None:
     assert sum(run.turns.values()) == pytest.approx(128, abs=2)
 
 
+def test_a_share_of_few_turns_in_many_visits() -> None:
+    """What one visit is worth is less than 16 bits tell of a turn."""
+    run = Run(1, 5000)
+    for _ in range(5000):
+        run.forward([7])
+    assert run.turns[7] == 1
+
+
 def test_samples_that_come_once_leave_turns_to_those_that_come_again() -> None:
     """Half of each batch is a stream, half a small set that is seen over and over."""
     run = Run(1, 8)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import regate
 import regate_patch
@@ -23,9 +24,11 @@ from model_adapters import find_adapter
 from regate.errors import ConfigError, NonFiniteLossError, StoreError, StoreMismatchError, UnsupportedShardingError
 from regate.teaching import choice
 from regate.teaching.teacher import Teacher
+from regate.training.batches import on_host
 from tests.zoo import CORE
 
 SPARSE = regate.Config(warmup=0, cycle=1, full_steps=0)
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.mark.few(2)
@@ -325,6 +328,41 @@ def test_a_given_teacher_is_given_back() -> None:
     assert not any(p.requires_grad for p in teacher.model.language_model.parameters())
     regate.remove(model)
     assert ([p.requires_grad for p in teacher.parameters()], [m.training for m in teacher.modules()]) == before
+
+
+def test_a_teacher_by_name_is_the_model_that_lies_there(tmp_path: Path) -> None:
+    """And goes where the trained model goes, which a given one does not."""
+    config = CORE["llava"].config().text_config
+    other = AutoModelForCausalLM.from_config(config)
+    other.save_pretrained(tmp_path)
+    students, before = [CORE["llava"].build() for _ in range(2)], torch.get_rng_state()
+    taught = [
+        regate.apply(student, SPARSE, teacher=teacher)._teacher
+        for student, teacher in zip(students, (other, str(tmp_path)), strict=True)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    batch, adapter = CORE["llava"].batch("right"), find_adapter(CORE["llava"].build())
+    layout = on_host(batch, adapter.layout(CORE["llava"].build(), batch), vocabulary=10**6)[0]
+    given, named = (teacher.losses(batch, layout) for teacher in taught if teacher is not None)
+    assert all(torch.equal(a, b) for a, b in zip(given, named, strict=True))
+    assert len({json.dumps(teacher.fingerprint()) for teacher in taught if teacher is not None}) == 1
+
+
+def test_a_teacher_by_a_name_that_stands_for_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"one of \('auto', .*the path or hub id of one.*frist.* loads none"):
+        regate.apply(CORE["llava"].build(), teacher=str(tmp_path / "frist"))
+
+
+def test_positions_in_planes_are_not_for_a_teacher_that_has_none() -> None:
+    """As some collators bring them for a student with multimodal rotary embeddings."""
+    student = CORE["qwen2_5_vl"]
+    model, batch = student.build(), student.batch("right")
+    other = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, vocab_size=student.config().text_config.vocab_size))
+    teacher = Teacher(other, find_adapter(other), backend="eager", source="given")
+    layout = on_host(batch, find_adapter(model).layout(model, batch), vocabulary=10**6)[0]
+    planes = torch.arange(layout.labels.shape[1]).expand(3, *layout.labels.shape)
+    expected, got = (teacher.losses(call, layout) for call in (batch, batch | {"position_ids": planes}))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 def test_a_process_alone_without_weights_is_told_where_they_are() -> None:

@@ -129,6 +129,7 @@ _OF_ROWS: list[tuple[str, Callable[[Tensor], Any], Callable[[Any], Any]]] = [
     ("by_what", lambda labelled: float(labelled.sum()), _itself),
     ("by_what", lambda labelled: labelled.sum(1), _itself),
     ("by_what", lambda labelled: labelled.sum(1, keepdim=True).double(), lambda entry: entry[:, 0]),
+    ("denominator", lambda labelled: labelled.sum(1), _itself),
     ("options", lambda labelled: {"mean": True, "by_what": int(labelled.sum())}, lambda entry: entry["by_what"]),
     ("options", lambda labelled: {"loss_weights": labelled.double()}, lambda entry: entry["loss_weights"].sum()),
     ("loss_weights", lambda labelled: labelled.double()[..., None], lambda entry: entry.sum()),
@@ -260,6 +261,8 @@ def _labels_of_a_batch() -> Tensor:
         ("loss_weights", [[1.0, 0.5], [1.0, 0.5]]),
         ("loss_type", "sum"),
         ("options", {"image_weights": torch.ones(2, 7), "deep": {"temperature": 5}}),
+        ("options", {0: 5, ("num_tokens",): 5}),
+        ("num_delay_tokens", 2),  # of speech: fewer than half of the labels
     ],
 )
 def test_what_is_no_supervision_stays(name: str, x: Any) -> None:
@@ -272,6 +275,28 @@ def test_names_of_other_things_hide_no_labels(name: str) -> None:
     assert [*supervision.beside({name: torch.where(labels > 6, labels, -100)}, labels)] == [name]
     weights = {"properties": {name: (labels > 6).float()}, "registered_tokens_count": 12}
     assert [*supervision.beside(weights, labels)] == ["properties", "registered_tokens_count"]
+
+
+def test_what_is_called_a_number_of_labels_but_is_too_small_stays_and_is_told() -> None:
+    """Also where a later batch has no more labels than that. Of several micro-batches it is larger than of one."""
+    model, batch = _made("right")
+    seen: list[Any] = []
+    _with_loss(model, "num_delay_tokens", lambda losses, entry: (seen.append(entry), losses.mean())[1])
+    gate = regate.apply(model, SPARSE, teacher=None)
+    labels = int((batch["labels"] != -100).sum())
+    for number in (labels * 3, labels // 2 - 1, labels):
+        model(**batch, num_delay_tokens=number)
+    kept = gate.last.labels_kept / labels if gate.last is not None else 0
+    assert seen[-3:] == [labels * 3 * kept, labels // 2 - 1, labels]
+    assert "`num_delay_tokens` has the name of a number of labels, but is less than half" in str(gate.report())
+
+
+def test_a_divisor_of_several_micro_batches_under_another_name_is_told() -> None:
+    model, batch = _made("right")
+    _divided(model, "ntokens", _itself)
+    gate = regate.apply(model, SPARSE, teacher=None)
+    model(**batch, ntokens=3 * int((batch["labels"] != -100).sum()))
+    assert "the model's loss is divided by `ntokens`, which sparse steps leave as it is" in str(gate.report())
 
 
 def test_one_label_is_no_telling_number() -> None:
