@@ -227,7 +227,11 @@ def test_a_model_made_in_train_is_trained_dense_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = trainer(tmp_path, MODEL.build(), max_steps=1).args
-    ours = Trainer(args=arguments, model_init=MODEL.build, train_dataset=Rows(4))
+
+    def dense() -> Any:
+        return MODEL.build()
+
+    ours = Trainer(args=arguments, model_init=dense, train_dataset=Rows(4))
     gate = regate.apply(ours.model, CONFIG, teacher=None)
     ours.train()
     assert gate.last is None

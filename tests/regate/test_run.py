@@ -149,6 +149,11 @@ def test_values_have_the_fields_type(name: str, text: str, value: object) -> Non
     assert (got, type(got)) == (value, type(value))
 
 
+@pytest.mark.parametrize(("text", "value"), [("none", None), ("4bit", "4bit"), ("a/small-one", "a/small-one")])
+def test_a_teacher_is_a_word_or_a_path(text: str, value: object) -> None:
+    assert run.Settings.of({"teacher": text}).options == {"teacher": value}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import regate
-from regate.errors import LabelsError
+from regate.errors import LogitsError
 from tests.zoo import CORE
 
 FULL = regate.Config(warmup=9, logits="all")
@@ -48,5 +48,5 @@ def test_logits_of_another_length() -> None:
         return output
 
     model.forward = shorter
-    with pytest.raises(LabelsError, match=r"its output has \{'logits': \[2, 3, 100\]\}"):
+    with pytest.raises(LogitsError, match=r"its output has \{'logits': \[2, 3, 100\]\}"):
         model(**batch)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, modeling_utils
 
 import regate
 import regate_patch
@@ -346,6 +346,16 @@ def test_a_teacher_by_name_is_the_model_that_lies_there(tmp_path: Path) -> None:
     given, named = (teacher.losses(batch, layout) for teacher in taught if teacher is not None)
     assert all(torch.equal(a, b) for a, b in zip(given, named, strict=True))
     assert len({json.dumps(teacher.fingerprint()) for teacher in taught if teacher is not None}) == 1
+
+
+def test_a_teacher_by_name_is_whole_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers would read the weights of the trained model on one rank alone, for FSDP to deal them out."""
+    AutoModelForCausalLM.from_config(CORE["llava"].config().text_config).save_pretrained(tmp_path)
+    monkeypatch.setattr(modeling_utils, "is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr(modeling_utils, "is_local_dist_rank_0", lambda: False)
+    read = choice._loaded(str(tmp_path))
+    other = choice._loaded(str(tmp_path))
+    assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(read.parameters(), other.parameters(), strict=True))
 
 
 def test_a_teacher_by_a_name_that_stands_for_none_is_refused(tmp_path: Path) -> None:
