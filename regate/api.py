@@ -47,8 +47,10 @@ def apply(
             "precomputed" is the same with losses that are in the store when training begins. "auto" is "copy", or
             "first" where FSDP2 has split the model, or will and ranks lack its weights yet, or the GPU has no room for
             a copy. With PEFT the frozen base model is the teacher at any time, unless a copy is asked for. A module is
-            a language model, or a multimodal one whose language model is the teacher, with the tokenizer of `model`;
-            `CrossTokenizerTeacher` is one with another. None scores by difficulty alone.
+            a language model, or a multimodal one whose language model is the teacher, with the tokenizer of `model`,
+            and computes where it is; any other text is the path or hub id of such a model, which is loaded on every
+            rank and goes where `model` goes. A small one costs a fraction of a copy's passes. With another tokenizer
+            it is a `CrossTokenizerTeacher`. None scores by difficulty alone.
         store: where reference losses and difficulties are kept: a directory, a `Store`, or None for a temporary
             one. Later runs with the same teacher find the losses there; runs at the same time need one each
             (`Store.copy_references`).
@@ -61,7 +63,8 @@ def apply(
             whose weights ranks lack.
         StoreMismatchError: the store's reference losses were made by another teacher.
         StoreError: the store cannot be opened at that path, or it is none.
-        ConfigError: a setting out of range, or that does not exist; or a decoder that cannot be copied for a teacher.
+        ConfigError: a setting out of range, or that does not exist; a decoder that cannot be copied for a teacher; or
+            nothing that can be loaded as one.
         UnknownBackendError: torch knows no backend of that name.
     """
     _refuse_others(others)
