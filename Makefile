@@ -32,7 +32,7 @@ zoo: $(VENV)/ready
 models: $(VENV)/ready
 	$(BIN)/python -m tests.zoo.table
 
-# Steps, compilation and teacher on this machine, an hour on two cores: runs/benchmarks/tables.md and pictures.
+# Steps, compilation and teacher on this machine, one to three hours on two cores: runs/benchmarks/tables.md and pictures.
 benchmark: $(VENV)/ready
 	$(BIN)/python -m benchmarks
 

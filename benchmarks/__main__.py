@@ -2,9 +2,9 @@
 
     make benchmark                                   # or: python -m benchmarks [--out FOLDER]
 
-On two CPU cores an hour, with a small decoder; on a GPU several hours, with decoders of 3 to 8 billion parameters, all
-weights trained or adapters alone, with and without gradient checkpointing. Stopped and started again, it goes on where
-it was.
+On two CPU cores one to three hours, with a small decoder; on a GPU several hours, with decoders of 3 to 8 billion
+parameters, all weights trained or adapters alone, with and without gradient checkpointing. Stopped and started again,
+it goes on where it was.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ BY_CHANCE = (
 )
 NO_LONGER = "`{name}` no longer is the number of labels: since then the model is given it as it is"
 TOO_SMALL = (
-    "`{name}` has the name of a number of labels, but is less than half of a batch's: the model is given it as it is"
+    "`{name}` has the name of a number of labels, but is less than half of a batch's: the model is given it as it is. "
+    "If the loss is divided by it, call it `num_items_in_batch`, or the gradient is too small by the share that is kept"
 )
 DIVIDED = (
     "the model's loss is divided by `{name}`, which sparse steps leave as it is, for it is not the number of labels in "

@@ -367,9 +367,9 @@ class Gate:
         """Optimizer steps of the schedule that are complete."""
         return self._attached.steps.made
 
-    def set_to(self, step: int) -> bool:
+    def was_set_to(self, step: int) -> bool:
         """Was the schedule moved there by hand, or by what was loaded, and has no forward run since?"""
-        return self._attached.steps.set_by_hand and self.step == step
+        return self._attached.steps.just_set and self.step == step
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continue from what `save` wrote, with as many ranks as there are now, every one of which must call it.

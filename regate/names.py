@@ -34,11 +34,12 @@ class Name:
     Attributes:
         of_others: is it of images, or of a part of the model?
         holds: may a dict of this name hold entries of labels?
-        counts: is one number of this name theirs? "if not too small" for it: then it is of something else. Or "as long
-            as it was": it, or one for each row, is if it has been so far.
+        counts: is one number of this name theirs? "if not too small": one far below that of labels is of something
+            else. "as long as it was": it, or one for each row, is while it has been their number in every call.
         lies: does a tensor of about as many entries lie along labels? By its name it "must", and is refused where it
-            cannot; "if it can", and is of a part of the model where it cannot. Else what it says tells, by itself, or
-            "if at all", or "if alike at all", where it is of images, or of positions, otherwise.
+            cannot; "if it can", and is of a part of the model where it cannot. Else what it says tells: by itself ("if
+            it says so"); only if it says something at all labels ("if at all"), as for names of images; or only if
+            that is also the same at all of them ("if alike at all"), as for names of positions.
         weighs: is what is no tensor along labels refused, such as lists?
         nothing: what integers of this name say where they say nothing; others say 0.
         shifted: does it lie at predictors, whatever it says?

@@ -151,10 +151,17 @@ def _metavar(name: str) -> str | None:
     return f"{{{','.join(words)}}}" if words else None
 
 
+def _value(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no value that YAML reads") from error
+
+
 def add_options(parser: argparse.ArgumentParser, names: Iterable[str] = NAMES) -> None:
     """A flag for each of these settings; what is not given is None."""
     for name in names:
-        parser.add_argument(flag(name), type=yaml.safe_load, metavar=_metavar(name), help=told(name))
+        parser.add_argument(flag(name), type=_value, metavar=_metavar(name), help=told(name))
 
 
 def given(args: argparse.Namespace, names: Iterable[str] = NAMES) -> dict[str, object]:

@@ -44,6 +44,8 @@ from regate.trainer import GateCallback
 
 FOLDER = "REGATE_RUN"  # where processes leave a file once they train
 _PYTHON = ("python", "python3")
+
+
 # -- a trainer ----------------------------------------------------------------------------------------
 
 

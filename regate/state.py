@@ -165,7 +165,7 @@ def _are_numbers(value: Any) -> bool:
     """Of `supervision.Numbers`."""
     if not isinstance(value, Mapping) or not isinstance(value.get("others"), list):
         return False
-    if not isinstance(value.get("small", []), list):
+    if not all(isinstance(value.get(name, []), list) for name in ("small", "called")):
         return False
     seen = value.get("as_many")
     return isinstance(seen, Mapping) and all(

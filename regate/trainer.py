@@ -33,7 +33,7 @@ log = logging.getLogger("regate")
 
 AGAIN = (
     "this training begins at step 0, and the gate's schedule goes on at step {step}, where the last one ended: without "
-    "another warm-up. gate.step = 0 before trainer.train() begins it anew"
+    "another warm-up. Set gate.step = 0 before trainer.train() to begin it anew"
 )
 ANOTHER = (
     "a gate is on another %s than the one that is trained now, which is trained dense. With model_init a Trainer makes "
@@ -86,10 +86,10 @@ class GateCallback(TrainerCallback, ExportableState):
                 f"loss_type={loss_type!r} weighs labels by what is summed over them, and sparse steps rescale "
                 "that sum; use loss_type='nll', or regate.Config(keep=1.0)"
             )
-        if state.global_step > 0 and not (gate.just_loaded or gate.set_to(state.global_step)):
+        if state.global_step > 0 and not (gate.just_loaded or gate.was_set_to(state.global_step)):
             _resume(gate, args, state)
         elif state.global_step == 0:
-            if gate.made and not gate.set_to(gate.made):
+            if gate.made and not gate.was_set_to(gate.made):
                 gate.note(AGAIN.format(step=gate.made))
             # Ranks with more room on their device keep a copy; teaching first is for all of them or none.
             if (is_sharded(gate.model) or any_rank(gate.first)) and has_length(train_dataloader):

@@ -75,7 +75,7 @@ class Estimate:
         logits_bytes_dense, logits_bytes_full: float32 logits of the longest sample that exist at once, in a dense
             and in a full step.
         steps: optimizer steps of the run.
-        first_sparse: the first step that leaves something out.
+        first_sparse: the first step that leaves something out, where all that the run has are full; else None.
     """
 
     tokens: float
@@ -99,18 +99,16 @@ class Estimate:
     @property
     def verdict(self) -> str:
         told = f"{self.run:.2f}x on the language model over the whole run"
-        if self._all_full:
-            told += f". All {self.steps} steps are full, and nothing is left out: the first sparse one would be step "
-            told += f"{self.first_sparse} (--warmup)"
+        if self.first_sparse is not None:
+            why = f"the first sparse one would be step {self.first_sparse} (--warmup)"
+            if self.first_sparse < self.steps:
+                why = "the last ones, --final-full-steps, begin before the first sparse one"
+            told += f". All {self.steps} steps are full, and nothing is left out: {why}"
         if self.run >= _WORTH:
             return f"worth it: {told}"
         if self.run >= _LITTLE:
             return f"a little: {told}"
         return f"not worth it here, for speed: {told}{self._why_not()}"
-
-    @property
-    def _all_full(self) -> bool:
-        return self.first_sparse is not None and self.first_sparse >= self.steps
 
     def _why_not(self) -> str:
         """What the loss of time comes from, and what would cost less; nothing where warm-up has been named."""
@@ -120,7 +118,7 @@ class Estimate:
                 f"A smaller one costs less (--teacher); without one (reference_weight=0) the run is "
                 f"{self.schedule:.2f}x, and in exact mode (keep=1) {self.full:.2f}x"
             )
-        if self._all_full:
+        if self.first_sparse is not None:
             return ""
         return f". Answers are {self.answers_share:.0%} of the tokens, and only answers can be elided"
 
@@ -231,7 +229,7 @@ def estimate(
         logits_bytes_full=4
         * (longest.total * costs.vocabulary if everywhere else min(longest.answer * costs.vocabulary, CHUNK)),
         steps=steps,
-        first_sparse=config.first_sparse,
+        first_sparse=config.first_sparse if full_share == 1 else None,
     )
 
 

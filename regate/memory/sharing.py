@@ -89,7 +89,7 @@ class _Flight:
 
     Attributes:
         received: what each rank passed on.
-        last: by key, the last rank that passed a record on. Its one is everybody's, where several did.
+        last: by key, the last rank that passed a record on. Where several did, every rank takes that one's.
     """
 
     thread: threading.Thread

@@ -23,7 +23,7 @@ def keep_share(
 ) -> Tensor:
     """`keep_highest`; or, `pooled`, of the candidates of all rows together, the best of each row among them.
 
-    Why that: a loss may be a mean of rows' means, and there is none of no label.
+    The best of each, because a loss may be a mean of rows' means, and a row without labels has none.
     """
     if not pooled:
         return keep_highest(scores, candidates, keep, explore=explore, draws=draws)

@@ -25,9 +25,9 @@ epoch after epoch, wherever an epoch's rows are a multiple of it. "Whose last tu
 that are never seen again, as in a stream, every turn. Drawing at random leaves one sample in two hundred without a full
 turn after forty visits at a share of 1/8.
 
-What is owed needs one number of 16 bits per sample, kept beside its difficulty: exchanged by ranks, saved in
-checkpoints. A rule without it would have to know which of a sample's visits this one is, and so the epoch, which loops
-do not tell.
+What is owed needs a number of 16 bits per sample, two where one would round it, kept beside its difficulty: exchanged
+by ranks, saved in checkpoints. A rule without it would have to know which of a sample's visits this one is, and so the
+epoch, which loops do not tell.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _labelled(samples: Samples) -> list[int]:
 
 
 def _halves(owed: float) -> np.ndarray:
-    """As it is stored, in 16 bits; and what these round off, which a small share may be."""
+    """As it is stored: in 16 bits, and in 16 more what these round off."""
     high = np.float16(owed)
     low = np.float16(owed - float(high))
     return np.array([high, low] if low else [high], np.float16)

@@ -87,7 +87,7 @@ def _loaded(name: str) -> nn.Module:
     except Exception as error:  # of any type: transformers has many
         told = " ".join(str(error).split())
         raise ConfigError(
-            f"{_CHOICES}, got {name!r}, from where transformers loads none: {type(error).__name__}: {told}"
+            f"{_CHOICES}, got {name!r}, from which transformers loads no model: {type(error).__name__}: {told}"
         ) from error
     return model
 

@@ -67,7 +67,7 @@ class Steps:
 
     Attributes:
         step: the step that forwards now contribute to, from 0.
-        set_by_hand: was it set, and has no gated forward run since?
+        just_set: was it set, by hand or by what was loaded, and has no gated forward run since?
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Steps:
         on_missed: Callable[[str, bool], None],
         note: Callable[[str], None],
     ) -> None:
-        self.step, self.set_by_hand = 0, False
+        self.step, self.just_set = 0, False
         self._model, self._module, self._on_step, self._on_missed = model, module, on_step, on_missed
         self._note = note
         self._unseen: int | None = 0  # gated forwards while no step was seen; None once one was, or that was noted
@@ -113,14 +113,14 @@ class Steps:
 
     def restart(self, step: int) -> None:
         """Go on at `step`, whatever was before."""
-        self.step, self.set_by_hand, self._unseen = step, True, None
+        self.step, self.just_set, self._unseen = step, True, None
         self._stepped.clear()
         self._forget()
         self._leave()
 
     def gated_forward(self) -> None:
         """A forward with labels: the first after an optimizer step begins the next one."""
-        self.set_by_hand = False
+        self.just_set = False
         if self._stepping and not _within_a_step():
             self._stepping.clear()
         if self._stepped:

@@ -41,12 +41,14 @@ class Numbers:
 
     Attributes:
         others: those that once were another number than that of labels: they count none.
-        small: of these, those whose names say that they count labels.
+        small: of these, those whose names say that they count labels, but which were far fewer when they came first.
+        called: those whose names say so, and which were not: one may be a mean, which is fewer in a long batch.
         as_many: the values of all others, in every call so far as many as labels.
     """
 
     others: set[str] = field(default_factory=set)
     small: set[str] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
     as_many: dict[str, set[float]] = field(default_factory=dict)
 
     def see(self, name: str, values: set[float], *, as_many: bool) -> None:
@@ -55,11 +57,6 @@ class Numbers:
             self.others.add(name)
         elif len(seen := self.as_many.setdefault(name, set())) < 2:
             seen |= values
-
-    def too_small(self, name: str) -> None:
-        """It is called so, but is less than half of the labels."""
-        self.others.add(name)
-        self.small.add(name)
 
     def counts(self, name: str) -> bool:
         """Does it count labels, and not by chance?"""
@@ -71,14 +68,12 @@ class Numbers:
         return self._telling & self.others
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "others": sorted(self.others),
-            "small": sorted(self.small),
-            "as_many": {name: sorted(seen) for name, seen in self.as_many.items()},
-        }
+        names = {name: sorted(getattr(self, name)) for name in ("others", "small", "called")}
+        return {**names, "as_many": {name: sorted(seen) for name, seen in self.as_many.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.others, self.small = set(state["others"]), set(state.get("small", ()))
+        self.others = set(state["others"])
+        self.small, self.called = set(state.get("small", ())), set(state.get("called", ()))
         self.as_many = {name: set(seen) for name, seen in state["as_many"].items()}
 
     @property
@@ -163,15 +158,15 @@ class _Search:
 
     def count(self, named: Name, x: Any, path: str) -> _Count | None:
         """The number of labels, of all or of each row."""
-        if path in self.numbers.others:
-            return None
         if named.counts == "yes" and _is_number(x):
             return _Count(x)
-        if named.counts == "if not too small" and _is_number(x):
-            if 2 * float(x) >= min(float(n.sum()) for n in self.counts()):
-                return _Count(x)
-            self.numbers.too_small(path)
+        if path in self.numbers.others:
             return None
+        if named.counts == "if not too small" and _is_number(x):
+            counts = path in self.numbers.called or 2 * float(x) >= min(float(n.sum()) for n in self.counts())
+            (self.numbers.called if counts else self.numbers.small).add(path)
+            self.numbers.others |= self.numbers.small
+            return _Count(x) if counts else None
         if named.counts == "no" or (values := _values(x, len(self.labels))) is None:
             return None
         as_many = _are_their_number(values, one=_is_number(x), counts=self.counts)

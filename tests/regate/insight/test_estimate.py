@@ -113,6 +113,8 @@ def test_a_run_that_is_all_warm_up_is_said_to_be_one() -> None:
     assert "All 100 steps are full" in str(regate.estimate(LLAMA, [(0, 100, 900)], steps=100))
     for config, steps in ((None, 101), (regate.Config.exact(), 30)):
         assert "steps are full" not in regate.estimate(LLAMA, [(0, 100, 900)], config, steps=steps).verdict
+    ending = regate.Config(total_steps=200, final_full_steps=150)
+    assert "--final-full-steps, begin before" in regate.estimate(LLAMA, [(0, 100, 900)], ending, steps=200).verdict
     cycled = regate.estimate(LLAMA, [(0, 100, 900)], regate.Config.paper(), steps=110)
     assert "the first sparse one would be step 116" in cycled.verdict
 

@@ -278,17 +278,26 @@ def test_names_of_other_things_hide_no_labels(name: str) -> None:
 
 
 def test_what_is_called_a_number_of_labels_but_is_too_small_stays_and_is_told() -> None:
-    """Also where a later batch has no more labels than that. Of several micro-batches it is larger than of one."""
+    """Also where a later batch has no more labels than that."""
     model, batch = _made("right")
     seen: list[Any] = []
     _with_loss(model, "num_delay_tokens", lambda losses, entry: (seen.append(entry), losses.mean())[1])
     gate = regate.apply(model, SPARSE, teacher=None)
     labels = int((batch["labels"] != -100).sum())
-    for number in (labels * 3, labels // 2 - 1, labels):
+    for number in (labels // 2 - 1, labels):
         model(**batch, num_delay_tokens=number)
-    kept = gate.last.labels_kept / labels if gate.last is not None else 0
-    assert seen[-3:] == [labels * 3 * kept, labels // 2 - 1, labels]
+    assert seen[-2:] == [labels // 2 - 1, labels]
     assert "`num_delay_tokens` has the name of a number of labels, but is less than half" in str(gate.report())
+
+
+def test_a_mean_of_several_batches_is_scaled_in_a_long_one_too() -> None:
+    labels, numbers = _labels_of_a_batch(), Numbers()
+    for number in (4, 1):  # of five labels
+        found = supervision.beside({"num_tokens": number}, labels, numbers)
+        assert supervision.masked(found, labels, labels == 8) == {"num_tokens": number / 5}
+    again = Numbers()
+    again.load_state_dict(numbers.state_dict())
+    assert again == numbers
 
 
 def test_a_divisor_of_several_micro_batches_under_another_name_is_told() -> None:
