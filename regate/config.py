@@ -31,9 +31,10 @@ class Config:
         full_steps, cycle: how much keeps every label, so many in each of so many: of samples or of optimizer steps, by
             the `schedule`; 0 <= full_steps <= cycle.
         keep: share of the labels kept on the other, sparse steps; 0 < keep <= 1.
-        budget: what `keep` is a share of. "batch": all labels of one forward of one process, so that samples with much
-            to learn keep more; each keeps one at least. "sample", as in the paper: each sample's own labels. So it is,
-            too, where rows cannot be laid end to end, because the one that keeps most would make all as long.
+        budget: what `keep` is a share of, all labels of one forward of one process ("batch"), so that samples with much
+            to learn keep more, and each keeps one at least; or each sample's own ("sample"), as in the paper. It is
+            each sample's own, too, where rows cannot be laid end to end, because the one that keeps most would make
+            all as long.
         warmup: full steps at the beginning.
         final_full_steps: full steps at the end of training; needs `total_steps`.
         total_steps: optimizer steps of the whole run, or None.
