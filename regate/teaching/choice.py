@@ -43,20 +43,22 @@ def teacher_of(
         raise ConfigError(f"{_CHOICES}, got {choice!r}")
     if choice is None or not config.uses_references:
         return None
-    source: Source = "copy"
-    trained, of_trained = model, adapter
-    if isinstance(choice, str) and choice not in get_args(Named):
-        choice, source = _loaded(choice), "named"
+    named = choice if isinstance(choice, str) and choice not in get_args(Named) else None
+    if named is not None:
+        choice = _loaded(named)
     given = choice.model if isinstance(choice, CrossTokenizerTeacher) else choice
     if isinstance(given, nn.Module):
         _refuse_shared(given, model)
     waits = lacks_weights(given if isinstance(given, nn.Module) else model)
+    taught_by, of_teacher = model, adapter
+    source: Source = "copy"
     if isinstance(given, nn.Module):
         with served("this is no teacher: "):
-            own = find_adapter(given)
+            of_teacher = find_adapter(given)
         if isinstance(choice, CrossTokenizerTeacher) and not choice.agree:
-            return Translated(choice, own, ends_of(model), backend=backend, waits=waits, on_unsupported=on_unsupported)
-        model, adapter, source = given, own, "named" if source == "named" else "given"
+            ends = ends_of(model)
+            return Translated(choice, of_teacher, ends, backend=backend, waits=waits, on_unsupported=on_unsupported)
+        taught_by, source = given, "given" if named is None else "named"
     elif given == "4bit" and not uses_peft(model, adapter):
         source = "4bit"
     elif (
@@ -66,7 +68,7 @@ def teacher_of(
     ):
         source = "live"
     return Teacher(
-        model, adapter, backend=backend, source=source, follows=lambda: of_trained.embeddings(trained), waits=waits,
+        taught_by, of_teacher, backend=backend, source=source, follows=lambda: adapter.embeddings(model), waits=waits,
         on_unsupported=on_unsupported,
     )  # fmt: skip
 

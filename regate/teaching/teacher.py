@@ -133,6 +133,11 @@ class Teacher:
         return self.source in ("copy", "4bit")
 
     @property
+    def is_another(self) -> bool:
+        """Is it not the model's own language model, as it is or was?"""
+        return self.source in ("given", "named")
+
+    @property
     def together(self) -> bool:
         """Is the model split over ranks, so that they must compute at the same time?"""
         return self.source == "live" and is_sharded(self.model)
@@ -177,8 +182,7 @@ class Teacher:
     def _positions(self, batch: Batch) -> Tensor | None:
         """As the decoder takes them, [B, S] or [n, B, S]; None where it counts by itself."""
         positions = self.adapter.position_ids(self.model, batch)
-        another = self.source in ("given", "named")
-        if another and positions is not None and positions.dim() > 2 and not has_planes(self.model):
+        if self.is_another and positions is not None and positions.dim() > 2 and not has_planes(self.model):
             return None  # the student's, in time, height and width
         return positions
 
@@ -242,7 +246,7 @@ class Teacher:
 
     def _doubt(self, labels: int, answered: int) -> None:
         """A model that somebody gave may have another tokenizer, and its numbers no meaning."""
-        if self.source in ("given", "named") and not self._doubted and labels - answered > _STRANGE * labels:
+        if self.is_another and not self._doubted and labels - answered > _STRANGE * labels:
             self._doubted = True
             log.warning(
                 "%d of %d answer tokens of this batch are none of the teacher's %d: where its tokenizer is not "
