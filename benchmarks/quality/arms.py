@@ -8,6 +8,8 @@ from typing import Any, Literal
 import regate
 from benchmarks.quality.tasks import Settings
 
+VisualBy = Literal["likeness", "random", "gradient", "change"]
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -18,8 +20,10 @@ class Arm:
         config: changes to `regate.Config.paper()`; None trains without a gate.
         reweighted: grounded words get the share `Settings.grounded_share` of the loss.
         elides: False computes every position and only masks the loss.
-        visual_by: which visual tokens stay: the library's choice, by "likeness" to others; drawn at "random"; or those
-            with the largest "gradient" of the batch's loss, from a pass of its own that is counted as no cost.
+        visual_by: which visual tokens stay: the library's choice, by "likeness" to others; drawn at "random"; those
+            with the largest "gradient" of the batch's loss, from a pass of its own that is counted as no cost; or, of
+            clips, those that "change" most from frame to frame.
+        visual_led: samples whose kept labels have larger reference losses keep more of them.
         teacher: None is a copy of the student's language model; a "small" or "large" one has another size.
         samples: the share of the training samples that is used, the more often each.
         wrong: the share of them whose texts are another's.
@@ -30,7 +34,8 @@ class Arm:
     config: dict[str, Any] | None = field(default_factory=dict)
     reweighted: bool = False
     elides: bool = True
-    visual_by: Literal["likeness", "random", "gradient"] = "likeness"
+    visual_by: VisualBy = "likeness"
+    visual_led: bool = False
     teacher: Literal["small", "large"] | None = None
     samples: float = 1.0
     wrong: float = 0.0
@@ -134,9 +139,33 @@ ARMS = {
         _EVEN | _QUARTER | _VISIBLE,
         visual_by="gradient",
     ),
+    "visual25-visible-led": Arm(
+        "`sample`, 25% of visual tokens of samples that are not full, more of those whose kept labels have larger "
+        "reference losses, what is left out visible",
+        _EVEN | _QUARTER | _VISIBLE,
+        visual_led=True,
+    ),
     "visual10-visible": Arm(
         "`sample`, 10% of visual tokens of samples that are not full, what is left out visible",
         _EVEN | _TENTH | _VISIBLE,
+    ),
+    # The same, hidden.
+    "visual25": Arm("`sample`, 25% of visual tokens of samples that are not full", _EVEN | _QUARTER),
+    "visual25-random": Arm(
+        "`sample`, 25% of visual tokens of samples that are not full, drawn at random",
+        _EVEN | _QUARTER,
+        visual_by="random",
+    ),
+    "visual25-change": Arm(
+        "`sample`, 25% of visual tokens of samples that are not full, those that change most from frame to frame",
+        _EVEN | _QUARTER,
+        visual_by="change",
+    ),
+    "visual25-led": Arm(
+        "`sample`, 25% of visual tokens of samples that are not full, more of those whose kept labels have larger "
+        "reference losses",
+        _EVEN | _QUARTER,
+        visual_led=True,
     ),
     "cycled-visual50": Arm("in cycles, 50% of visual tokens on sparse steps", _CYCLED | _HALF),
     "cycled-visual50-lastfull": Arm(

@@ -8,13 +8,15 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.quality.tasks import Batch, arguments
 from model_adapters import find_adapter
 from regate.labels import count_of
+from regate.scoring.scorer import Samples, Scorer
 
-Worth = Callable[[Tensor], Tensor]
+Worth = Callable[[Tensor, Tensor], Tensor]  # of visual tokens, from embeddings [B, S, D] and where they are, [B, S]
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def visual_by(worth: Worth) -> Iterator[None]:
     """Inside, as many visual tokens are left out as the gate would, those that are worth least."""
 
     def chosen(embeddings: Tensor, visual: Tensor, keep: float) -> Tensor:
-        return worthiest(worth(visual), visual, keep).to(embeddings.device)
+        return worthiest(worth(embeddings, visual), visual, keep).to(embeddings.device)
 
     with mock.patch("regate.scoring.decision.thinned", chosen):
         yield
@@ -51,7 +53,62 @@ def worthiest(worth: Tensor, visual: Tensor, keep: float) -> Tensor:
 def at_random(seed: int) -> Worth:
     """Other ones in each call."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda visual: torch.rand(visual.shape, generator=generator)
+    return lambda _, visual: torch.rand(visual.shape, generator=generator)
+
+
+def by_change(per_frame: int | None) -> Worth:
+    """Of clips with so many visual tokens a frame: how unlike is each to the one at its place in the frame before, or
+    in the frame after, where that is less like it?
+
+    Of what is no whole frame, such as an end, nothing is worth keeping.
+    """
+    if per_frame is None:
+        raise ValueError("only clips have frames that change: of this task nothing is known of them")
+
+    def worth(embeddings: Tensor, visual: Tensor) -> Tensor:
+        found = torch.zeros(visual.shape)
+        for row, (own, there) in enumerate(zip(embeddings, visual, strict=True)):
+            places = there.nonzero().squeeze(1)
+            places = places[: len(places) // per_frame * per_frame]
+            if not len(places):
+                continue
+            frames = F.normalize(own[places.to(own.device)].float(), dim=-1).unflatten(0, (-1, per_frame))
+            change = 1 - (frames[1:] * frames[:-1]).sum(-1).cpu()
+            found[row, places] = torch.maximum(F.pad(change, (0, 0, 1, 0)), F.pad(change, (0, 0, 0, 1))).flatten()
+        return found
+
+    return worth
+
+
+@contextlib.contextmanager
+def led_by_references() -> Iterator[None]:
+    """Inside, samples whose kept labels need the image more keep more of their visual tokens, as many on average.
+
+    A sample's share is `visual_keep` times the mean reference loss of its kept labels, over that of the batch's
+    samples, and at most all. Rows are samples.
+    """
+    need = torch.ones(())
+    own = Scorer.keep
+
+    def keep(scorer: Scorer, samples: Samples, **options: Any) -> Tensor:
+        nonlocal need
+        kept = own(scorer, samples, **options)
+        records = scorer.store.get("reference", samples.text)
+        chosen = [of[there] for of, there in zip(kept, samples.candidates, strict=True)]
+        losses = [torch.from_numpy(x)[there].mean() for x, there in zip(records, chosen, strict=True) if x is not None]
+        need = torch.stack(losses).double()
+        need = need / need.mean()
+        return kept
+
+    def count(n: Tensor, share: float) -> Tensor:
+        return torch.minimum(count_of(n, 1.0), torch.ceil(n.double() * need * share - 1e-6).long())
+
+    with (
+        mock.patch.object(Scorer, "keep", keep),
+        mock.patch("regate.scoring.decision.count_of", count),
+        mock.patch("regate.scoring.visual.count_of", count),
+    ):
+        yield
 
 
 class Gradients:
@@ -84,5 +141,5 @@ class Gradients:
         self.norms = gradient.float().norm(dim=-1).cpu()
         return self
 
-    def __call__(self, visual: Tensor) -> Tensor:
+    def __call__(self, embeddings: Tensor, visual: Tensor) -> Tensor:
         return self.norms

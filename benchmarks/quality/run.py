@@ -20,7 +20,14 @@ from tqdm.auto import tqdm
 import regate
 from benchmarks.quality.arms import ARMS, Arm
 from benchmarks.quality.context import losses_of_kept
-from benchmarks.quality.elision import Gradients, at_random, everything_computed, visual_by
+from benchmarks.quality.elision import (
+    Gradients,
+    at_random,
+    by_change,
+    everything_computed,
+    led_by_references,
+    visual_by,
+)
 from benchmarks.quality.evaluate import evaluate, free_running, with_blank, with_shuffled
 from benchmarks.quality.start import endless, started, teacher
 from benchmarks.quality.tasks import Batch, Settings, Task, arguments
@@ -84,7 +91,10 @@ class Run:
             if not self.arm.elides:
                 scope.enter_context(everything_computed())
             if self.arm.visual_by != "likeness":
-                scope.enter_context(visual_by(self._gradients or at_random(self.seed)))
+                changes = by_change(self.task.per_frame) if self.arm.visual_by == "change" else None
+                scope.enter_context(visual_by(self._gradients or changes or at_random(self.seed)))
+            if self.arm.visual_led:
+                scope.enter_context(led_by_references())
             yield
 
     def _train(self) -> None:

@@ -17,7 +17,15 @@ import benchmarks.quality.__main__ as quality
 import regate
 from benchmarks.quality import arms, occlusion, page, results, seconds, stranger
 from benchmarks.quality.context import losses_of_kept
-from benchmarks.quality.elision import Gradients, at_random, everything_computed, visual_by, worthiest
+from benchmarks.quality.elision import (
+    Gradients,
+    at_random,
+    by_change,
+    everything_computed,
+    led_by_references,
+    visual_by,
+    worthiest,
+)
 from benchmarks.quality.evaluate import with_blank, with_shuffled
 from benchmarks.quality.run import Run, calibration, reweighted
 from benchmarks.quality.start import endless, started, teacher
@@ -131,12 +139,42 @@ def test_visual_tokens_can_be_chosen_by_their_gradient(task: Task) -> None:
     assert given[0].grad is not None
     torch.testing.assert_close(looked.norms, given[0].grad.norm(dim=-1))
     visual = batch["input_ids"] == model.config.image_token_id
-    stay = worthiest(looked(visual), visual, 0.5)
+    stay = worthiest(looked(looked.embeddings, visual), visual, 0.5)
     for row, own, staying in zip(looked.norms, visual, stay, strict=True):
         n = int(own.sum())
         assert staying.sum() == -(-n // 2)
         assert not (staying & ~own).any()
         assert row[staying].min() >= row[own & ~staying].max()
+
+
+def test_what_changes_from_frame_to_frame_is_worth_most() -> None:
+    """Two places in three frames and an end: at the second one something comes in the last frame."""
+    wall, door, thing = torch.eye(3)
+    embeddings = torch.stack([wall, wall, door, 2 * wall, door, wall, thing, thing])[None]  # a word, the clip, its end
+    visual = torch.tensor([[False, *[True] * 7]])
+    assert by_change(2)(embeddings, visual).tolist() == [[0, 0, 0, 0, 1, 0, 1, 0]]
+    assert not by_change(2)(embeddings, torch.zeros_like(visual)).any()
+    with pytest.raises(ValueError, match="only clips"):
+        by_change(None)
+
+
+def test_samples_of_larger_reference_losses_keep_more_visual_tokens(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = task.build(0).train(), next(iter(task.train.batches(4)))
+    config = regate.Config(warmup=0, full_steps=0, cycle=1, visual_keep=0.25, student_weight=0.0)
+    gate = regate.apply(model, config, backend="eager")
+    gate.precompute([arguments(batch)], progress=False)
+    labels = (batch["labels"] != -100).sum(1).tolist()
+    losses = [np.full(n, loss, np.float32) for n, loss in zip(labels, (1, 1, 1, 5), strict=True)]
+    monkeypatch.setattr(gate.store, "get", lambda table, names: losses if table == "reference" else [None] * len(names))
+    with led_by_references():
+        model(**arguments(batch), use_cache=False)
+    assert gate.last is not None
+    assert gate.last.active.sum(1).tolist() == gate.last.computed
+    visual = batch["input_ids"] == model.config.image_token_id
+    n = int(visual[0].sum())
+    assert (gate.last.active & visual).sum(1).tolist() == [np.ceil(n * share) for share in (0.125,) * 3 + (0.625,)]
 
 
 def test_what_answers_need_is_told_by_hiding_it(task: Task) -> None:

@@ -167,6 +167,7 @@ class Task:
         encoder: the part of a model that is pretrained to see.
         pixels: the name of the visual input in a batch.
         settings: see there.
+        per_frame: visual tokens of a frame, of clips.
     """
 
     name: str
@@ -181,6 +182,7 @@ class Task:
     pixels: str
     settings: Settings
     link: Samples | None = None
+    per_frame: int | None = None
 
     @property
     def device(self) -> str:

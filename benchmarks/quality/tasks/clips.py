@@ -32,8 +32,8 @@ def task(*, settings: Settings | None = None, limit: int | None = None) -> Task:
     """With at most `limit` samples in each part."""
     texts = [template.replace("{", "").replace("}", "") for template in _TEMPLATES]
     texts += [" ".join(COLOURS), " ".join(SHAPES), " ".join(SIDES), *PROMPTS]
-    count = _FRAMES * (_SIZE // _PATCH // 2) ** 2 + 1  # the model pools 2 x 2 patches and adds an end
-    processor = PlainProcessor.of(texts, placeholders=count, pixels="pixel_values_videos")
+    per_frame = (_SIZE // _PATCH // 2) ** 2  # the model pools 2 x 2 patches, and adds an end to the clip
+    processor = PlainProcessor.of(texts, placeholders=_FRAMES * per_frame + 1, pixels="pixel_values_videos")
     sizes = {"train": 4000, "validation": 400, "test": 800}
     made = {name: _clips(min(n, limit or n), seed=seed) for seed, (name, n) in enumerate(sizes.items(), 1)}
     return Task(
@@ -46,6 +46,7 @@ def task(*, settings: Settings | None = None, limit: int | None = None) -> Task:
         encoder=_encoder,
         pixels="pixel_values_videos",
         settings=settings or SETTINGS,
+        per_frame=per_frame,
     )
 
 
