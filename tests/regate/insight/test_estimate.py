@@ -11,6 +11,7 @@ import pytest
 from transformers import Lfm2Config, LlamaConfig, LlavaConfig, MistralConfig, Qwen2_5_VLConfig
 
 import regate
+import regate.insight.estimate as counted
 from benchmarks.workloads import WORKLOADS, label
 from regate import cli
 from regate.errors import ConfigError
@@ -22,6 +23,19 @@ SIZES: dict[str, Any] = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 8, "vocab_size": 4096,
 }  # fmt: skip
 LLAMA = LlamaConfig(**SIZES)
+_FOUND: dict[tuple[str, bool], Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each configuration's decoder, for all tests here: what they are about is arithmetic."""
+    inspect = counted.inspect
+
+    def remembered(model: Any, *, visible: bool = False) -> Any:
+        of = model.config.to_json_string(), visible
+        return _FOUND[of] if of in _FOUND else _FOUND.setdefault(of, inspect(model, visible=visible))
+
+    monkeypatch.setattr(counted, "inspect", remembered)
 
 
 @pytest.mark.few(2)
@@ -65,7 +79,7 @@ def test_arithmetic_of_what_stays_visible() -> None:
 def test_verdicts() -> None:
     schedule = {"steps": 10_000}
     assert regate.estimate(LLAMA, [(0, 100, 900)], epochs=3, **schedule).verdict.startswith("worth it")
-    deep = LlamaConfig(**{**SIZES, "vocab_size": 256, "num_hidden_layers": 24})
+    deep = LlamaConfig(**SIZES | {"vocab_size": 256, "intermediate_size": 8, "num_hidden_layers": 6})
     poor = regate.estimate(deep, [(1352, 60, 20)], regate.Config(keep=0.9), **schedule)
     assert poor.verdict.startswith("not worth it here")
     assert "answers are 1%" in str(poor)
