@@ -85,19 +85,19 @@ def led_by_references() -> Iterator[None]:
     """Inside, samples whose kept labels need the image more keep more of their visual tokens, as many on average.
 
     A sample's share is `visual_keep` times the mean reference loss of its kept labels, over that of the batch's
-    samples, and at most all. Rows are samples.
+    samples that are not full, and at most all. Rows are samples.
     """
     need = torch.ones(())
     own = Scorer.keep
 
-    def keep(scorer: Scorer, samples: Samples, **options: Any) -> Tensor:
+    def keep(scorer: Scorer, samples: Samples, *, whole: Tensor | None = None, **options: Any) -> Tensor:
         nonlocal need
-        kept = own(scorer, samples, **options)
+        kept = own(scorer, samples, whole=whole, **options)
         records = scorer.store.get("reference", samples.text)
         chosen = [of[there] for of, there in zip(kept, samples.candidates, strict=True)]
         losses = [torch.from_numpy(x)[there].mean() for x, there in zip(records, chosen, strict=True) if x is not None]
         need = torch.stack(losses).double()
-        need = need / need.mean()
+        need = need / (need if whole is None else need[~whole]).mean()
         return kept
 
     def count(n: Tensor, share: float) -> Tensor:
