@@ -97,7 +97,8 @@ def led_by_references() -> Iterator[None]:
         chosen = [of[there] for of, there in zip(kept, samples.candidates, strict=True)]
         losses = [torch.from_numpy(x)[there].mean() for x, there in zip(records, chosen, strict=True) if x is not None]
         need = torch.stack(losses).double()
-        need = need / (need if whole is None else need[~whole]).mean()
+        others = need if whole is None or bool(whole.all()) else need[~whole]
+        need = need / others.mean()
         return kept
 
     def count(n: Tensor, share: float) -> Tensor:
