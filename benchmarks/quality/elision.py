@@ -95,7 +95,10 @@ def led_by_references() -> Iterator[None]:
         kept = own(scorer, samples, whole=whole, **options)
         records = scorer.store.get("reference", samples.text)
         chosen = [of[there] for of, there in zip(kept, samples.candidates, strict=True)]
-        losses = [torch.from_numpy(x)[there].mean() for x, there in zip(records, chosen, strict=True) if x is not None]
+        losses = [  # a full sample may have none, and keeps all
+            torch.ones(()) if x is None else torch.from_numpy(x)[there].mean()
+            for x, there in zip(records, chosen, strict=True)
+        ]
         need = torch.stack(losses).double()
         others = need if whole is None or bool(whole.all()) else need[~whole]
         need = need / others.mean()
