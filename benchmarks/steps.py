@@ -29,7 +29,6 @@ from torch import nn
 from tqdm import tqdm
 
 import regate
-import regate_patch
 from benchmarks import arms
 from benchmarks.arithmetic import Arithmetic, needed, roofline
 from benchmarks.models import SIZES, build
@@ -78,8 +77,8 @@ class Bench:
         for maker, backend in makers:
             try:
                 made = maker(model(self.args), backend)
-            except (regate_patch.RegateError, ImportError, torch.OutOfMemoryError) as error:
-                self.refused[f"{maker.__name__} {backend}"] = str(error)
+            except Exception as error:  # one arm's, whatever it is, must not cost what the others find
+                self.refused[f"{maker.__name__} {backend}"] = _why(error)
             else:
                 steps |= {f"{name} {backend}": step for name, step in made.items()}
         return steps
@@ -102,14 +101,14 @@ class Bench:
             before = graphs(step)
             try:
                 first = self.seconds_of(step)
-            except (regate_patch.RegateError, torch.OutOfMemoryError) as error:
-                self.refused[name] = str(error)
+                self.seconds_of(step)
+                with arms.saved_bytes() as found:
+                    self.seconds_of(step)
+                peak = self.peak_of(step)
+            except Exception as error:
+                self.refused[name] = _why(error)
                 del steps[name]
                 continue
-            self.seconds_of(step)
-            with arms.saved_bytes() as found:
-                self.seconds_of(step)
-            peak = self.peak_of(step)
             self.measured[name] = Measured(first, found["bytes"], peak, graphs(step) - before)
         for step in steps.values():
             self.seconds_of(step)  # each reset above took from the others what they had compiled
@@ -133,6 +132,12 @@ class Bench:
         before = torch.cuda.memory_allocated()
         self.seconds_of(step)
         return torch.cuda.max_memory_allocated() - before
+
+
+def _why(error: Exception) -> str:
+    """Its own words, and whose, where they are not meant for a user."""
+    meant = isinstance(error, regate.RegateError | ImportError | torch.OutOfMemoryError)
+    return str(error) if meant else f"{type(error).__name__}: {error}"
 
 
 def graphs(step: arms.Step) -> int:

@@ -6,6 +6,7 @@ A part that is called often is compiled once. One artefact serves all sizes.
 from __future__ import annotations
 
 import itertools
+import logging
 import types
 from collections.abc import Callable, Collection
 from typing import Any
@@ -13,11 +14,15 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import fx, nn
+from torch.torch_version import TorchVersion
 
 from regate_patch.errors import UnknownBackendError
 
+log = logging.getLogger("regate_patch")
 Backend = str | Callable[..., Any]
 _NUMBERS = itertools.count()
+_ENTER = torch.amp.autocast_mode._enter_autocast
+_COMPILES_AUTOCAST = TorchVersion(torch.__version__) >= TorchVersion("2.13")  # Dynamo goes through what enters it
 
 
 def known(backend: Backend) -> Backend:
@@ -42,6 +47,8 @@ def compiled(gm: fx.GraphModule, parts: Collection[str], backend: Backend) -> Ca
         parts: names of its submodules, if they are all that it calls; then each is compiled when it is first called,
             and what stands between the calls runs as it is.
         backend: as `torch.compile` takes it.
+
+    What this torch cannot compile, for autocast is entered there, runs as it is, and the log says so.
     """
     run = _in_parts(gm, parts, backend) if parts else _alone(gm, backend)
 
@@ -71,10 +78,25 @@ class _Part(nn.Module):
 
 
 def _alone(gm: fx.GraphModule, backend: Backend) -> Callable[..., Any]:
+    if not _COMPILES_AUTOCAST and _enters_autocast(gm):
+        size = sum(node.op.startswith("call") for node in gm.graph.nodes)
+        log.warning(
+            "%d operations run uncompiled: torch %s compiles no graph in which autocast is switched, as rotary "
+            "embeddings do in some releases of transformers; torch 2.13 does",
+            size,
+            torch.__version__,
+        )
+        return gm.forward
+
     def run(*inputs: Any) -> Any:
         return gm(*inputs)
 
     return torch.compile(with_own_code(run), backend=backend, dynamic=True, fullgraph=True)
+
+
+def _enters_autocast(gm: fx.GraphModule) -> bool:
+    parts = (part for part in gm.modules() if isinstance(part, fx.GraphModule))
+    return any(node.target is _ENTER for part in parts for node in part.graph.nodes)
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

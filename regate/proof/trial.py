@@ -183,7 +183,8 @@ def _behind(s: Subject, loss: Tensor, hidden: Tensor, by_hidden: Tensor, entered
     if not s.backward or not hidden.requires_grad or not wanted:
         return []
     try:
-        found = torch.autograd.grad([loss, hidden], wanted, [torch.ones_like(loss), by_hidden], allow_unused=True)
+        given = [torch.ones_like(loss), by_hidden.clone()]  # kernels may write theirs into it, as Liger's norm does
+        found = torch.autograd.grad([loss, hidden], wanted, given, allow_unused=True)
         return [_off_padding(s, x) if wanted[0] is entered and i == 0 else x for i, x in enumerate(found)]
     except RuntimeError as error:
         if "use_reentrant" in str(error):  # such checkpoints only serve a backward pass that fills every `.grad`

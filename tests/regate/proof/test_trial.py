@@ -54,6 +54,45 @@ def test_shaken_embeddings_change_what_rounding_changes() -> None:
     assert float(model(**batch).loss) == float(own)
 
 
+class _InPlace(torch.autograd.Function):
+    """Twice as much; its backward pass writes into what it is given, as Liger's norm does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient.mul_(2)
+
+
+def test_a_kernel_that_writes_into_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the decoder's output the gradient is what the head sends, whatever the decoder's last kernel makes of it."""
+    model, batch = CORE["llava"].build(), CORE["llava"].batch("right")
+    seen: list[trial.Run] = []
+    own = trial.run
+
+    def run(*args: Any, **options: Any) -> trial.Run | None:
+        found = own(*args, **options)
+        seen.extend([found] if found is not None and args[1] is None else [])
+        return found
+
+    monkeypatch.setattr(trial, "run", run)
+    norm = model.model.language_model.norm
+    forward = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda x: _InPlace.apply(forward(x) / 2))
+    regate.apply(model, FULL, teacher=None)
+    model(**batch)
+    written = seen[-1].by_hidden
+    monkeypatch.setattr(norm, "forward", forward)
+    plain = CORE["llava"].build()
+    plain.load_state_dict(model.state_dict())
+    seen.clear()
+    regate.apply(plain, FULL, teacher=None)
+    plain(**batch)
+    torch.testing.assert_close(written, seen[-1].by_hidden)
+
+
 def test_a_device_without_room_for_the_untouched_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs again, and what is saved waits on the host; weights do not."""
     asked: list[dict[str, Any]] = []

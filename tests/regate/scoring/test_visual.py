@@ -34,6 +34,15 @@ def test_one_of_each_group_of_twins_stays() -> None:
         assert groups.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_autocast_chooses_as_well() -> None:
+    """Between tokens that are alike to two digits."""
+    embeddings = torch.randn(1, 1, 64) + 0.05 * torch.randn(1, 40, 64)
+    visual = torch.ones(1, 40, dtype=torch.bool)
+    expected = thinned(embeddings, visual, 0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(thinned(embeddings, visual, 0.7), expected)
+
+
 @pytest.mark.parametrize("keep", [1.0, 0.9, 0.5, 0.3, 0.01])
 def test_count(keep: float) -> None:
     visual = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.6

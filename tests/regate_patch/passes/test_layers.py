@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import regate_patch
-from regate_patch import capture
+from regate_patch import capture, compiling
 from regate_patch.analysis.graph import is_call
 from tests.plain import Block, Decoder
 
@@ -208,6 +208,20 @@ def test_autocast_and_no_grad_inside_a_layer() -> None:
     made: Made = []
     _compiled(_stack(*[Stated] * 4), made)
     assert [_attentions(gm) for gm in made] == [0, 1, 1]
+
+
+def test_a_torch_that_cannot_compile_autocast_runs_what_holds_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it is, and says so: in front, the layer, and the last with its tail, of which two switch autocast."""
+    monkeypatch.setattr(compiling, "_COMPILES_AUTOCAST", False)
+    made: Made = []
+    _compiled(_stack(*[Stated] * 4), made)
+    assert [_attentions(gm) for gm in made] == [0]
+    assert caplog.text.count("run uncompiled") == 2
+    made.clear()
+    _compiled(_stack(Block, Block, Block, Stated), made, disable=("layers",))
+    assert not made, "in one piece it is all that runs"
 
 
 def test_what_all_layers_write_keeps_them_together() -> None:
