@@ -19,9 +19,10 @@ Number = int | float
 @dataclass
 class Counters:
     """Plain sums over the run. FLOPs are of decoder and output projection, forward and backward. `steps_guarded` are
-    full ones that were sparse by the schedule (`Config.guard`). `samples_sparse` and
-    `samples_whole` are of sparse steps, the latter in their full turn. In `forwards_joined` this rank ran modules for
-    nothing because others ran them for their images."""
+    full ones that were sparse by the schedule (`Config.guard`). `samples_sparse` and `samples_whole` are of sparse
+    steps, the latter in their full turn. In `forwards_joined` this rank ran modules for nothing because others ran them
+    for their images. `gate_seconds` are the host's; where the batch is on a device, the wait until it has been computed
+    up to there is among them."""
 
     steps_full: int = 0
     steps_sparse: int = 0
