@@ -57,7 +57,7 @@ def _by(rule: str, keep: float, model: Any, samples: Samples, seed: int) -> dict
         if rule == "likeness":
             stay = thinned(seen.embeddings, visual, keep)
         else:
-            stay = worthiest(seen.norms if rule == "gradient" else draw(visual), visual, keep)
+            stay = worthiest(seen.norms if rule == "gradient" else draw(seen.embeddings, visual), visual, keep)
         shares.append(float((seen.norms * stay).sum() / (seen.norms * visual).sum()))
         return batch | {"attention_mask": batch["attention_mask"] * (stay | ~visual)}
 
