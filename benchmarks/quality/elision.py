@@ -105,7 +105,7 @@ def led_by_references() -> Iterator[None]:
         return kept
 
     def count(n: Tensor, share: float) -> Tensor:
-        return torch.minimum(count_of(n, 1.0), torch.ceil(n.double() * need * share - 1e-6).long())
+        return torch.minimum(n, count_of(n, need * share))
 
     with (
         mock.patch.object(Scorer, "keep", keep),
